@@ -1,0 +1,60 @@
+# Every command of the project. `make` alone lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+ROOMS := ops layers models export pipelines
+NATIVE := $(shell find ops -name '*.cc' -o -name '*.h' 2>/dev/null)
+TENSORFLOW := $(shell sed -n 's/^ *"\(tensorflow[<>=][^"]*\)".*/\1/p' pyproject.toml)
+
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format bench wheel clean
+
+help:  ## list the commands
+	@sed -n 's/^\([a-z]*\):[^#]*## */\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
+	  printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+venv: $(STAMP)  ## install everything into .venv (again only when the requirements change)
+
+# The ops compile against the TensorFlow that will load them, hence no isolated build.
+$(STAMP): setup.py pyproject.toml $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo 'Python 3.11 or later is needed as $(PYTHON). Name one: make venv PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo 'Python has no venv module. On Debian or Ubuntu: apt-get install python3-venv' >&2; exit 1; }
+	@$(if $(NATIVE),command -v g++ >/dev/null,true) || { \
+	  echo 'A C++17 compiler is needed as g++. On Debian or Ubuntu: apt-get install g++' >&2; exit 1; }
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77' $(if $(NATIVE),'$(TENSORFLOW)')
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## train, export, serve and query on the shipped sample of real data
+	$(BIN)/python -m qianmo.pipelines.demo
+
+test: lint  ## lint, check the types, run the tests and the examples in the docstrings
+	$(BIN)/python -m pytest -q -n 2 --doctest-modules --pyargs tests $(ROOMS:%=qianmo.%)
+
+lint: $(STAMP)  ## check the style and the types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(if $(NATIVE),$(BIN)/clang-format --dry-run --Werror $(NATIVE))
+
+format: $(STAMP)  ## rewrite the files in the house style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(if $(NATIVE),$(BIN)/clang-format -i $(NATIVE))
+
+bench: $(STAMP)  ## measure: make bench NAME=<a file of benchmarks/ without .py>
+	@[ -f 'benchmarks/$(NAME).py' ] || { echo 'NAME should be one of: $(notdir $(basename $(wildcard benchmarks/*.py))).' >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[peers]'
+	$(BIN)/python benchmarks/$(NAME).py
+
+wheel: $(STAMP)  ## build dist/qianmo-*.whl
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w dist .
+
+clean:  ## remove what the other commands made, .venv included
+	rm -rf .venv .dev build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache ops/_qianmo_ops.so
+	find . -name __pycache__ -prune -exec rm -rf {} +
