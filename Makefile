@@ -19,8 +19,8 @@ venv: $(STAMP)  ## install everything into .venv (again only when the requiremen
 
 # The ops compile against the TensorFlow that will load them, hence no isolated build.
 $(STAMP): setup.py pyproject.toml $(NATIVE)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo 'Python 3.11 or later is needed as $(PYTHON). Name one: make venv PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || { \
+	  echo 'TensorFlow 2.21 needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is none. Name one: make venv PYTHON=python3.12' >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo 'Python has no venv module. On Debian or Ubuntu: apt-get install python3-venv' >&2; exit 1; }
 	@$(if $(NATIVE),command -v g++ >/dev/null,true) || { \

@@ -24,6 +24,7 @@ OP_SOURCES = sorted(
     for path in ROOT.glob("ops/cc/**/*.cc")
     if not path.name.endswith("_test.cc")
 )
+OP_HEADERS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("ops/cc/**/*.h"))
 
 
 def version() -> str:
@@ -89,7 +90,7 @@ class BuildOps(build_ext):
 
         # As system headers, TensorFlow's own do not drown the warnings on ours.
         flags = [re.sub("^-I", "-isystem", flag) for flag in tf.sysconfig.get_compile_flags()]
-        ext.extra_compile_args = [*flags, "-iquote", str(ROOT), "-O2", "-Wall", "-Wextra"]
+        ext.extra_compile_args = [*flags, "-iquote", str(ROOT), "-O2", "-g0", "-Wall", "-Wextra"]
         ext.extra_link_args = tf.sysconfig.get_link_flags()
         super().build_extension(ext)
 
@@ -108,7 +109,9 @@ setup(
     include_package_data=False,
     package_data={"qianmo": ["py.typed"], "qianmo.pipelines": ["sample/*"]},
     setup_requires=build_requirements() if OP_SOURCES else [],
-    ext_modules=[Extension("qianmo.ops._qianmo_ops", OP_SOURCES, language="c++")]
+    ext_modules=[
+        Extension("qianmo.ops._qianmo_ops", OP_SOURCES, depends=OP_HEADERS, language="c++")
+    ]
     if OP_SOURCES
     else [],
     cmdclass={"build_py": BuildPackage, "build_ext": BuildOps, "bdist_wheel": Wheel},
