@@ -1,0 +1,33 @@
+"""What every recipe starts from: all keys and their defaults, in one place."""
+
+from ml_collections import ConfigDict
+
+
+def base_config() -> ConfigDict:
+    """A recipe without data, schema and model."""
+    return ConfigDict(
+        {
+            "data": {
+                # Each a file, a folder of shards or a glob; .parquet, .tfrecord or .csv.
+                "train": "",
+                "valid": "",  # empty: no early stopping
+                "test": "",
+                "shuffle_rows": 2**18,  # rows held in memory while shuffling
+            },
+            "schema": {},
+            "model": {"name": ""},
+            "train": {
+                "seed": 1,
+                "batch_size": 1024,
+                "epochs": 3,
+                "optimizer": {"name": "adam", "learning_rate": 1e-3},
+                "table_optimizer": {"name": "sparse_adam", "learning_rate": 1e-3},
+                "monitor": "auc",  # the validation metric that early stopping watches, or "log_loss"
+                "patience": 1,  # epochs without a better one before training stops
+                "checkpoint_every": 500,  # steps
+                "steps_per_call": 16,  # steps that run in the graph between two looks at the host
+                "dtype_policy": "float32",  # or "mixed_bfloat16"
+                "start_from": "",  # a model directory whose weights to start from
+            },
+        }
+    )

@@ -1,0 +1,1 @@
+"""Cuts a model at a seam and publishes it for TensorFlow Serving."""

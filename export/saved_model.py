@@ -1,0 +1,363 @@
+"""SavedModels that stock TensorFlow Serving loads: the whole graph, or the graph without embeddings.
+
+Rules that its batching sets, and that every signature here keeps: each input and output is [B, ...];
+rows are independent of each other; lists come with lengths, never masks; a row that cannot be read
+gets a status and its neighbours are untouched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow.python.framework import op_def_registry
+from tensorflow_serving.apis import model_pb2, predict_pb2, prediction_log_pb2
+
+from qianmo.layers.encode import BAD_DENSE, OK
+from qianmo.layers.features import Schema
+from qianmo.models.ranker import Ranker
+
+BAD_SCORE = 4  # a score was NaN or infinite and is answered as 0
+TOLERANCE = 1e-6
+STATUS = "status"
+# Registered in every TensorFlow, but they call back into a Python that a server does not have.
+PYTHON_OPS = frozenset({"PyFunc", "PyFuncStateless", "EagerPyFunc"})
+
+Rows = Mapping[str, np.ndarray]
+Signature = Callable[..., dict[str, tf.Tensor]]
+
+
+class ExportError(ValueError):
+    """The export was refused; nothing was published."""
+
+
+def raw_specs(schema: Schema) -> dict[str, tf.TensorSpec]:
+    """Serving inputs for raw features: their own names and dtypes."""
+    specs: dict[str, tf.TensorSpec] = {}
+    for f in schema.categorical:
+        shape = [None, None] if f.is_list else [None]
+        specs[f.name] = tf.TensorSpec(shape, tf.as_dtype(f.dtype), f.name)
+        if f.is_list:
+            specs[f.length_name] = tf.TensorSpec([None], tf.int64, f.length_name)
+    for d in schema.dense:
+        specs[d.name] = tf.TensorSpec([None], tf.float32, d.name)
+    return specs
+
+
+def vector_specs(model: Ranker) -> dict[str, tf.TensorSpec]:
+    """Serving inputs where vectors stand for the categorical features, under the same names."""
+    specs = {}
+    for f in model.schema.categorical:
+        specs[f.name] = tf.TensorSpec([None, f.dim + model.embed.linear_dim], tf.float32, f.name)
+    for d in model.schema.dense:
+        specs[d.name] = tf.TensorSpec([None], tf.float32, d.name)
+    return specs
+
+
+def _answer(schema: Schema, logits: tf.Tensor, status: tf.Tensor) -> dict[str, tf.Tensor]:
+    probability = tf.sigmoid(tf.cast(logits, tf.float32))
+    finite = tf.reduce_all(tf.math.is_finite(probability), 1)
+    probability = tf.where(tf.math.is_finite(probability), probability, 0.0)
+    columns = dict(zip(schema.labels, tf.unstack(probability, axis=1), strict=True))
+    return {**columns, STATUS: status | tf.where(finite, OK, BAD_SCORE)}
+
+
+def _scorer(model: Ranker, head: str) -> Signature:
+    def score(**features: tf.Tensor) -> dict[str, tf.Tensor]:
+        encoded = model.encode(features)
+        logits = model.heads(model.embed(encoded), (head,))[head].logits
+        return _answer(model.schema, logits, encoded.status)
+
+    return score
+
+
+def _fed_scorer(model: Ranker, head: str) -> Signature:
+    def score(**features: tf.Tensor) -> dict[str, tf.Tensor]:
+        batch = tf.shape(next(iter(features.values())))[0]
+        dense, status = tf.zeros([batch, 0]), tf.zeros([batch], tf.int32)
+        if model.schema.dense:
+            dense, finite = model.encode.dense(features)
+            status |= tf.where(finite, OK, BAD_DENSE)
+        embedded = model.embed.assemble(features, dense)
+        logits = model.heads(embedded, (head,))[head].logits
+        return _answer(model.schema, logits, status)
+
+    return score
+
+
+def _lookup(model: Ranker) -> Signature:
+    def lookup(**features: tf.Tensor) -> dict[str, tf.Tensor]:
+        # Dense features do not cross this seam; a constant stands in for what is left out.
+        first = next(iter(features.values()))
+        zero = tf.zeros([tf.shape(first)[0]], tf.float32)
+        encoded = model.encode({**features, **{d.name: zero for d in model.schema.dense}})
+        return {**model.embed.vectors(encoded), STATUS: encoded.status}
+
+    return lookup
+
+
+def _save(
+    model: Ranker, functions: Mapping[str, tuple[Signature, dict[str, tf.TensorSpec]]], path: str
+) -> None:
+    """Writes signatures with the variables and lookup tables that they use, and no others."""
+    concrete = {
+        name: tf.function(f).get_concrete_function(**specs) for name, (f, specs) in functions.items()
+    }
+    module = tf.Module()
+    module.used = list({v.ref(): v for f in concrete.values() for v in f.graph.variables}.values())
+    module.lookups = [
+        lookup.lookup_table
+        for lookup in model.encode.lookups
+        if hasattr(lookup, "lookup_table")
+    ]
+    tf.saved_model.save(module, path, signatures=concrete)
+
+
+def op_types(version_dir: str | os.PathLike[str]) -> set[str]:
+    """The op types in a SavedModel's graph and its functions."""
+    proto = saved_model_pb2.SavedModel()
+    proto.ParseFromString((pathlib.Path(version_dir) / "saved_model.pb").read_bytes())
+    graph = proto.meta_graphs[0].graph_def
+    functions = {f.signature.name for f in graph.library.function}
+    nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
+    return {n.op for n in nodes} - functions
+
+
+def _check_ops(version_dir: pathlib.Path) -> None:
+    foreign = sorted(
+        op
+        for op in op_types(version_dir)
+        if op in PYTHON_OPS or ">" in op or op_def_registry.get(op) is None
+    )
+    if foreign:
+        raise ExportError(f"The graph holds ops that stock TensorFlow Serving lacks: {foreign}.")
+
+
+def _write_warmup(
+    version_dir: pathlib.Path, name: str, signatures: Sequence[str], inputs: Mapping[str, Rows]
+) -> None:
+    """One record for each signature: a version that cannot answer then fails at load."""
+    folder = version_dir / "assets.extra"
+    folder.mkdir(exist_ok=True)
+    with tf.io.TFRecordWriter(str(folder / "tf_serving_warmup_requests")) as writer:
+        for signature in signatures:
+            request = predict_pb2.PredictRequest(
+                model_spec=model_pb2.ModelSpec(name=name, signature_name=signature)
+            )
+            for key, value in inputs[signature].items():
+                request.inputs[key].CopyFrom(tf.make_tensor_proto(value[:1]))
+            log = prediction_log_pb2.PredictionLog(
+                predict_log=prediction_log_pb2.PredictLog(request=request)
+            )
+            writer.write(log.SerializeToString())
+
+
+@contextlib.contextmanager
+def session(version_dir: str | os.PathLike[str]) -> Iterator[Callable[[str, Rows], Rows]]:
+    """Opens a SavedModel by the session loader, as TensorFlow Serving does.
+
+    Yields:
+      A function (signature name, inputs) -> outputs.
+    """
+    with tf.Graph().as_default(), tf.compat.v1.Session() as sess:
+        meta = tf.compat.v1.saved_model.load(sess, ["serve"], os.fspath(version_dir))
+
+        def run(signature: str, rows: Rows) -> Rows:
+            definition = meta.signature_def[signature]
+            feed = {definition.inputs[k].name: v for k, v in rows.items()}
+            fetch = {k: v.name for k, v in definition.outputs.items()}
+            return sess.run(fetch, feed)  # type: ignore[no-any-return]
+
+        yield run
+
+
+def check_parity(
+    answers: Rows, expected: np.ndarray, schema: Schema, rows: Rows, signature: str
+) -> float:
+    """Compares served probabilities with the Keras model's; returns the largest difference.
+
+    Raises:
+      ExportError: they differ by more than `TOLERANCE`; it names the rows.
+    """
+    served = np.stack([answers[label] for label in schema.labels], 1)
+    difference = np.abs(served - expected).max(1)
+    wrong = np.flatnonzero(~(difference <= TOLERANCE))
+    if len(wrong):
+        shown = "; ".join(
+            f"row {i}: served {served[i].tolist()}, Keras {expected[i].tolist()}, features "
+            + str({k: v[i].tolist() for k, v in rows.items()})
+            for i in wrong[:3]
+        )
+        raise ExportError(
+            f"signature `{signature}`: {len(wrong)} of {len(expected)} rows differ from the Keras "
+            f"model by more than {TOLERANCE}: {shown}"
+        )
+    return float(difference.max())
+
+
+def _cast(rows: Rows, specs: Mapping[str, tf.TensorSpec]) -> Rows:
+    found = {}
+    for name, spec in specs.items():
+        value = rows[name]
+        found[name] = value if spec.dtype == tf.string else value.astype(spec.dtype.as_numpy_dtype)
+    return found
+
+
+def next_version(base_path: str | os.PathLike[str]) -> int:
+    """One above the highest version folder."""
+    base = pathlib.Path(base_path)
+    found = [int(p.name) for p in base.glob("*") if p.name.isdigit()] if base.exists() else []
+    return max(found, default=0) + 1
+
+
+@contextlib.contextmanager
+def _publishing(base_path: pathlib.Path, version: int) -> Iterator[pathlib.Path]:
+    """A folder under a temporary name that takes its number when all went well."""
+    target = base_path / str(version)
+    if target.exists():
+        raise ExportError(f"{target} exists; give another version.")
+    temporary = base_path / f".{version}.writing"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.rename(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _expected(model: Ranker, rows: Rows, head: str) -> np.ndarray:
+    tensors = {k: tf.constant(v) for k, v in rows.items()}
+    return np.asarray(tf.sigmoid(tf.cast(model(tensors)[head], tf.float32)))
+
+
+def _signatures(model: Ranker, heads: Sequence[str]) -> dict[str, str]:
+    """Signature name -> head. The first head answers `serving_default`."""
+    unknown = sorted(set(heads) - set(model.head_names))
+    if unknown or not heads:
+        raise ExportError(f"`heads` should be some of {model.head_names}. Received: {list(heads)}")
+    return {"serving_default": heads[0], **{head: head for head in heads}}
+
+
+def export_in_graph(
+    model: Ranker,
+    base_path: str | os.PathLike[str],
+    rows: Rows,
+    *,
+    heads: Sequence[str] = (),
+    version: int | None = None,
+) -> tuple[pathlib.Path, float]:
+    """Writes the whole model as one SavedModel of stock ops.
+
+    Signatures: `serving_default`, and one with the name of each head. Inputs: the raw features
+    (`raw_specs`). Outputs: for each label its probability, float32 [B]; `status`, int32 [B]: 0, or
+    bits of `BAD_DENSE`, `BAD_LENGTH`, `BAD_SCORE`.
+
+    Args:
+      model: the model.
+      base_path: folder of the versions.
+      rows: real rows, input name -> column, replayed through the session loader before publishing.
+      heads: which heads to ship, the default one first; what the others need is left out.
+        Default: the model's serving head.
+      version: default: one above the highest.
+
+    Returns:
+      The version's folder, and the largest difference to the Keras model on `rows`.
+
+    Raises:
+      ExportError: foreign ops, scores that differ, a version that exists. Nothing is left behind.
+    """
+    signatures = _signatures(model, heads or (model.serving_head,))
+    specs = raw_specs(model.schema)
+    functions = {name: (_scorer(model, head), specs) for name, head in signatures.items()}
+    inputs = _cast(rows, specs)
+    expected = {head: _expected(model, inputs, head) for head in signatures.values()}
+    base = pathlib.Path(base_path)
+    version = version or next_version(base)
+    with _publishing(base, version) as folder:
+        _save(model, functions, str(folder))
+        _check_ops(folder)
+        _write_warmup(folder, base.name, list(signatures), dict.fromkeys(signatures, inputs))
+        with session(folder) as run:
+            worst = max(
+                check_parity(run(name, inputs), expected[head], model.schema, inputs, name)
+                for name, head in signatures.items()
+            )
+    write_serving_files(base, any(f.is_list for f in model.schema.categorical))
+    return base / str(version), worst
+
+
+def export_fed(
+    model: Ranker,
+    base_path: str | os.PathLike[str],
+    rows: Rows,
+    *,
+    heads: Sequence[str] = (),
+    version: int | None = None,
+) -> tuple[pathlib.Path, float]:
+    """Writes the graph without its embeddings, which then arrive as inputs.
+
+    `<base_path>/<version>` scores: inputs are a vector for each categorical feature, float32
+    [B, dim + first-order columns], lists already pooled, and the raw dense features; outputs as for
+    `export_in_graph`. `<base_path>_lookup/<version>` makes the vectors: inputs are the raw categorical
+    features, outputs the vectors under the same names, and `status`. Both hold stock ops only.
+
+    Args, returns and errors are those of `export_in_graph`.
+    """
+    signatures = _signatures(model, heads or (model.serving_head,))
+    schema = model.schema
+    specs = vector_specs(model)
+    functions = {name: (_fed_scorer(model, head), specs) for name, head in signatures.items()}
+    dense_names = {d.name for d in schema.dense}
+    raw = raw_specs(schema)
+    lookup_specs = {k: v for k, v in raw.items() if k not in dense_names}
+    inputs = _cast(rows, raw)
+    expected = {head: _expected(model, inputs, head) for head in signatures.values()}
+    base = pathlib.Path(base_path)
+    lookup_base = base.with_name(base.name + "_lookup")
+    version = version or max(next_version(base), next_version(lookup_base))
+    with _publishing(lookup_base, version) as lookup, _publishing(base, version) as folder:
+        _save(model, {"serving_default": (_lookup(model), lookup_specs)}, str(lookup))
+        _save(model, functions, str(folder))
+        _check_ops(lookup)
+        _check_ops(folder)
+        ids = {k: inputs[k] for k in lookup_specs}
+        with session(lookup) as run:
+            vectors = dict(run("serving_default", ids))
+        del vectors[STATUS]
+        fed = {**vectors, **{name: inputs[name] for name in dense_names}}
+        _write_warmup(lookup, lookup_base.name, ["serving_default"], {"serving_default": ids})
+        _write_warmup(folder, base.name, list(signatures), dict.fromkeys(signatures, fed))
+        with session(folder) as run:
+            worst = max(
+                check_parity(run(name, fed), expected[head], schema, inputs, name)
+                for name, head in signatures.items()
+            )
+    write_serving_files(base, lists=False)
+    write_serving_files(lookup_base, any(f.is_list for f in schema.categorical))
+    return base / str(version), worst
+
+
+def write_serving_files(base_path: pathlib.Path, lists: bool) -> None:
+    """Writes `models.config` and `batching_parameters.txt` beside the versions."""
+    files = {
+        "models.config": "model_config_list {\n  config {\n"
+        f'    name: "{base_path.name}"\n    base_path: "{base_path.resolve()}"\n'
+        '    model_platform: "tensorflow"\n  }\n}\n',
+        "batching_parameters.txt": "max_batch_size { value: 1024 }\n"
+        "batch_timeout_micros { value: 1000 }\n"
+        "max_enqueued_batches { value: 256 }\n"
+        "num_batch_threads { value: 4 }\n"
+        # Lists of different widths can only be merged when they are padded.
+        f"pad_variable_length_inputs: {str(lists).lower()}\n",
+    }
+    for name, text in files.items():
+        temporary = base_path / f".{name}.writing"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, base_path / name)

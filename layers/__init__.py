@@ -1,0 +1,1 @@
+"""The mathematics: features, embeddings, interactions, losses, metrics, optimisers."""

@@ -1,0 +1,84 @@
+"""The third station of the road: what lies between the vectors and the tower."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+import tf_keras
+
+from qianmo.layers.embed import Embedded
+
+Layers = Sequence[tf_keras.layers.Layer]
+
+
+@tf_keras.utils.register_keras_serializable(package="qianmo")
+class Bottom(tf_keras.layers.Layer):
+    """Puts views of the embedded row side by side.
+
+        h = [ sum_f linear_f ; I_1(V) ; I_2(V) ; ... ; G_1(x) ; G_2(x) ; ... ; x ]
+
+    with V the field vectors [B, F, D] and x all vectors and dense features, flat.
+
+    Args:
+      interactions: layers I on field vectors, [B, F, D] -> [B, *], such as `FM` or `CIN`.
+      networks: layers G on the flat row, [B, N] -> [B, *], such as `MLP` or `CrossNetwork`.
+      linear: whether the sum of first-order terms takes part; `Embed` must have made them.
+      flat: whether x itself takes part.
+
+    Inputs: `Embedded`.
+    Outputs: h, [B, H].
+
+    Raises:
+      ValueError: nothing takes part; or fields of unequal dims meet an interaction.
+    """
+
+    def __init__(
+        self,
+        interactions: Layers = (),
+        networks: Layers = (),
+        linear: bool = False,
+        flat: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.interactions = list(interactions)
+        self.networks = list(networks)
+        self.linear = linear
+        self.flat = flat
+        if not (self.interactions or self.networks or linear or flat):
+            raise ValueError("A `Bottom` should have at least one part.")
+
+    def call(self, embedded: Embedded, training: bool = False) -> tf.Tensor:
+        """Computes the hidden state."""
+        parts = []
+        if self.linear:
+            parts.append(tf.reduce_sum(embedded.linear, 1))
+        parts += [layer(embedded.stacked, training=training) for layer in self.interactions]
+        if self.networks or self.flat:
+            flat = embedded.flat
+            parts += [layer(flat, training=training) for layer in self.networks]
+            if self.flat:
+                parts.append(flat)
+        return tf.concat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def get_config(self) -> dict[str, Any]:
+        """The layer's arguments, its parts serialised."""
+        serialize = tf_keras.layers.serialize
+        return {
+            **super().get_config(),
+            "interactions": [serialize(layer) for layer in self.interactions],
+            "networks": [serialize(layer) for layer in self.networks],
+            "linear": self.linear,
+            "flat": self.flat,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Bottom:
+        """Builds the layer and its parts."""
+        deserialize = tf_keras.layers.deserialize
+        parts = {
+            key: [deserialize(part) for part in config[key]] for key in ("interactions", "networks")
+        }
+        return cls(**{**config, **parts})

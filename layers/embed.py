@@ -1,0 +1,211 @@
+"""Ids to vectors: the second station of the road, right of the embedding seam."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+import tf_keras
+
+from qianmo.layers.encode import Encoded
+from qianmo.layers.features import Categorical, Pooling, Schema
+
+
+class Embedded(NamedTuple):
+    """What a bottom reads.
+
+    Attributes:
+      fields: one tensor [B, F, D] for each embedding dim D that the schema has, by rising D.
+      linear: first-order terms, [B, F, K]; K is 0 when none were asked for.
+      dense: standardised dense features, [B, N].
+    """
+
+    fields: tuple[tf.Tensor, ...]
+    linear: tf.Tensor
+    dense: tf.Tensor
+
+    @property
+    def stacked(self) -> tf.Tensor:
+        """All fields as one tensor [B, F, D], as interactions between fields need them.
+
+        Raises:
+          ValueError: the features have more than one embedding dim, or there are none.
+        """
+        if len(self.fields) != 1:
+            dims = [f.shape[-1] for f in self.fields]
+            raise ValueError(
+                f"An interaction needs all features to have one embedding `dim`. Received: {dims}"
+            )
+        return self.fields[0]
+
+    @property
+    def flat(self) -> tf.Tensor:
+        """All vectors and the dense features side by side, [B, sum of F * D + N]."""
+        parts = [tf.reshape(f, [-1, f.shape[1] * f.shape[2]]) for f in self.fields]
+        return tf.concat([*parts, tf.cast(self.dense, self.linear.dtype)], 1)
+
+
+def pool(vectors: tf.Tensor, length: tf.Tensor, how: Pooling) -> tf.Tensor:
+    """Pools lists of vectors over their valid places; an empty list gives zeros.
+
+    Args:
+      vectors: [B, L, D].
+      length: valid places, from the start, [B].
+      how: "mean", "sum", "sqrtn" (sum / sqrt(length)) or "max".
+
+    Returns:
+      [B, D].
+    """
+    mask = tf.sequence_mask(length, tf.shape(vectors)[1])[:, :, None]
+    if how == "max":
+        largest = tf.reduce_max(tf.where(mask, vectors, vectors.dtype.min), 1)
+        return tf.where(length[:, None] > 0, largest, tf.zeros_like(largest))
+    total = tf.reduce_sum(tf.where(mask, vectors, tf.zeros_like(vectors)), 1)
+    if how == "sum":
+        return total
+    count = tf.cast(tf.maximum(length, 1), vectors.dtype)[:, None]
+    return total / (tf.sqrt(count) if how == "sqrtn" else count)
+
+
+@tf_keras.utils.register_keras_serializable(package="qianmo")
+class Embed(tf_keras.layers.Layer):
+    """Turns ids into vectors through tables that are fused where their dims agree.
+
+    All tables of one dim are row ranges of one variable, so a batch costs one gather and one sparse
+    update for each dim, whatever the number of features. First-order terms are extra columns of
+    the same rows, not tables of their own.
+
+    Args:
+      schema: the features, as a `Schema` or its config.
+      linear_dim: K, number of first-order columns; 0 for none.
+      l2: weight of the loss  l2 * mean over rows of sum ||v||^2  on the vectors of the batch. It
+        reads the rows of the batch alone, never a whole table.
+      stddev: of the normal initialisation. First-order columns start at 0.
+
+    Inputs: `Encoded`.
+    Outputs: `Embedded`.
+
+    Cost: rows read and written are those of the batch; nothing depends on the vocabulary.
+    """
+
+    def __init__(
+        self,
+        schema: Schema | Mapping[str, Any],
+        linear_dim: int = 0,
+        l2: float = 0.0,
+        stddev: float = 0.01,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        for key, value in (("linear_dim", linear_dim), ("l2", l2), ("stddev", stddev)):
+            if value < 0:
+                raise ValueError(f"`{key}` should be >= 0. Received: {value}")
+        self.schema = schema if isinstance(schema, Schema) else Schema.from_config(schema)
+        self.linear_dim = linear_dim
+        self.l2 = l2
+        self.stddev = stddev
+        self.dims = sorted({f.dim for f in self.schema.categorical})
+        self._first_row: dict[str, int] = {}
+
+    def features_of(self, dim: int) -> list[Categorical]:
+        """The features with that embedding dim, in the order of `Embedded.fields`."""
+        return [f for f in self.schema.categorical if f.dim == dim]
+
+    def build(self, input_shape: Any) -> None:
+        """Makes one variable for each dim."""
+        self.tables: dict[str, tf.Variable] = {}
+        for dim in self.dims:
+            rows = 0
+            for name, table in self.schema.tables.items():
+                if table.dim == dim:
+                    self._first_row[name] = rows
+                    rows += table.num_rows
+
+            normal = tf_keras.initializers.RandomNormal(stddev=self.stddev)
+
+            def start(
+                shape: tuple[int, int], dtype: Any = None, dim: int = dim, normal: Any = normal
+            ) -> tf.Tensor:
+                vectors = normal((shape[0], dim), dtype=dtype)
+                return tf.concat([vectors, tf.zeros((shape[0], shape[1] - dim), dtype)], 1)
+
+            self.tables[str(dim)] = self.add_weight(
+                name=f"tables_{dim}", shape=(rows, dim + self.linear_dim), initializer=start
+            )
+        super().build(input_shape)
+
+    def rows(self, table: str) -> tuple[tf.Variable, int, int]:
+        """Where a table lies: (fused variable, first row, end row)."""
+        described = self.schema.tables[table]
+        first = self._first_row[table]
+        return self.tables[str(described.dim)], first, first + described.num_rows
+
+    def vectors(self, encoded: Encoded) -> dict[str, tf.Tensor]:
+        """Vectors of each feature, lists pooled: feature -> [B, dim + linear_dim].
+
+        This is what crosses the embedding seam when graph and embeddings are deployed apart.
+        """
+        found: dict[str, tf.Tensor] = {}
+        for dim in self.dims:
+            features = self.features_of(dim)
+            gathered = self._gather(dim, features, encoded)
+            found.update(zip([f.name for f in features], tf.unstack(gathered, axis=1), strict=True))
+        return found
+
+    def _gather(self, dim: int, features: list[Categorical], encoded: Encoded) -> tf.Tensor:
+        """Looks up all features of one dim at once: [B, F, dim + linear_dim]."""
+        columns = []
+        for feature in features:
+            ids = encoded.ids[feature.name]
+            columns.append(
+                (ids if feature.is_list else ids[:, None]) + self._first_row[feature.table]
+            )
+        table = tf.cast(
+            tf.gather(self.tables[str(dim)], tf.concat(columns, 1)), self.compute_dtype
+        )
+        if not any(f.is_list for f in features):
+            return table
+        pooled = []
+        parts = tf.split(table, [tf.shape(c)[1] for c in columns], axis=1)
+        for feature, part in zip(features, parts, strict=True):
+            if feature.is_list:
+                part = pool(part, encoded.lengths[feature.name], feature.pooling)[:, None]
+            pooled.append(part)
+        return tf.ensure_shape(
+            tf.concat(pooled, 1), [None, len(features), dim + self.linear_dim]
+        )
+
+    def assemble(self, vectors: Mapping[str, tf.Tensor], dense: tf.Tensor) -> Embedded:
+        """Makes `Embedded` of the vectors that crossed the seam (see `vectors`)."""
+        stacks = [
+            tf.stack([vectors[f.name] for f in self.features_of(dim)], 1) for dim in self.dims
+        ]
+        return self._embedded(stacks, dense)
+
+    def _embedded(self, stacks: list[tf.Tensor], dense: tf.Tensor) -> Embedded:
+        fields = tuple(s[:, :, :dim] for s, dim in zip(stacks, self.dims, strict=True))
+        if stacks:
+            linear = tf.concat([s[:, :, s.shape[2] - self.linear_dim :] for s in stacks], 1)
+        else:
+            linear = tf.zeros([tf.shape(dense)[0], 0, self.linear_dim], dense.dtype)
+        return Embedded(fields, linear, dense)
+
+    def call(self, encoded: Encoded, training: bool = False) -> Embedded:
+        """Embeds one batch."""
+        stacks = [self._gather(dim, self.features_of(dim), encoded) for dim in self.dims]
+        if self.l2 and training and stacks:
+            squares = [tf.reduce_sum(tf.square(s)) for s in stacks]
+            batch = tf.cast(tf.shape(stacks[0])[0], squares[0].dtype)
+            self.add_loss(self.l2 * tf.add_n(squares) / batch)
+        return self._embedded(stacks, encoded.dense)
+
+    def get_config(self) -> dict[str, Any]:
+        """The layer's arguments."""
+        return {
+            **super().get_config(),
+            "schema": self.schema.to_config(),
+            "linear_dim": self.linear_dim,
+            "l2": self.l2,
+            "stddev": self.stddev,
+        }

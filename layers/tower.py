@@ -1,0 +1,65 @@
+"""The last station of the road, right of the tower seam."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+import tf_keras
+
+from qianmo.layers.mlp import MLP
+
+
+class TowerOutput(NamedTuple):
+    """A tower's logits [B, K] and the outputs of its hidden layers, each [B, units]."""
+
+    logits: tf.Tensor
+    hidden: list[tf.Tensor]
+
+
+@tf_keras.utils.register_keras_serializable(package="qianmo")
+class Tower(tf_keras.layers.Layer):
+    """Hidden state to logits: dense layers, then one linear output for each label.
+
+        a^l = relu(W^l a^{l-1} + b^l),   z = W a^L + b
+
+    Args:
+      num_labels: K.
+      units: widths of the hidden layers; none makes the tower linear.
+      dropout: rate after each hidden layer, in training.
+      activation: of the hidden layers.
+
+    Inputs: h, [B, H].
+    Outputs: `TowerOutput`; logits are float32 under every dtype policy.
+    """
+
+    def __init__(
+        self,
+        num_labels: int,
+        units: Sequence[int] = (),
+        dropout: float = 0.0,
+        activation: str = "relu",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if num_labels < 1:
+            raise ValueError(f"`num_labels` should be >= 1. Received: {num_labels}")
+        self.num_labels = num_labels
+        self.mlp = MLP(units, activation=activation, dropout=dropout, name="mlp")
+        self.head = tf_keras.layers.Dense(num_labels, dtype="float32", name="head")
+
+    def call(self, h: tf.Tensor, training: bool = False) -> TowerOutput:
+        """Computes logits."""
+        hidden = self.mlp.hidden(h, training=training)
+        return TowerOutput(self.head(hidden[-1] if hidden else h), hidden)
+
+    def get_config(self) -> dict[str, Any]:
+        """The layer's arguments."""
+        return {
+            **super().get_config(),
+            "num_labels": self.num_labels,
+            "units": list(self.mlp.units),
+            "dropout": self.mlp.dropout,
+            "activation": self.mlp.activation,
+        }

@@ -1,0 +1,1 @@
+"""The wiring: layers on the road; one file per family of models."""

@@ -1,0 +1,250 @@
+"""The dual DNN: a complex teacher trains a fast student in the same pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import tensorflow as tf
+import tf_keras
+
+from qianmo.layers.bi_interaction import BiInteraction
+from qianmo.layers.bottom import Bottom
+from qianmo.layers.cin import CIN
+from qianmo.layers.cross import CrossNetwork
+from qianmo.layers.embed import Embedded
+from qianmo.layers.features import Schema
+from qianmo.layers.fm import FM
+from qianmo.layers.fwfm import FwFM
+from qianmo.layers.losses import Distance, binary_cross_entropy, distillation
+from qianmo.layers.tower import Tower, TowerOutput
+from qianmo.models.ranker import Ranker
+from qianmo.models.road import Road
+
+EmbeddingsFrom = Literal["teacher", "both"]
+
+FIELD_INTERACTIONS = {"fm": FM, "fwfm": FwFM, "bi_interaction": BiInteraction, "cin": CIN}
+FLAT_INTERACTIONS = {"cross": CrossNetwork}
+
+
+@tf_keras.utils.register_keras_serializable(package="qianmo")
+class DualDNN(Ranker):
+    """Two networks on one embedding; the teacher's has an interaction layer, the student's not.
+
+        L = BCE(y, z_T) + BCE(y, z_S) + kd_weight * D(sg(z_T), z_S)
+            + hint_weight * sum_l ||sg(a_T^l) - R_l a_S^l||^2
+
+    a^l are the towers' hidden layers, paired from the last one back; R_l is a learned projection
+    where their widths differ and the identity where they agree. The student reads sg(embedding), so
+    the teacher and the tables move exactly as they do when the teacher is trained alone.
+
+    The related methods are the same model with other arguments:
+
+        Rocket Launching       embeddings_from="both", distance="logit_mse", hint_weight=0
+        two-stage distillation teacher_frozen=True, starting from a trained teacher's weights
+        shared embeddings only kd_weight=0, hint_weight=0
+        student alone          teacher_bottom=None, teacher_tower=None
+
+    Args:
+      schema: what a row holds.
+      teacher_bottom, teacher_tower: the teacher, or None for a student alone.
+      student_bottom, student_tower: the student.
+      kd_weight, distance, temperature: see `distillation`.
+      hint_weight: weight of the hidden layers' distances.
+      embeddings_from: whose gradient the tables take, "teacher" or "both".
+      teacher_frozen: whether teacher and tables stay as they are.
+      **kwargs: arguments of `Ranker`.
+
+    Outputs: logits of the heads "teacher" and "student".
+
+    References: the dual-DNN ranking model of iQIYI; Zhou et al. 2018, Rocket Launching.
+    """
+
+    serving_head = "student"
+
+    def __init__(
+        self,
+        schema: Schema | Mapping[str, Any],
+        teacher_bottom: tf_keras.layers.Layer | None,
+        teacher_tower: Tower | None,
+        student_bottom: tf_keras.layers.Layer,
+        student_tower: Tower,
+        *,
+        kd_weight: float = 1.0,
+        distance: Distance = "probability_mse",
+        temperature: float = 1.0,
+        hint_weight: float = 0.0,
+        embeddings_from: EmbeddingsFrom = "teacher",
+        teacher_frozen: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(schema, **kwargs)
+        if distance not in get_args(Distance):
+            raise ValueError(
+                f"`distance` should be one of {get_args(Distance)}. Received: {distance!r}"
+            )
+        if embeddings_from not in get_args(EmbeddingsFrom):
+            raise ValueError(
+                f"`embeddings_from` should be one of {get_args(EmbeddingsFrom)}. "
+                f"Received: {embeddings_from!r}"
+            )
+        if (teacher_bottom is None) != (teacher_tower is None):
+            raise ValueError("Give `teacher_bottom` and `teacher_tower`, or neither.")
+        self.teacher_bottom = teacher_bottom
+        self.teacher_tower = teacher_tower
+        self.student_bottom = student_bottom
+        self.student_tower = student_tower
+        self.kd_weight = kd_weight
+        self.distance = distance
+        self.temperature = temperature
+        self.hint_weight = hint_weight
+        self.embeddings_from = embeddings_from
+        self.teacher_frozen = teacher_frozen
+        self.head_names = ("student",) if teacher_tower is None else ("teacher", "student")
+        self.hint_projections: list[tf_keras.layers.Layer | None] = []
+        if teacher_tower is not None:
+            if teacher_frozen:
+                self.embed.trainable = False
+                teacher_bottom.trainable = False  # type: ignore[union-attr]
+                teacher_tower.trainable = False
+            if hint_weight:
+                widths = zip(
+                    reversed(teacher_tower.mlp.units),
+                    reversed(student_tower.mlp.units),
+                    strict=False,
+                )
+                self.hint_projections = [
+                    None if t == s else tf_keras.layers.Dense(t, use_bias=False, name=f"hint_{i}")
+                    for i, (t, s) in enumerate(widths)
+                ]
+
+    def heads(
+        self, embedded: Embedded, names: Sequence[str], training: bool = False
+    ) -> dict[str, TowerOutput]:
+        """Computes "teacher" and "student", or one of them; the other leaves no trace."""
+        found = {}
+        if "teacher" in names:
+            h = self.teacher_bottom(embedded, training=training)
+            found["teacher"] = self.teacher_tower(h, training=training)
+        if "student" in names:
+            if self.teacher_tower is not None and self.embeddings_from == "teacher":
+                embedded = tf.nest.map_structure(tf.stop_gradient, embedded)
+            h = self.student_bottom(embedded, training=training)
+            found["student"] = self.student_tower(h, training=training)
+        return found
+
+    def loss_terms(self, heads: Mapping[str, TowerOutput], labels: tf.Tensor) -> dict[str, Any]:
+        """The parts of L; weights of 0 leave their part out."""
+        student = heads["student"]
+        terms = {"student_bce": binary_cross_entropy(labels, student.logits)}
+        if "teacher" not in heads:
+            return terms
+        teacher = heads["teacher"]
+        if not self.teacher_frozen:
+            terms["teacher_bce"] = binary_cross_entropy(labels, teacher.logits)
+        if self.kd_weight:
+            terms["kd"] = self.kd_weight * distillation(
+                teacher.logits, student.logits, self.distance, self.temperature
+            )
+        if self.hint_weight:
+            pairs = zip(
+                reversed(teacher.hidden),
+                reversed(student.hidden),
+                self.hint_projections,
+                strict=False,
+            )
+            terms["hint"] = self.hint_weight * tf.add_n(
+                [
+                    tf.reduce_sum(
+                        tf.square(tf.stop_gradient(t) - (s if project is None else project(s))), 1
+                    )
+                    for t, s, project in pairs
+                ]
+            )
+        return terms
+
+    def get_config(self) -> dict[str, Any]:
+        """The model's arguments, its layers serialised."""
+        layers = ("teacher_bottom", "teacher_tower", "student_bottom", "student_tower")
+        values = ("kd_weight", "distance", "temperature", "hint_weight", "embeddings_from")
+        return {
+            **self.ranker_config(),
+            **{
+                k: v and tf_keras.layers.serialize(v)
+                for k, v in ((k, getattr(self, k)) for k in layers)
+            },
+            **{k: getattr(self, k) for k in (*values, "teacher_frozen")},
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> DualDNN:
+        """Builds the model and its layers."""
+        layers = ("teacher_bottom", "teacher_tower", "student_bottom", "student_tower")
+        parts = {
+            k: config[k] and tf_keras.layers.deserialize(config[k], custom_objects) for k in layers
+        }
+        return cls(**{**config, **parts})
+
+
+def teacher(
+    schema: Schema,
+    interactions: Mapping[str, Mapping[str, Any]],
+    units: Sequence[int],
+    dropout: float = 0.0,
+) -> tuple[Bottom, Tower]:
+    """The teacher's bottom and tower: h = [interactions(V) ; x], z = MLP(h)."""
+    fields, flat = [], []
+    for name, arguments in interactions.items():
+        if name in FIELD_INTERACTIONS:
+            fields.append(FIELD_INTERACTIONS[name](**arguments))
+        elif name in FLAT_INTERACTIONS:
+            flat.append(FLAT_INTERACTIONS[name](**arguments))
+        else:
+            known = sorted({*FIELD_INTERACTIONS, *FLAT_INTERACTIONS})
+            raise ValueError(f"An interaction should be one of {known}. Received: {name!r}")
+    bottom = Bottom(fields, flat, flat=True, name="teacher_bottom")
+    return bottom, Tower(len(schema.labels), units, dropout, name="teacher_tower")
+
+
+def dual_dnn(
+    schema: Schema,
+    *,
+    interactions: Mapping[str, Mapping[str, Any]] | None = None,
+    teacher_units: Sequence[int] = (256, 128, 64),
+    student_units: Sequence[int] = (64, 32),
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> DualDNN:
+    """A dual DNN by the names of its interactions.
+
+    Args:
+      schema: what a row holds.
+      interactions: name -> arguments, of fm, fwfm, bi_interaction, cin, cross. None: student alone.
+      teacher_units: widths of the teacher's MLP.
+      student_units: widths of the student's MLP.
+      dropout: of the teacher's MLP, in training.
+      **kwargs: arguments of `DualDNN` and `Ranker`.
+    """
+    bottom, tower = None, None
+    if interactions is not None:
+        bottom, tower = teacher(schema, interactions, teacher_units, dropout)
+    return DualDNN(
+        schema,
+        bottom,
+        tower,
+        Bottom(flat=True, name="student_bottom"),
+        Tower(len(schema.labels), student_units, name="student_tower"),
+        **kwargs,
+    )
+
+
+def teacher_alone(
+    schema: Schema,
+    *,
+    interactions: Mapping[str, Mapping[str, Any]],
+    teacher_units: Sequence[int] = (256, 128, 64),
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> Road:
+    """The teacher of `dual_dnn` without a student, on the plain road."""
+    return Road(schema, *teacher(schema, interactions, teacher_units, dropout), **kwargs)

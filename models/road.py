@@ -1,0 +1,65 @@
+"""The plain road: one bottom, one tower."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+import tf_keras
+
+from qianmo.layers.embed import Embedded
+from qianmo.layers.features import Schema
+from qianmo.layers.losses import binary_cross_entropy
+from qianmo.layers.tower import Tower, TowerOutput
+from qianmo.models.ranker import Ranker
+
+
+@tf_keras.utils.register_keras_serializable(package="qianmo")
+class Road(Ranker):
+    """encode -> embed -> bottom -> tower, trained on BCE(y, z).
+
+    Args:
+      schema: what a row holds.
+      bottom: layer `Embedded` -> [B, H].
+      tower: layer [B, H] -> `TowerOutput`.
+      **kwargs: arguments of `Ranker`.
+    """
+
+    head_names = ("model",)
+    serving_head = "model"
+
+    def __init__(
+        self,
+        schema: Schema | Mapping[str, Any],
+        bottom: tf_keras.layers.Layer,
+        tower: Tower,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(schema, **kwargs)
+        self.bottom = bottom
+        self.tower = tower
+
+    def heads(
+        self, embedded: Embedded, names: Sequence[str], training: bool = False
+    ) -> dict[str, TowerOutput]:
+        """Computes the only head, "model"."""
+        h = self.bottom(embedded, training=training)
+        return {"model": self.tower(h, training=training)}
+
+    def loss_terms(self, heads: Mapping[str, TowerOutput], labels: tf.Tensor) -> dict[str, Any]:
+        """BCE(y, z)."""
+        return {"bce": binary_cross_entropy(labels, heads["model"].logits)}
+
+    def get_config(self) -> dict[str, Any]:
+        """The model's arguments, its layers serialised."""
+        serialize = tf_keras.layers.serialize
+        parts = {"bottom": serialize(self.bottom), "tower": serialize(self.tower)}
+        return {**self.ranker_config(), **parts}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Road:
+        """Builds the model and its layers."""
+        deserialize = tf_keras.layers.deserialize
+        parts = {k: deserialize(config[k], custom_objects) for k in ("bottom", "tower")}
+        return cls(**{**config, **parts})

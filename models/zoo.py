@@ -1,0 +1,55 @@
+"""The models by name, as recipes ask for them."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qianmo.layers.features import Schema
+from qianmo.models import ctr, dual_dnn
+from qianmo.models.ranker import Ranker
+
+# name -> its function, and the classes whose keyword arguments it passes on.
+MODELS: dict[str, tuple[Callable[..., Ranker], tuple[type[Ranker], ...]]] = {
+    "lr": (ctr.lr, (Ranker,)),
+    "mlp": (ctr.mlp, (Ranker,)),
+    "wdl": (ctr.wdl, (Ranker,)),
+    "deepfm": (ctr.deepfm, (Ranker,)),
+    "dcn": (ctr.dcn, (Ranker,)),
+    "xdeepfm": (ctr.xdeepfm, (Ranker,)),
+    "dual_dnn": (dual_dnn.dual_dnn, (dual_dnn.DualDNN, Ranker)),
+    "teacher_alone": (dual_dnn.teacher_alone, (Ranker,)),
+}
+
+
+def arguments(name: str) -> list[str]:
+    """Names of the arguments that a recipe may give to a model."""
+    function, classes = MODELS[name]
+    signatures = [inspect.signature(part) for part in (function, *(c.__init__ for c in classes))]
+    return sorted(
+        parameter.name
+        for signature in signatures
+        for parameter in signature.parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.name != "linear_dim"
+    )
+
+
+def build(schema: Schema, config: Mapping[str, Any]) -> Ranker:
+    """Builds the model that `config["name"]` names, with the other entries as its arguments.
+
+    Raises:
+      ValueError: an unknown model or argument, with the nearest known one.
+    """
+    values = dict(config)
+    name = values.pop("name", None)
+    if name not in MODELS:
+        raise ValueError(f"`model.name` should be one of {sorted(MODELS)}. Received: {name!r}")
+    known = arguments(name)
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}."
+            raise ValueError(f"model `{name}`: unknown argument `{key}`; {hint}")
+    return MODELS[name][0](schema, **values)

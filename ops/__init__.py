@@ -1,0 +1,1 @@
+"""Custom TensorFlow ops and their Python wrappers."""

@@ -1,0 +1,143 @@
+"""Metrics of a trained model on a file of rows: per head, label, domain and group of users."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from absl import app, flags
+from tqdm import tqdm
+
+from qianmo.layers import metrics
+from qianmo.layers.features import Schema
+from qianmo.models.ranker import Ranker
+from qianmo.pipelines import readers, run_dir
+
+METRICS = ("auc", "gauc", "log_loss", "pcoc")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """Probabilities beside what happened: head -> [N, K], [N, K], and a column each of [N]."""
+
+    probabilities: Mapping[str, np.ndarray]
+    labels: np.ndarray
+    columns: Mapping[str, np.ndarray]
+
+
+def score(model: Ranker, path: str, batch_size: int = 8192, *, progress: bool = False) -> Scored:
+    """Scores every row of `path`, in file order."""
+    predict = tf.function(model.predict_step, reduce_retracing=True)
+    probabilities: dict[str, list[np.ndarray]] = {name: [] for name in model.head_names}
+    columns: dict[str, list[np.ndarray]] = {}
+    data = readers.dataset(model.schema, path, batch_size=batch_size)
+    total = readers.count_rows(model.schema, path)
+    with tqdm(total=total, unit=" rows", disable=not progress, desc="evaluate") as bar:
+        for features, targets in data:
+            for name, value in predict(features).items():
+                probabilities[name].append(value.numpy())
+            for name, value in targets.items():
+                columns.setdefault(name, []).append(value.numpy())
+            bar.update(len(targets["labels"]))
+    joined = {name: np.concatenate(parts) for name, parts in columns.items()}
+    return Scored(
+        {name: np.concatenate(parts) for name, parts in probabilities.items()},
+        joined.pop("labels"),
+        joined,
+    )
+
+
+def measure(
+    labels: np.ndarray, probabilities: np.ndarray, task_id: np.ndarray | None
+) -> dict[str, float]:
+    """AUC, GAUC, log loss and PCOC of one label on some rows, with the counts behind them."""
+    found = {
+        "rows": len(labels),
+        "positives": float(labels.sum()),
+        "auc": metrics.auc(labels, probabilities),
+        "log_loss": metrics.log_loss(labels, probabilities),
+        "pcoc": metrics.pcoc(labels, probabilities),
+    }
+    if task_id is not None:
+        found["gauc"] = metrics.gauc(labels, probabilities, task_id)
+    return found
+
+
+def _names(values: np.ndarray) -> list[str]:
+    return [v.decode() if isinstance(v, bytes) else str(v) for v in values]
+
+
+def evaluate(scored: Scored, schema: Schema) -> dict[str, Any]:
+    """All metrics: head -> label -> {"all": ..., "domain": {id: ...}, "group": {name: ...}}."""
+    task_id = scored.columns.get("task_id")
+    report: dict[str, Any] = {}
+    for head, probabilities in scored.probabilities.items():
+        report[head] = {}
+        for k, label in enumerate(schema.labels):
+            y, p = scored.labels[:, k], probabilities[:, k]
+            parts: dict[str, Any] = {"all": measure(y, p, task_id)}
+            for column in ("domain", "group"):
+                if column in scored.columns:
+                    values, inverse = np.unique(scored.columns[column], return_inverse=True)
+                    parts[column] = {
+                        name: measure(
+                            y[inverse == i],
+                            p[inverse == i],
+                            None if task_id is None else task_id[inverse == i],
+                        )
+                        for i, name in enumerate(_names(values))
+                    }
+            report[head][label] = parts
+    return report
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The metrics as text, a line for each head, label and part."""
+    header = f"{'head':<10}{'label':<14}{'rows of':<22}{'rows':>9}{'AUC':>9}{'GAUC':>9}"
+    lines = [header + f"{'log loss':>10}{'PCOC':>8}"]
+    for head, labels in report.items():
+        for label, parts in labels.items():
+            rows = [("all", parts["all"])]
+            for column in ("domain", "group"):
+                rows += [(f"{column} {k}", v) for k, v in parts.get(column, {}).items()]
+            for name, m in rows:
+                lines.append(
+                    f"{head:<10}{label:<14}{name:<22}{m['rows']:>9,}{m['auc']:>9.4f}"
+                    f"{m.get('gauc', float('nan')):>9.4f}{m['log_loss']:>10.4f}{m['pcoc']:>8.3f}"
+                )
+    return "\n".join(lines)
+
+
+def define_flags() -> None:
+    """Defines this program's flags."""
+    flags.DEFINE_string("model_dir", None, "Directory of a trained model.", required=True)
+    flags.DEFINE_string(
+        "data", None, "Rows to score: a file, folder or glob. Default: the recipe's test rows."
+    )
+    flags.DEFINE_string("output", None, "Where to write the metrics as JSON.")
+
+
+def run(_: list[str]) -> None:
+    """Prints the table, and writes the JSON where asked."""
+    values = flags.FLAGS
+    model, recipe = run_dir.load(values.model_dir)
+    path = values.data or recipe.data.test
+    report = evaluate(score(model, path, progress=True), model.schema)
+    if values.output:
+        run_dir.write_json(pathlib.Path(values.output), report)
+    print(table(report))
+
+
+def main() -> None:
+    """Entry of `qianmo-evaluate`."""
+    define_flags()
+    app.run(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""A recipe: what to train, on what, how. Plain data from a config file, checked before work starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import tf_keras
+
+from qianmo.layers.features import Schema, from_mapping
+from qianmo.layers.rowwise_adagrad import RowwiseAdagrad
+from qianmo.layers.sparse_adam import SparseAdam
+
+# The defaults stand in configs/base.py, where flags can override them.
+OPTIMIZERS = {
+    "adam": tf_keras.optimizers.Adam,
+    "sgd": tf_keras.optimizers.SGD,
+    "adagrad": tf_keras.optimizers.Adagrad,
+    "sparse_adam": SparseAdam,
+    "rowwise_adagrad": RowwiseAdagrad,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where rows come from."""
+
+    train: str
+    valid: str
+    test: str
+    shuffle_rows: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """How to train."""
+
+    seed: int
+    batch_size: int
+    epochs: int
+    optimizer: Mapping[str, Any]
+    table_optimizer: Mapping[str, Any]
+    monitor: str
+    patience: int
+    checkpoint_every: int
+    steps_per_call: int
+    dtype_policy: str
+    start_from: str
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "epochs", "checkpoint_every", "steps_per_call"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"`train.{key}` should be >= 1. Received: {getattr(self, key)}")
+        if self.monitor not in ("auc", "gauc", "log_loss"):
+            raise ValueError(
+                f"`train.monitor` should be auc, gauc or log_loss. Received: {self.monitor!r}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole recipe."""
+
+    data: Data
+    schema: Schema
+    model: Mapping[str, Any]
+    train: Train
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Recipe:
+        """Checks a config, as made by a file in configs/ or read back from a model directory.
+
+        Raises:
+          ValueError: an unknown or missing key, a wrong value.
+        """
+        raw = from_mapping(_Sections, config, "config")
+        return cls(
+            data=from_mapping(Data, raw.data, "config.data"),
+            schema=Schema.from_config(raw.schema),
+            model=dict(raw.model),
+            train=from_mapping(Train, raw.train, "config.train"),
+        )
+
+    def to_config(self) -> dict[str, Any]:
+        """Plain data that `from_config` takes."""
+        return {
+            "data": dataclasses.asdict(self.data),
+            "schema": self.schema.to_config(),
+            "model": json.loads(json.dumps(dict(self.model))),
+            "train": dataclasses.asdict(self.train),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sections:
+    data: Mapping[str, Any]
+    schema: Mapping[str, Any]
+    model: Mapping[str, Any]
+    train: Mapping[str, Any]
+
+
+def optimizer(config: Mapping[str, Any], where: str) -> Any:
+    """Builds an optimiser from `name` and its arguments.
+
+    Raises:
+      ValueError: an unknown name or argument.
+    """
+    arguments = dict(config)
+    name = arguments.pop("name", None)
+    if name not in OPTIMIZERS:
+        raise ValueError(
+            f"`{where}.name` should be one of {sorted(OPTIMIZERS)}. Received: {name!r}"
+        )
+    try:
+        # Not XLA: a compiled update cannot take sparse gradients.
+        return OPTIMIZERS[name](**arguments, jit_compile=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{where}`: {error}") from error

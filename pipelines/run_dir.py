@@ -1,0 +1,106 @@
+"""A model directory: what a training run leaves behind, and how to load it.
+
+    recipe.json     the recipe, schema completed from the training rows
+    history.json    one entry for each epoch
+    checkpoints/    where a killed run goes on
+    weights/        the weights of the best epoch
+    report.json, report.html, tensorboard/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import tensorflow as tf
+import tf_keras
+
+from qianmo.layers.features import Schema
+from qianmo.models import zoo
+from qianmo.models.ranker import Ranker
+from qianmo.pipelines.recipe import Recipe
+
+RECIPE = "recipe.json"
+WEIGHTS = "weights"
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
+def read_json(path: pathlib.Path, default: Any) -> Any:
+    """Reads a JSON file, or gives `default` where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+
+
+def example(schema: Schema, rows: int = 1) -> dict[str, tf.Tensor]:
+    """A batch of the right names, shapes and dtypes, to build a model with."""
+    features: dict[str, tf.Tensor] = {}
+    for f in schema.categorical:
+        shape = (rows, f.max_length) if f.is_list else (rows,)
+        features[f.name] = tf.zeros(shape, tf.as_dtype(f.dtype))
+        if f.is_list:
+            features[f.length_name] = tf.zeros((rows,), tf.int64)
+    for d in schema.dense:
+        features[d.name] = tf.zeros((rows,), tf.float32)
+    return features
+
+
+def build(recipe: Recipe) -> Ranker:
+    """Builds the recipe's model with its first weights, which depend on the seed alone."""
+    tf_keras.utils.set_random_seed(recipe.train.seed)
+    tf_keras.mixed_precision.set_global_policy(recipe.train.dtype_policy)
+    model = zoo.build(recipe.schema, recipe.model)
+    model(example(recipe.schema))
+    return model
+
+
+def read_recipe(model_dir: str | pathlib.Path) -> Recipe:
+    """Reads a model directory's recipe.
+
+    Raises:
+      ValueError: there is none.
+    """
+    path = pathlib.Path(model_dir) / RECIPE
+    if not path.exists():
+        raise ValueError(f"{model_dir} holds no {RECIPE}; train a model there first.")
+    return Recipe.from_config(json.loads(path.read_text(encoding="utf-8")))
+
+
+def restore(model: Ranker, model_dir: str | pathlib.Path) -> Any:
+    """Puts the best epoch's weights into a model; returns the load status.
+
+    Raises:
+      ValueError: the run has not finished an epoch.
+    """
+    found = tf.train.latest_checkpoint(str(pathlib.Path(model_dir) / WEIGHTS))
+    if found is None:
+        raise ValueError(f"{model_dir} holds no weights yet; let the training finish an epoch.")
+    return tf.train.Checkpoint(model=model).restore(found)
+
+
+def load(model_dir: str | pathlib.Path) -> tuple[Ranker, Recipe]:
+    """Loads a trained model."""
+    recipe = read_recipe(model_dir)
+    model = build(recipe)
+    restore(model, model_dir).expect_partial().assert_existing_objects_matched()
+    return model, recipe

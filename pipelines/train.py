@@ -1,0 +1,340 @@
+"""Trains a recipe:  python -m qianmo.pipelines.train --config=configs/<recipe>.py --model_dir=DIR
+
+Killed at any moment and started again with the same words, it goes on from the last checkpoint and
+ends with the weights that an uninterrupted run has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+import resource
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+from absl import app, flags, logging
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from qianmo.models.ranker import Ranker
+from qianmo.pipelines import readers, report, run_dir, statistics
+from qianmo.pipelines.evaluate import evaluate, score, table
+from qianmo.pipelines.recipe import Recipe, optimizer
+
+
+class NotFiniteError(ArithmeticError):
+    """The loss was NaN or infinite."""
+
+
+class _Position(tf.Module):
+    """Where a run stands: finished epochs, and batches done in the present one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epoch = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self.batch = tf.Variable(0, dtype=tf.int64, trainable=False)
+
+
+class _Watch(tf_keras.callbacks.Callback):
+    """Within an epoch: progress bar, checkpoints, and a halt when the loss is not finite."""
+
+    def __init__(self, run: Run, first_batch: int, total: int) -> None:
+        super().__init__()
+        self.run = run
+        self.first_batch = first_batch
+        self.total = total
+        self.steady: tuple[float, int] | None = None  # time and batch after the first call
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        size = self.run.recipe.train.batch_size
+        self.bar = tqdm(
+            desc=f"epoch {int(self.run.position.epoch) + 1}/{self.run.recipe.train.epochs}",
+            total=self.total * size,
+            initial=self.first_batch * size,
+            unit=" samples",
+            unit_scale=True,
+            mininterval=0.5,
+        )
+
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, float] | None = None) -> None:
+        run = self.run
+        done = self.first_batch + batch + 1
+        bad = int(run.model.first_bad_step)
+        if bad >= 0:
+            run.stop_at(bad)
+        self.bar.set_postfix_str(f"loss {(logs or {}).get('loss', float('nan')):.4f}")
+        self.bar.update(done * run.recipe.train.batch_size - self.bar.n)
+        if self.steady is None:
+            self.steady = (time.perf_counter(), done)
+        every = run.recipe.train.checkpoint_every
+        if done // every > int(run.position.batch) // every and done < self.total:
+            run.position.batch.assign(done)
+            run.checkpoints.save()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        self.bar.close()
+
+    def samples_per_second(self) -> float:
+        """Throughput without the first call, which traces the graph."""
+        if self.steady is None or self.steady[1] >= self.total:
+            return float("nan")
+        seconds = time.perf_counter() - self.steady[0]
+        return (self.total - self.steady[1]) * self.run.recipe.train.batch_size / seconds
+
+
+class Run:
+    """One training run in a model directory.
+
+    Args:
+      recipe: what to train; vocabularies are counted from its training rows where not given.
+      model_dir: where everything goes. A run of the same recipe there is continued.
+
+    Raises:
+      ValueError: the directory holds a run of another recipe.
+      readers.DataError: bad rows.
+    """
+
+    def __init__(self, recipe: Recipe, model_dir: str | pathlib.Path) -> None:
+        self.dir = pathlib.Path(model_dir)
+        self.recipe = self._settle(recipe)
+        train = self.recipe.train
+        self.model: Ranker = run_dir.build(self.recipe)
+        if train.start_from:
+            status = run_dir.restore(self.model, train.start_from)
+            status.assert_nontrivial_match().expect_partial()
+        self.model.compile(
+            optimizer(train.optimizer, "train.optimizer"),
+            optimizer(train.table_optimizer, "train.table_optimizer"),
+            steps_per_execution=train.steps_per_call,
+        )
+        tables = self.model.embed.trainable_variables
+        names = {v.ref() for v in tables}
+        self.model.table_optimizer.build(tables)
+        self.model.optimizer.build(
+            [v for v in self.model.trainable_variables if v.ref() not in names]
+        )
+        self.position = _Position()
+        self.checkpoints = tf.train.CheckpointManager(
+            tf.train.Checkpoint(
+                model=self.model,
+                optimizer=self.model.optimizer,
+                table_optimizer=self.model.table_optimizer,
+                position=self.position,
+            ),
+            str(self.dir / "checkpoints"),
+            max_to_keep=2,
+        )
+        self.best = tf.train.CheckpointManager(
+            tf.train.Checkpoint(model=self.model), str(self.dir / run_dir.WEIGHTS), max_to_keep=1
+        )
+        self.history: list[dict[str, Any]] = []
+        if self.checkpoints.restore_or_initialize():
+            self.history = run_dir.read_json(self.dir / "history.json", [])
+            # An epoch may have been written down just before the kill, and its checkpoint not.
+            self.history = self.history[: int(self.position.epoch)]
+            logging.info(
+                "Going on after epoch %d, batch %d.", self.position.epoch, self.position.batch
+            )
+        self.rows = readers.count_rows(self.recipe.schema, self.recipe.data.train)
+
+    def _settle(self, recipe: Recipe) -> Recipe:
+        if (self.dir / run_dir.RECIPE).exists():
+            there = run_dir.read_recipe(self.dir)
+            asked = run_dir.read_json(self.dir / "asked.json", {})
+            differs = sorted(
+                f"{section}.{key}"
+                for section, values in recipe.to_config().items()
+                for key, value in values.items()
+                if run_dir.plain(value) != asked.get(section, {}).get(key)
+            )
+            if differs:
+                raise ValueError(
+                    f"{self.dir} holds a run of another recipe; they differ in "
+                    f"{', '.join(differs)}. Give another --model_dir, or the same recipe."
+                )
+            return there
+        asked = recipe.to_config()
+        whole = statistics.complete(recipe.schema, recipe.data.train)
+        recipe = dataclasses.replace(recipe, schema=whole)
+        run_dir.write_json(self.dir / "asked.json", asked)
+        run_dir.write_json(self.dir / run_dir.RECIPE, recipe.to_config())
+        return recipe
+
+    def _dataset(self, epoch: int, skip: int) -> tf.data.Dataset:
+        data, train = self.recipe.data, self.recipe.train
+        return readers.dataset(
+            self.recipe.schema,
+            data.train,
+            batch_size=train.batch_size,
+            seed=train.seed,
+            epoch=epoch,
+            shuffle_rows=data.shuffle_rows,
+            skip_batches=skip,
+        )
+
+    def stop_at(self, step: int) -> None:
+        """Raises, with the columns of the batch of that step.
+
+        Raises:
+          NotFiniteError: always.
+        """
+        per_epoch = math.ceil(self.rows / self.recipe.train.batch_size)
+        epoch, batch = divmod(step, per_epoch)
+        features, targets = next(iter(self._dataset(epoch, batch)))
+        lines = []
+        for name, column in {**features, **targets}.items():
+            values = column.numpy()
+            if values.dtype.kind in "OSU":
+                lines.append(f"  {name}: {len(np.unique(values.astype(str)))} different strings")
+            else:
+                lines.append(
+                    f"  {name}: min {values.min()}, max {values.max()}, "
+                    f"not finite {int((~np.isfinite(values.astype(np.float64))).sum())}"
+                )
+        raise NotFiniteError(
+            f"The loss was not finite at step {step} (epoch {epoch + 1}, batch {batch}). The last "
+            f"checkpoint is older than that. A lower learning rate is the usual remedy. The batch's "
+            "columns:\n" + "\n".join(lines)
+        )
+
+    def _is_best(self) -> bool:
+        """Whether the newest entry of the history has the best monitored value."""
+        monitor = self.recipe.train.monitor
+        values = [entry["monitor"] for entry in self.history]
+        if values[-1] is None:
+            return True
+        better = min if monitor == "log_loss" else max
+        return bool(better(values) == values[-1] and values.index(values[-1]) == len(values) - 1)
+
+    def _epoch(self, epoch: int) -> None:
+        train, data = self.recipe.train, self.recipe.data
+        total = math.ceil(self.rows / train.batch_size)
+        first = int(self.position.batch)
+        watch = _Watch(self, first, total)
+        start = time.perf_counter()
+        fitted = self.model.fit(
+            self._dataset(epoch, first),
+            steps_per_epoch=total - first,
+            verbose=0,
+            callbacks=[watch],
+        )
+        entry: dict[str, Any] = {
+            "epoch": epoch + 1,
+            "step": (epoch + 1) * total,
+            "seconds": time.perf_counter() - start,
+            "samples_per_second": watch.samples_per_second(),
+            "train": {name: float(values[-1]) for name, values in fitted.history.items()},
+            "monitor": None,
+        }
+        if data.valid:
+            entry["valid"] = {
+                head: {label: parts["all"] for label, parts in labels.items()}
+                for head, labels in evaluate(
+                    score(self.model, data.valid), self.recipe.schema
+                ).items()
+            }
+            found = entry["valid"][self.model.serving_head]
+            entry["monitor"] = float(np.mean([m[train.monitor] for m in found.values()]))
+        self.history.append(entry)
+        self._tensorboard(entry)
+        if self._is_best():
+            self.best.save()
+        run_dir.write_json(self.dir / "history.json", self.history)
+        self.position.epoch.assign(epoch + 1)
+        self.position.batch.assign(0)
+        self.checkpoints.save()
+        print(report.epoch_line(entry))
+
+    def _tensorboard(self, entry: Mapping[str, Any]) -> None:
+        writer = tf.summary.create_file_writer(str(self.dir / "tensorboard"))
+        with writer.as_default(step=entry["step"]):
+            for name, value in entry["train"].items():
+                tf.summary.scalar(f"train/{name}", value)
+            for head, labels in entry.get("valid", {}).items():
+                for label, found in labels.items():
+                    for name, value in found.items():
+                        tf.summary.scalar(f"valid/{label}/{head}/{name}", value)
+        writer.close()
+
+    def _is_over(self) -> bool:
+        train = self.recipe.train
+        if len(self.history) >= train.epochs:
+            return True
+        if not self.history or self.history[-1]["monitor"] is None:
+            return False
+        values = [entry["monitor"] for entry in self.history]
+        best = (np.argmin if train.monitor == "log_loss" else np.argmax)(values)
+        return len(values) - 1 - int(best) >= train.patience
+
+    def train(self) -> dict[str, Any]:
+        """Trains to the end, evaluates, writes the reports; returns what report.json holds."""
+        while not self._is_over():
+            self._epoch(len(self.history))
+        self.best.restore_or_initialize()
+        data = self.recipe.data
+        found: dict[str, Any] = {
+            "recipe": self.recipe.to_config(),
+            "data_sha256": {
+                name: readers.sha256(path)
+                for name, path in (("train", data.train), ("valid", data.valid), ("test", data.test))
+                if path
+            },
+            "rows": {"train": self.rows},
+            "history": self.history,
+            "parameters": report.parameters(self.model),
+            "latency_ms": report.latency(self.model),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        scored = None
+        if data.test:
+            scored = score(self.model, data.test, progress=True)
+            found["rows"]["test"] = len(scored.labels)
+            found["test"] = evaluate(scored, self.recipe.schema)
+            print(table(found["test"]))
+        run_dir.write_json(self.dir / "report.json", found)
+        report.write_html(self.dir / "report.html", found, scored)
+        print(f"Report: {self.dir / 'report.html'}")
+        return found
+
+
+def train(recipe: Recipe, model_dir: str | pathlib.Path) -> dict[str, Any]:
+    """Trains a recipe in a model directory; see `Run`."""
+    return Run(recipe, model_dir).train()
+
+
+def define_flags() -> Any:
+    """Defines this program's flags; returns the config's."""
+    flags.DEFINE_string(
+        "model_dir", None, "Where the run lives; the same words continue it.", required=True
+    )
+    return config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "A recipe of configs/. Any key can be set: --config.train.epochs=1 "
+        "--config.data.train=rows/",
+    )
+
+
+def main() -> None:
+    """Entry of `qianmo-train`."""
+    config = define_flags()
+
+    def run(_: list[str]) -> None:
+        if config.value is None:
+            raise app.UsageError("--config=configs/<recipe>.py is needed.")
+        try:
+            train(Recipe.from_config(config.value.to_dict()), flags.FLAGS.model_dir)
+        except (ValueError, NotFiniteError) as error:  # the user's to mend; no traceback needed
+            logging.error("%s", error)
+            raise SystemExit(1) from None
+
+    app.run(run)
+
+
+if __name__ == "__main__":
+    main()
