@@ -1,0 +1,174 @@
+"""Raw values to ids to vectors, against the tables read by hand."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from qianmo.layers.embed import Embed, Embedded, pool
+from qianmo.layers.encode import BAD_DENSE, BAD_LENGTH, Encode
+from qianmo.layers.features import Categorical, Dense, Schema
+
+SCHEMA = Schema(
+    features=(
+        Categorical(name="user", num_ids=3, dim=4),
+        Categorical(name="seen", num_ids=3, dim=4, table="user", max_length=2, pooling="sum"),
+        Categorical(name="city", dtype="string", vocabulary=("rome", "oslo"), dim=4),
+        Categorical(name="age", vocabulary=(18, 25), dim=2),
+        Categorical(name="tag", dtype="string", hash_buckets=5, dim=2),
+        Dense(name="price", mean=2.0, variance=4.0),
+    ),
+    labels=("y",),
+)
+
+
+def rows(**changes):
+    found = {
+        "user": np.array([0, 2, 3, -1]),
+        "seen": np.array([[0, 1], [2, 0], [0, 0], [9, 1]]),
+        "seen_length": np.array([2, 1, 0, 2]),
+        "city": np.array(["oslo", "rome", "bonn", "oslo"]),
+        "age": np.array([25, 18, 19, 25]),
+        "tag": np.array(["a", "b", "c", "a"]),
+        "price": np.array([2.0, 4.0, 0.0, 6.0], np.float32),
+    }
+    return {k: tf.constant(v) for k, v in {**found, **changes}.items()}
+
+
+def test_ids():
+    encoded = Encode(SCHEMA)(rows())
+    assert encoded.ids["user"].numpy().tolist() == [1, 3, 0, 0]
+    assert encoded.ids["seen"].numpy().tolist() == [[1, 2], [3, 1], [1, 1], [0, 2]]
+    assert encoded.ids["city"].numpy().tolist() == [2, 1, 0, 2]
+    assert encoded.ids["age"].numpy().tolist() == [2, 1, 0, 2]
+    tags = encoded.ids["tag"].numpy()
+    assert ((tags >= 1) & (tags <= 5)).all() and tags[0] == tags[3]
+    np.testing.assert_allclose(encoded.dense.numpy()[:, 0], [0, 1, -1, 2])
+    assert encoded.status.numpy().tolist() == [0, 0, 0, 0]
+
+
+def test_unreadable_values_get_a_status_and_leave_neighbours_alone():
+    clean = Encode(SCHEMA)(rows())
+    encoded = Encode(SCHEMA)(
+        rows(
+            price=np.array([np.nan, 4.0, np.inf, 6.0], np.float32),
+            seen_length=np.array([2, -1, 0, 5]),
+        )
+    )
+    assert encoded.status.numpy().tolist() == [BAD_DENSE, BAD_LENGTH, BAD_DENSE, BAD_LENGTH]
+    np.testing.assert_allclose(encoded.dense.numpy()[:, 0], [0, 1, 0, 2])
+    assert encoded.lengths["seen"].numpy().tolist() == [2, 0, 0, 2]
+    assert encoded.ids["user"].numpy().tolist() == clean.ids["user"].numpy().tolist()
+
+
+@pytest.mark.parametrize(("keep", "kept"), [("last", [[3, 4], [1, 0]]), ("first", [[2, 3], [1, 9]])])
+def test_lists_wider_than_declared_are_cut_at_the_declared_end(keep, kept):
+    schema = Schema(
+        features=(Categorical(name="a", num_ids=10, max_length=2, keep=keep),), labels=("y",)
+    )
+    encode = tf.function(
+        Encode(schema).call,
+        input_signature=[
+            {"a": tf.TensorSpec([None, None], tf.int64), "a_length": tf.TensorSpec([None], tf.int64)}
+        ],
+    )
+    wide = {
+        "a": tf.constant([[1, 2, 3], [0, 8, 8]], tf.int64),
+        "a_length": tf.constant([3, 1], tf.int64),
+    }
+    encoded = encode(wide)
+    assert encoded.lengths["a"].numpy().tolist() == [2, 1]
+    ids = encoded.ids["a"].numpy()
+    assert ids[0].tolist() == kept[0]
+    assert ids[1, 0] == 1  # what lies behind the length is padding and of no account
+    narrow = encode({"a": tf.constant([[5]], tf.int64), "a_length": tf.constant([1], tf.int64)})
+    assert narrow.ids["a"].numpy().tolist() == [[6]]
+    empty = encode(
+        {"a": tf.zeros([1, 0], tf.int64), "a_length": tf.zeros([1], tf.int64)}
+    )
+    assert empty.lengths["a"].numpy().tolist() == [0]
+
+
+def test_an_uncounted_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="`vocabulary` should hold at least one value"):
+        Encode(Schema(features=(Categorical(name="a"),), labels=("y",)))
+    with pytest.raises(ValueError, match=r"dense features \['a'\]"):
+        Encode(Schema(features=(Dense(name="a"),), labels=("y",)))
+
+
+def test_vectors_are_the_rows_of_the_fused_tables():
+    encoded = Encode(SCHEMA)(rows())
+    embed = Embed(SCHEMA, linear_dim=1)
+    embedded = embed(encoded)
+    assert [v.shape.as_list() for v in embed.trainable_variables] == [[9, 3], [7, 5]]
+    for variable in embed.trainable_variables:
+        variable.assign(np.random.default_rng(0).normal(size=variable.shape))
+    embedded = embed(encoded)
+
+    def table(name):
+        variable, first, end = embed.rows(name)
+        return variable.numpy()[first:end]
+
+    user = table("user")
+    seen = np.stack([user[1] + user[2], user[3], 0 * user[0], user[0] + user[2]])
+    expected = np.stack(
+        [user[[1, 3, 0, 0]], seen, table("city")[[2, 1, 0, 2]]], 1
+    )
+    np.testing.assert_allclose(embedded.fields[1], expected[:, :, :4], rtol=1e-6)
+    linear = np.concatenate(
+        [
+            np.stack([table("age")[[2, 1, 0, 2]], table("tag")[encoded.ids["tag"]]], 1)[:, :, 2:],
+            expected[:, :, 4:],
+        ],
+        1,
+    )
+    np.testing.assert_allclose(embedded.linear, linear, rtol=1e-6)
+    np.testing.assert_allclose(
+        embedded.flat,
+        np.concatenate(
+            [np.reshape(f, [4, -1]) for f in embedded.fields] + [encoded.dense.numpy()], 1
+        ),
+    )
+    assembled = embed.assemble(embed.vectors(encoded), encoded.dense)
+    tf.nest.map_structure(np.testing.assert_array_equal, assembled, embedded)
+
+
+def test_gradients_touch_the_rows_of_the_batch_alone():
+    embed = Embed(SCHEMA)
+    encode = Encode(SCHEMA)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(embed(encode(rows())).flat)
+    for gradient in tape.gradient(loss, embed.trainable_variables):
+        assert isinstance(gradient, tf.IndexedSlices)
+
+
+def test_l2_reads_the_batch():
+    embed = Embed(SCHEMA, l2=0.5)
+    embedded = embed(Encode(SCHEMA)(rows()), training=True)
+    squares = sum(float(tf.reduce_sum(f**2)) for f in embedded.fields)
+    np.testing.assert_allclose(embed.losses, [0.5 * squares / 4], rtol=1e-6)
+    embed(Encode(SCHEMA)(rows()), training=False)
+    assert embed.losses == []
+
+
+@pytest.mark.parametrize("how", ["mean", "sum", "sqrtn", "max"])
+def test_pooling(how):
+    vectors = np.random.default_rng(1).normal(size=(3, 4, 2)).astype(np.float32) - 3
+    lengths = [4, 2, 0]
+    reduce = {
+        "mean": lambda v: v.mean(0),
+        "sum": lambda v: v.sum(0),
+        "sqrtn": lambda v: v.sum(0) / np.sqrt(len(v)),
+        "max": lambda v: v.max(0),
+    }[how]
+    expected = [reduce(v[:n]) if n else np.zeros(2) for v, n in zip(vectors, lengths, strict=True)]
+    pooled = pool(tf.constant(vectors), tf.constant(lengths), how)
+    np.testing.assert_allclose(pooled, expected, rtol=1e-6)
+    garbage = vectors.copy()
+    garbage[1, 2:] = np.nan  # padding must not reach the result, whatever it holds
+    np.testing.assert_allclose(pool(tf.constant(garbage), tf.constant(lengths), how)[1], expected[1])
+
+
+def test_interactions_refuse_fields_of_unequal_dims():
+    embedded = Embedded((tf.zeros([1, 2, 4]), tf.zeros([1, 1, 2])), tf.zeros([1, 3, 0]), tf.zeros([1, 0]))
+    with pytest.raises(ValueError, match=r"one embedding `dim`. Received: \[4, 2\]"):
+        _ = embedded.stacked

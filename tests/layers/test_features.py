@@ -1,0 +1,92 @@
+"""The schema: what it takes, what it refuses and how it says so."""
+
+import json
+
+import pytest
+
+from qianmo.layers.features import Categorical, Dense, Schema
+
+
+def schema(*features, **kwargs):
+    return Schema(features=features, **{"labels": ("y",), **kwargs})
+
+
+def test_config_round_trip_through_json():
+    made = schema(
+        Categorical(name="user", num_ids=5, side="user", domains=(1, 2)),
+        Categorical(name="seen", num_ids=5, table="user", max_length=3, pooling="sqrtn"),
+        Categorical(name="city", dtype="string", vocabulary=("a", "b"), dim=8),
+        Dense(name="age", mean=1.0, variance=2.0),
+        labels=("y", "z"),
+        weight="w",
+        task_id="user",
+    )
+    assert Schema.from_config(json.loads(json.dumps(made.to_config()))) == made
+
+
+def test_input_names_list_the_lengths_last():
+    made = schema(Categorical(name="a", num_ids=2, max_length=3), Dense(name="b"))
+    assert made.input_names == ("a", "b", "a_length")
+
+
+def test_rows_count_the_out_of_vocabulary_row():
+    assert Categorical(name="a", num_ids=7).num_rows == 8
+    assert Categorical(name="a", hash_buckets=7).num_rows == 8
+    assert Categorical(name="a", vocabulary=(4, 5)).num_rows == 3
+
+
+def test_completeness():
+    counted = Categorical(name="a", vocabulary=(1,))
+    assert schema(counted, Dense(name="b", mean=0.0, variance=1.0)).is_complete
+    assert not schema(Categorical(name="a")).is_complete
+    assert not schema(counted, Dense(name="b")).is_complete
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: schema(Dense(name="a"), Dense(name="a")), "feature `a` is declared twice"),
+        (lambda: schema(Dense(name="a"), labels=("y", "y")), "label `y` is declared twice"),
+        (lambda: schema(Dense(name="y")), "`y` is declared both as a label and as a feature"),
+        (
+            lambda: schema(
+                Categorical(name="a", num_ids=2, max_length=3), Dense(name="a_length")
+            ),
+            "feature `a_length` is declared twice",
+        ),
+        (lambda: schema(), "at least one feature"),
+        (lambda: schema(Dense(name="a"), labels=()), "at least one label"),
+        (lambda: Categorical(name="a b"), "identifier"),
+        (lambda: Categorical(name="a", dim=0), r"feature `a`: `dim` should be >= 1. Received: 0"),
+        (lambda: Categorical(name="a", side="them"), r"`side` should be one of .*Received: 'them'"),
+        (lambda: Categorical(name="a", num_ids=3, hash_buckets=3), "give one encoding"),
+        (lambda: Categorical(name="a", num_ids=3, dtype="string"), "`num_ids` needs dtype int64"),
+        (lambda: Categorical(name="a", vocabulary=("x",)), "should hold int64. Received: 'x'"),
+        (lambda: Categorical(name="a", vocabulary=(1, 1)), "holds a value twice"),
+        (lambda: Dense(name="a", mean=1.0), "give `mean` and `variance`, or neither"),
+        (lambda: Dense(name="a", mean=1.0, variance=0.0), "`variance` should be > 0"),
+        (
+            lambda: schema(
+                Categorical(name="a", num_ids=2), Categorical(name="b", num_ids=3, table="a")
+            ),
+            "features `a` and `b` share table `a` and should agree in `num_ids`",
+        ),
+        (
+            lambda: Schema.from_config({"features": [{"name": "a", "dims": 4}], "labels": ["y"]}),
+            r"features\[0\] \(a\): unknown key `dims`; did you mean `dim`\?",
+        ),
+        (
+            lambda: Schema.from_config({"features": [{"name": "a"}], "label": ["y"]}),
+            "schema: unknown key `label`; did you mean `labels`",
+        ),
+        (
+            lambda: Schema.from_config({"features": [{"kind": "sparse", "name": "a"}]}),
+            "`kind` should be one of",
+        ),
+        (lambda: Schema.from_config({"features": [{"dim": 3}], "labels": ["y"]}), "missing key"),
+        (lambda: Categorical(name="a").num_rows, "its vocabulary has not been counted"),
+    ],
+)
+def test_refusals(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
