@@ -1,0 +1,464 @@
+"""Makes the training, validation and test rows of a public data set.
+
+    qianmo-prepare --dataset=kuairand --output=runs/kuairand
+    qianmo-prepare --dataset=movielens_1m --source=ml-1m --output=runs/movielens_1m
+    qianmo-prepare --dataset=movielens_1m --split=random --source=ml-1m \
+        --output=runs/movielens_1m_random
+
+kuairand: video impressions on Kuaishou, 25 April to 5 May 2022, split by day: the last day is the
+    test part, the day before it the validation part. Needs no --source: its tables come with this
+    package (CC BY-SA 4.0, see pipelines/sample/ATTRIBUTION.md).
+movielens_1m: a million ratings of films; 4 and 5 are likes, 1 and 2 dislikes, 3 is left out. Its
+    terms forbid shipping it: unpack https://files.grouplens.org/datasets/movielens/ml-1m.zip and
+    give the folder as --source.
+kuairand_sample: how the tables of the first were cut from the published ones (Parquet tables
+    interactions, users, videos_basic and user_history_before_20220425 in --source).
+
+The output is a new folder with train, (valid,) and test.parquet and data.json, which holds the rows
+and sha256 of each. It appears only when it is whole.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from absl import app, flags
+from tqdm import tqdm
+
+from qianmo.pipelines import readers
+
+SAMPLE = pathlib.Path(__file__).resolve().parent / "sample"
+DATASETS = ("kuairand", "movielens_1m", "kuairand_sample")
+LAST_TRAIN_DAY, VALID_DAY, TEST_DAY = 20220503, 20220504, 20220505
+HISTORY_LENGTH = 20
+_ROW_GROUP = 2**16  # rows; the unit in which readers shuffle and share files
+
+_LOG_COLUMNS = (
+    "user_id",
+    "video_id",
+    "date",
+    "hourmin",
+    "time_ms",
+    "is_click",
+    "is_like",
+    "is_follow",
+    "is_profile_enter",
+    "long_view",
+    "duration_ms",
+    "tab",
+)
+_LABELS = ("is_click", "long_view", "is_like", "is_follow", "is_profile_enter")
+_USER_COLUMNS = (
+    "user_active_degree",
+    "is_live_streamer",
+    "is_video_author",
+    "follow_user_num_range",
+    "fans_user_num_range",
+    "friend_user_num_range",
+    "register_days",
+    "register_days_range",
+    *(f"onehot_feat{i}" for i in range(18)),
+)
+_VIDEO_COLUMNS = ("author_id", "music_id", "music_type", "video_type", "upload_type", "tag")
+_DURATION_SECONDS = (7, 18, 30, 60, 120, 240)  # 7 and 18 decide the publisher's labels
+_HISTORY_GROUPS = ("0", "1-5", "6-20", ">20")
+
+Path = str | os.PathLike[str]
+Tables = Mapping[str, pa.Table]
+
+
+def kuairand_sample(source: Path, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Cuts the shipped tables from KuaiRand-Pure's.
+
+    Exact duplicates among the impressions are left out (180,384 of 185,061 rows stay), and so are
+    the outcomes and attributes that no recipe uses. Of each user's history the last 20 videos stay.
+
+    Args:
+      source: folder with interactions, users, videos_basic and user_history_before_20220425.
+      output: folder to make.
+      overwrite: whether an existing output is replaced.
+
+    Returns:
+      What data.json holds.
+    """
+    folder = pathlib.Path(source)
+    log = _table(folder / "interactions.parquet")
+    keys = log.column_names
+    first = log.append_column("row", pa.array(np.arange(len(log)))).group_by(keys)
+    rows = first.aggregate([("row", "min")])["row_min"].to_numpy()
+    log = log.take(np.sort(rows)).select(_LOG_COLUMNS)
+
+    users = _table(folder / "users.parquet").select(["user_id", *_USER_COLUMNS])
+    videos = _table(folder / "videos_basic.parquet").select(["video_id", *_VIDEO_COLUMNS])
+    history = _table(folder / "user_history_before_20220425.parquet")
+    last = {
+        name: pa.array([ids[-HISTORY_LENGTH:] for ids in history[column].to_pylist()])
+        for name, column in (("watched", "watch_seq"), ("liked", "like_seq"))
+    }
+    history = history.select(["user_id", "history_len"])
+    for name, ids in last.items():
+        history = history.append_column(name, ids)
+    tables = {"interactions": log, "users": users, "videos": videos, "history": history}
+    tables = {name: _narrowed(table) for name, table in tables.items()}
+    notices = [file for file in (SAMPLE / "ATTRIBUTION.md", SAMPLE / "LICENSE") if file.exists()]
+    return _write(output, "kuairand_sample", tables, overwrite, notices)
+
+
+def kuairand(source: Path | None, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Makes KuaiRand's rows: one an impression, features known before it, and its outcomes.
+
+    `watched` and `liked` hold the user's last 20 videos, oldest first: those of the days before
+    the log, then those of the log's rows with an earlier time. Rows of the same time do not see
+    each other. Outcomes of the row itself are labels, never features.
+
+    Args:
+      source: folder made by `kuairand_sample`; None takes the shipped one.
+      output: folder to make.
+      overwrite: whether an existing output is replaced.
+
+    Returns:
+      What data.json holds.
+    """
+    folder = pathlib.Path(source or SAMPLE)
+    log = _table(folder / "interactions.parquet")
+    log = log.take(np.argsort(log["time_ms"].to_numpy(), kind="stable"))
+    users = _rows_of(_table(folder / "users.parquet"), "user_id", log["user_id"])
+    videos = _rows_of(_table(folder / "videos.parquet"), "video_id", log["video_id"])
+    past = _past(log, _table(folder / "history.parquet"))
+
+    tags = pc.fill_null(videos["tag"], "-1")
+    tags = pc.split_pattern(tags, ",").combine_chunks().cast(pa.list_(pa.int64()))
+    seconds = log["duration_ms"].to_numpy() / 1000
+    bucket = np.where(seconds > 0, np.searchsorted(_DURATION_SECONDS, seconds, "right"), -1)
+    columns: dict[str, Any] = {
+        "user_id": log["user_id"],
+        "video_id": log["video_id"],
+        "tab": log["tab"],
+        "hour": pc.divide(log["hourmin"], 100),
+        **{name: _filled(users[name]) for name in _USER_COLUMNS},
+        **{name: _filled(videos[name]) for name in _VIDEO_COLUMNS if name != "tag"},
+        "tag": pc.list_element(tags, 0),
+        "tags": tags,
+        "duration_bucket": bucket.astype(np.int8),
+        "log_duration": np.log1p(seconds).astype(np.float32),
+        **past,
+        "log_num_history": np.log1p(past["num_history"]).astype(np.float32),
+        **{name: log[name] for name in _LABELS},
+        "time_ms": log["time_ms"],
+        "date": log["date"],
+    }
+    table = pa.table(columns)
+    date = log["date"].to_numpy()
+    parts = {
+        "train": table.filter(date <= LAST_TRAIN_DAY),
+        "valid": table.filter(date == VALID_DAY),
+        "test": table.filter(date == TEST_DAY),
+    }
+    notices = [folder / name for name in ("ATTRIBUTION.md", "LICENSE")]
+    return _write(output, "kuairand", parts, overwrite, [n for n in notices if n.exists()])
+
+
+def movielens_1m(
+    source: Path,
+    output: Path,
+    *,
+    split: Literal["time", "random"] = "time",
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Makes MovieLens-1M's rows: one a rating other than 3, `label` 1 for 4 and 5.
+
+    Args:
+      source: folder with GroupLens's ratings.dat, users.dat and movies.dat, or the same tables as
+        Parquet.
+      output: folder to make.
+      split: "time": the first 80 % by timestamp train, the rest test. "random": 80 % train, 10 %
+        valid, 10 % test.
+      seed: of the random split.
+      overwrite: whether an existing output is replaced.
+
+    Returns:
+      What data.json holds.
+    """
+    if split not in ("time", "random"):
+        raise ValueError(f"`split` should be time or random. Received: {split!r}")
+    tables = _movielens_tables(pathlib.Path(source))
+    ratings = tables["ratings"].filter(pc.not_equal(tables["ratings"]["rating"], 3))
+    ratings = ratings.take(np.argsort(ratings["timestamp"].to_numpy(), kind="stable"))
+    users = _rows_of(tables["users"], "user_id", ratings["user_id"])
+    movies = _rows_of(tables["movies"], "movie_id", ratings["movie_id"])
+    genres = pc.split_pattern(movies["genres"], "|").combine_chunks()
+    table = pa.table(
+        {
+            "user_id": ratings["user_id"],
+            "movie_id": ratings["movie_id"],
+            **{name: users[name] for name in ("gender", "age", "occupation", "zip_code")},
+            "first_genre": pc.list_element(genres, 0),
+            "genres": genres,
+            "year": movies["year"],
+            "label": pc.cast(pc.greater_equal(ratings["rating"], 4), pa.int8()),
+            "timestamp": ratings["timestamp"],
+        }
+    )
+    count = len(table)
+    train = int(0.8 * count)
+    if split == "time":
+        parts = {"train": table.slice(0, train), "test": table.slice(train)}
+    else:
+        order = np.random.default_rng(seed).permutation(count)
+        cuts = np.split(order, [train, int(0.9 * count)])
+        # Within a part, rows stay in order of time.
+        names = ("train", "valid", "test")
+        parts = {name: table.take(np.sort(cut)) for name, cut in zip(names, cuts, strict=True)}
+    return _write(output, f"movielens_1m, {split} split", parts, overwrite)
+
+
+def _table(file: pathlib.Path) -> pa.Table:
+    try:
+        return pq.read_table(file)
+    except FileNotFoundError:
+        raise readers.DataError(
+            f"{file}: no such file. `source` should be the folder that holds it."
+        ) from None
+    except (pa.ArrowException, OSError) as error:
+        raise readers.DataError(f"{file}: cannot be read as Parquet: {error}") from error
+
+
+def _narrowed(table: pa.Table) -> pa.Table:
+    """Stores whole numbers, also those kept as float for the sake of nulls, in the least type."""
+
+    def narrow(values: pa.ChunkedArray) -> pa.ChunkedArray:
+        if pa.types.is_list(values.type):
+            return values.cast(pa.list_(pa.int16()))
+        if pa.types.is_large_string(values.type):
+            return values.cast(pa.string())
+        for kind in (pa.int8(), pa.int16(), pa.int32(), pa.int64()):
+            with contextlib.suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError):
+                return values.cast(kind) if not pa.types.is_string(values.type) else values
+        return values
+
+    return pa.table({name: narrow(table[name]) for name in table.column_names})
+
+
+def _filled(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Gives the publisher's nulls a value of their own."""
+    return pc.fill_null(values, "unknown" if pa.types.is_string(values.type) else -1)
+
+
+def _rows_of(table: pa.Table, key: str, wanted: pa.ChunkedArray) -> pa.Table:
+    """For each wanted key, the row of `table` that has it.
+
+    Raises:
+      DataError: a key that the table lacks.
+    """
+    keys = table[key].to_numpy()
+    order = np.argsort(keys, kind="stable")
+    asked = wanted.to_numpy()
+    place = np.searchsorted(keys, asked, sorter=order)
+    rows = order[np.minimum(place, len(keys) - 1)]
+    lacking = keys[rows] != asked
+    if lacking.any():
+        raise readers.DataError(
+            f"`{key}` {asked[lacking][0]} is used, but its table has no such row. Complete the "
+            "source."
+        )
+    return table.take(rows)
+
+
+def _past(log: pa.Table, history: pa.Table) -> dict[str, Any]:
+    """For each row of the log, which is sorted by time, what its user did before it."""
+    watched: dict[int, collections.deque[int]] = {}
+    liked: dict[int, collections.deque[int]] = {}
+    total: collections.Counter[int] = collections.Counter()
+    in_training: collections.Counter[int] = collections.Counter()
+    # A user's rows of one time, which the user's later rows see and they themselves do not.
+    pending: dict[int, list[tuple[int, int, bool]]] = collections.defaultdict(list)
+    pending_time: dict[int, int] = {}
+    for user, length, watched_ids, liked_ids in zip(
+        *(history[name].to_pylist() for name in ("user_id", "history_len", "watched", "liked")),
+        strict=True,
+    ):
+        total[user] = length
+        watched[user] = collections.deque(watched_ids, maxlen=HISTORY_LENGTH)
+        liked[user] = collections.deque(liked_ids, maxlen=HISTORY_LENGTH)
+
+    names = ("user_id", "video_id", "time_ms", "date", "is_like")
+    rows = zip(*(log[name].to_pylist() for name in names), strict=True)
+    past: dict[str, list[Any]] = {
+        name: [] for name in ("watched", "liked", "num_history", "history_group")
+    }
+    for user, video, time, date, is_like in tqdm(rows, "histories", len(log), unit="row"):
+        seen = watched.setdefault(user, collections.deque(maxlen=HISTORY_LENGTH))
+        likes = liked.setdefault(user, collections.deque(maxlen=HISTORY_LENGTH))
+        if pending_time.get(user, time) < time:
+            for earlier, day, was_liked in pending.pop(user):
+                seen.append(earlier)
+                if was_liked:
+                    likes.append(earlier)
+                total[user] += 1
+                in_training[user] += day <= LAST_TRAIN_DAY
+        past["watched"].append([*seen])
+        past["liked"].append([*likes])
+        past["num_history"].append(total[user])
+        group = int(np.searchsorted((1, 6, 21), in_training[user], "right"))
+        past["history_group"].append(_HISTORY_GROUPS[group])
+        pending[user].append((video, date, bool(is_like)))
+        pending_time[user] = time
+    ids = pa.list_(pa.int16())
+    return {
+        "watched": pa.array(past["watched"], ids),
+        "liked": pa.array(past["liked"], ids),
+        "num_history": pa.array(past["num_history"], pa.int32()),
+        "history_group": pa.array(past["history_group"]),
+    }
+
+
+def _movielens_tables(source: pathlib.Path) -> Tables:
+    names = ("ratings", "users", "movies")
+    if not (source / "ratings.dat").exists():
+        return {name: _table(source / f"{name}.parquet") for name in names}
+    ratings, users, movies = (_double_colons(source / f"{name}.dat") for name in names)
+    integers = {
+        "ratings": dict(zip(("user_id", "movie_id", "rating", "timestamp"), ratings, strict=True)),
+        "users": {"user_id": users[0], "age": users[2], "occupation": users[3]},
+        # A title ends in its year: "Toy Story (1995)".
+        "movies": {"movie_id": movies[0], "year": [title[-5:-1] for title in movies[1]]},
+    }
+    strings = {
+        "ratings": {},
+        "users": {"gender": users[1], "zip_code": users[4]},
+        "movies": {"genres": movies[2]},
+    }
+    return {
+        name: pa.table({c: pa.array(v).cast(pa.int64()) for c, v in integers[name].items()} | more)
+        for name, more in strings.items()
+    }
+
+
+def _double_colons(file: pathlib.Path) -> list[list[str]]:
+    """Columns of a file whose fields are separated by two colons."""
+    rows = []
+    with file.open(encoding="latin-1") as lines:
+        for number, line in enumerate(tqdm(lines, file.name, unit="line")):
+            fields = line.rstrip("\n").split("::")
+            if rows and len(fields) != len(rows[0]):
+                raise readers.DataError(
+                    f"{file}, row {number} (counted from 0): should have {len(rows[0])} fields. "
+                    f"Received: {len(fields)}. Download it again."
+                )
+            rows.append(fields)
+    if not rows:
+        raise readers.DataError(f"{file}: no rows. Download it again.")
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+@contextlib.contextmanager
+def _new_folder(output: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
+    """A folder beside `output` that takes its name when it is whole.
+
+    Raises:
+      ValueError: the output exists and is not to be replaced.
+    """
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} exists. Give another output, or --overwrite to replace it.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        if output.exists():
+            old = output.with_name(f".{output.name}.{os.getpid()}.old")
+            output.rename(old)
+            unfinished.rename(output)
+            shutil.rmtree(old)
+        else:
+            unfinished.rename(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write(
+    output: Path,
+    dataset: str,
+    tables: Tables,
+    overwrite: bool,
+    notices: Iterable[pathlib.Path] = (),
+) -> dict[str, Any]:
+    """Writes the tables, what they are, and the notices that must travel with them."""
+    target = pathlib.Path(os.path.abspath(output))
+    with _new_folder(target, overwrite) as folder:
+        for name, table in tqdm(tables.items(), "files", unit="file"):
+            pq.write_table(
+                table,
+                folder / f"{name}.parquet",
+                compression="zstd",
+                compression_level=19,
+                row_group_size=_ROW_GROUP,
+                write_page_checksum=True,
+            )
+        about = {
+            "dataset": dataset,
+            "rows": {name: len(table) for name, table in tables.items()},
+            "sha256": {name: readers.sha256(folder / f"{name}.parquet") for name in tables},
+        }
+        (folder / "data.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        for notice in notices:
+            shutil.copyfile(notice, folder / notice.name)
+    return about
+
+
+def define_flags() -> None:
+    """Defines this program's flags."""
+    flags.DEFINE_enum("dataset", None, DATASETS, "The data set to prepare.", required=True)
+    flags.DEFINE_string("source", None, "Folder of the published tables; kuairand needs none.")
+    flags.DEFINE_string("output", None, "Folder to make.", required=True)
+    flags.DEFINE_enum("split", "time", ("time", "random"), "How movielens_1m is split.")
+    flags.DEFINE_integer("seed", 0, "Of movielens_1m's random split.", lower_bound=0)
+    flags.DEFINE_bool("overwrite", False, "Replace an existing output.")
+    # A console script is a main module of its own; --help should be the same there.
+    sys.modules["__main__"].__doc__ = __doc__
+    for name in ("dataset", "source", "output", "split", "seed", "overwrite"):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+
+
+def run(_: list[str]) -> None:
+    """Prepares the data set that the flags name."""
+    values = flags.FLAGS
+    source, output, overwrite = values.source, values.output, values.overwrite
+    try:
+        if values.dataset == "kuairand":
+            about = kuairand(source, output, overwrite=overwrite)
+        elif source is None:
+            raise ValueError(f"--dataset={values.dataset} needs --source; see --help.")
+        elif values.dataset == "kuairand_sample":
+            about = kuairand_sample(source, output, overwrite=overwrite)
+        else:
+            about = movielens_1m(
+                source, output, split=values.split, seed=values.seed, overwrite=overwrite
+            )
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    for name, rows in about["rows"].items():
+        print(f"{output}/{name}.parquet: {rows:,} rows, sha256 {about['sha256'][name]}")
+
+
+def main() -> None:
+    """Entry of `qianmo-prepare`."""
+    define_flags()
+    app.run(run)
+
+
+if __name__ == "__main__":
+    main()

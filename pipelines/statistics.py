@@ -1,0 +1,108 @@
+"""What a schema leaves to be counted from the training rows: vocabularies, means and variances."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from qianmo.layers.features import Categorical, Feature, Schema
+from qianmo.pipelines import readers
+
+
+@dataclasses.dataclass
+class _Moments:
+    """Count, mean and sum of squared deviations of the values seen so far, in float64.
+
+    Two sets A and B are joined by Chan's formula, with d = mean_B - mean_A and n = n_A + n_B:
+
+      mean = mean_A + d n_B / n
+      M2 = M2_A + M2_B + d^2 n_A n_B / n
+
+    It does not cancel where a sum of squares would.
+    """
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def add(self, values: np.ndarray[Any, Any]) -> None:
+        values = values.astype(np.float64)
+        mean = float(values.mean())
+        count = self.count + len(values)
+        delta = mean - self.mean
+        self.squares += float(np.square(values - mean).sum())
+        self.squares += delta**2 * self.count * len(values) / count
+        self.mean += delta * len(values) / count
+        self.count = count
+
+    @property
+    def variance(self) -> float:
+        """The variance; 1 for a constant, which then enters as 0 and any other value stays tame."""
+        variance = self.squares / self.count
+        # Below this the spread is the rounding of float32 inputs.
+        return variance if variance > (1e-7 * self.mean) ** 2 else 1.0
+
+
+def complete(schema: Schema, path: readers.PathLike) -> Schema:
+    """Counts in one pass what the schema does not give, and checks every row on the way.
+
+    Features that share a table are counted together. A vocabulary is ordered by count, largest
+    first, then by value. Items cut off from long lists are not counted.
+
+    Args:
+      schema: any schema; returned as it is when nothing is left to count.
+      path: the training rows, as for `readers.blocks`. Never give it evaluation rows.
+
+    Raises:
+      DataError: the rows do not fit the schema, or no value is as frequent as `min_count` asks.
+    """
+    if schema.is_complete:
+        return schema
+    counts: dict[str, collections.Counter[Any]] = {
+        name: collections.Counter()
+        for name, feature in schema.tables.items()
+        if feature.vocabulary is None and not feature.num_ids and not feature.hash_buckets
+    }
+    moments = {feature.name: _Moments() for feature in schema.dense if feature.mean is None}
+    for block in readers.blocks(schema, path):
+        for feature in schema.categorical:
+            if feature.table not in counts:
+                continue
+            values = block[feature.name]
+            if feature.is_list:
+                values = values[np.arange(feature.max_length) < block[feature.length_name][:, None]]
+            if feature.dtype == "int64":
+                distinct, times = np.unique(values, return_counts=True)
+                for value, number in zip(distinct.tolist(), times.tolist(), strict=True):
+                    counts[feature.table][value] += number
+            else:
+                counts[feature.table].update(values.tolist())
+        for name, seen in moments.items():
+            seen.add(block[name])
+
+    vocabularies: dict[str, tuple[Any, ...]] = {}
+    for name, counter in counts.items():
+        feature = schema.tables[name]
+        frequent = [(-n, value) for value, n in counter.items() if n >= feature.min_count]
+        if not frequent:
+            raise readers.DataError(
+                f"{path}, column `{feature.name}`: no value occurs `min_count` = "
+                f"{feature.min_count} times. Lower it, or take the feature out of the schema."
+            )
+        values = (value for _, value in sorted(frequent))
+        vocabularies[name] = tuple(v.decode() if isinstance(v, bytes) else v for v in values)
+
+    def completed(feature: Feature) -> Feature:
+        if isinstance(feature, Categorical):
+            if feature.table not in vocabularies:
+                return feature
+            return dataclasses.replace(feature, vocabulary=vocabularies[feature.table])
+        if feature.name not in moments:
+            return feature
+        seen = moments[feature.name]
+        return dataclasses.replace(feature, mean=seen.mean, variance=seen.variance)
+
+    return schema.with_features(map(completed, schema.features))
