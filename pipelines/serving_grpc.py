@@ -1,0 +1,162 @@
+"""The gRPC side of the embedded server: the services of tensorflow-serving-api, and health."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from concurrent import futures
+from typing import Any
+
+import grpc
+from absl import logging
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from tensorflow_serving.apis import (
+    get_model_metadata_pb2,
+    model_service_pb2_grpc,
+    predict_pb2,
+    prediction_service_pb2_grpc,
+)
+
+from qianmo.pipelines.serving_models import (
+    DEFAULT_SIGNATURE,
+    Model,
+    ServingError,
+    not_found,
+    refuse,
+)
+from qianmo.pipelines.serving_tensors import MAX_MESSAGE_BYTES, to_proto
+
+# Requests that may wait for a thread, for each thread; the next one is refused.
+QUEUED_PER_THREAD = 8
+HEALTH_SERVICES = ("", "ModelService", "PredictionService")
+
+
+def find_model(models: Mapping[str, Model], name: str) -> Model:
+    """The model of that name.
+
+    Raises:
+      ServingError: it is not served; the names that are stand in the message.
+    """
+    if name not in models:
+        raise not_found("model", name, models)
+    return models[name]
+
+
+def _answered(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Ends the call with the status of a ServingError; any other error is logged, not shown."""
+
+    @functools.wraps(method)
+    def call(self: Any, request: Any, context: grpc.ServicerContext) -> Any:
+        try:
+            return method(self, request, context)
+        except ServingError as error:
+            code, message = error.code, str(error)
+        except Exception:
+            logging.exception("%s failed", method.__name__)
+            code, message = grpc.StatusCode.INTERNAL, "internal error; the server's log tells more."
+        context.abort(code, message)
+
+    return call
+
+
+def _version_number(spec: Any) -> int | None:
+    if spec.version_label:
+        raise refuse("version labels are not served by the embedded server; give a version number.")
+    return spec.version.value if spec.HasField("version") else None
+
+
+class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
+    def __init__(self, models: Mapping[str, Model]) -> None:
+        self._models = models
+
+    @_answered
+    def Predict(self, request: Any, context: grpc.ServicerContext) -> Any:
+        spec = request.model_spec
+        remaining = context.time_remaining()
+        timeout = remaining if remaining is not None and remaining < 1e6 else None
+        with find_model(self._models, spec.name).use(_version_number(spec)) as version:
+            version.signature(spec.signature_name).check_outputs(request.output_filter)
+            outputs = version.predict(spec.signature_name, request.inputs, timeout)
+            number = version.number
+        response = predict_pb2.PredictResponse()
+        for name in request.output_filter or outputs:
+            response.outputs[name].CopyFrom(to_proto(outputs[name]))
+        response.model_spec.name = spec.name
+        response.model_spec.version.value = number
+        response.model_spec.signature_name = spec.signature_name or DEFAULT_SIGNATURE
+        return response
+
+    @_answered
+    def GetModelMetadata(self, request: Any, context: grpc.ServicerContext) -> Any:
+        if list(request.metadata_field) != ["signature_def"]:
+            received = list(request.metadata_field)
+            raise refuse(f"`metadata_field` should be signature_def. Received: {received}")
+        model = find_model(self._models, request.model_spec.name)
+        return metadata(model, _version_number(request.model_spec))
+
+
+class _ModelService(model_service_pb2_grpc.ModelServiceServicer):
+    def __init__(self, models: Mapping[str, Model]) -> None:
+        self._models = models
+
+    @_answered
+    def GetModelStatus(self, request: Any, context: grpc.ServicerContext) -> Any:
+        model = find_model(self._models, request.model_spec.name)
+        return model.status(_version_number(request.model_spec))
+
+
+def metadata(model: Model, number: int | None) -> Any:
+    """GetModelMetadataResponse with the signatures of the served version."""
+    with model.use(number) as version:
+        signatures = get_model_metadata_pb2.SignatureDefMap(signature_def=version.signature_def)
+        response = get_model_metadata_pb2.GetModelMetadataResponse()
+        response.model_spec.name = model.name
+        response.model_spec.version.value = version.number
+    response.metadata["signature_def"].Pack(signatures)
+    return response
+
+
+class GrpcServer:
+    """The gRPC server of some models; its port is bound when it is made.
+
+    Args:
+      models: by name; may be filled until `start`.
+      host, port: address to bind; port 0 takes a free one.
+      num_threads: requests answered at the same time; `QUEUED_PER_THREAD` times as many may wait,
+        and one more is refused with RESOURCE_EXHAUSTED.
+
+    Raises:
+      RuntimeError: the address cannot be bound.
+    """
+
+    def __init__(self, models: Mapping[str, Model], host: str, port: int, num_threads: int) -> None:
+        self._health = health.HealthServicer()
+        self._server = grpc.server(
+            futures.ThreadPoolExecutor(num_threads, thread_name_prefix="grpc"),
+            maximum_concurrent_rpcs=num_threads * (1 + QUEUED_PER_THREAD),
+            options=[
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+                # Otherwise a second server on the same port would take half of the requests.
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
+            _PredictionService(models), self._server
+        )
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(
+            _ModelService(models), self._server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self.port: int = self._server.add_insecure_port(f"{host}:{port}")
+
+    def start(self) -> None:
+        """Begins to answer."""
+        for service in HEALTH_SERVICES:
+            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self._server.start()
+
+    def stop(self, grace: float) -> None:
+        """Takes no more requests, and waits up to `grace` seconds for those under way."""
+        self._health.enter_graceful_shutdown()
+        self._server.stop(grace).wait(grace + 1)

@@ -1,0 +1,858 @@
+"""The embedded server and its clients, on SavedModels made here; the genuine one where there is."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import grpc
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tensorflow as tf
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tensorflow_serving.apis import (
+    get_model_status_pb2,
+    model_service_pb2_grpc,
+    predict_pb2,
+    prediction_log_pb2,
+    prediction_service_pb2_grpc,
+)
+
+from qianmo.layers.features import Schema
+from qianmo.pipelines import predict, serving_models, serving_tensors
+from qianmo.pipelines.predict import Client, RequestError, RestClient
+from qianmo.pipelines.serving import ModelServer
+from qianmo.pipelines.serving_models import Model, ServingError
+from qianmo.pipelines.serving_tensors import string_array, to_proto
+
+Code = grpc.StatusCode
+FOREVER = np.array([2**62])
+
+
+class Ranker(tf.Module):
+    """Reads each kind of input; `bias` tells its versions apart."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.bias = tf.Variable(bias, dtype=tf.float32)
+
+    @tf.function(
+        input_signature=[
+            {
+                "user": tf.TensorSpec([None], tf.int64, name="user"),
+                "name": tf.TensorSpec([None], tf.string, name="name"),
+                "history": tf.TensorSpec([None, None], tf.int64, name="history"),
+                "history_length": tf.TensorSpec([None], tf.int64, name="history_length"),
+                "age": tf.TensorSpec([None], tf.float32, name="age"),
+            }
+        ]
+    )
+    def rank(self, inputs):
+        length = inputs["history_length"]
+        mask = tf.sequence_mask(length, tf.shape(inputs["history"])[1], dtype=tf.float32)
+        items = tf.reduce_sum(tf.sin(tf.cast(inputs["history"], tf.float32)) * mask, axis=1)
+        hashed = tf.strings.to_hash_bucket_fast(inputs["name"], 1000)
+        ids = tf.cast(inputs["user"] % 1000 + hashed, tf.float32)
+        return {
+            "score": tf.tanh(ids / 1000.0 + items + inputs["age"]) + self.bias,
+            "status": tf.cast(length > 0, tf.int32),
+        }
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.int64, name="ids")])
+    def echo(self, ids):
+        return {"ids_again": tf.identity(ids)}
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="text")])
+    def text(self, text):
+        return {"plain": tf.identity(text), "as_bytes": tf.identity(text)}
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.int64, name="steps")])
+    def loop(self, steps):
+        last = tf.reduce_max(steps)
+        count = tf.while_loop(lambda i: i < last, lambda i: [i + 1], [tf.constant(0, tf.int64)])
+        return {"count": tf.zeros_like(steps) + count[0]}
+
+
+def save(folder, bias):
+    module = Ranker(bias)
+    signatures = {
+        "serving_default": module.rank,
+        "echo": module.echo,
+        "text": module.text,
+        "loop": module.loop,
+    }
+    tf.saved_model.save(module, str(folder), signatures=signatures)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """SavedModels to copy versions from, by bias."""
+    folders = {}
+    for bias in (1, 2):
+        folders[bias] = tmp_path_factory.mktemp("saved") / str(bias)
+        save(folders[bias], bias)
+    return folders
+
+
+def rows(count=3, seed=0):
+    random = np.random.default_rng(seed)
+    return {
+        "user": random.integers(-(2**62), 2**62, count),
+        "name": string_array([f"näme {n}".encode() for n in range(count)]),
+        "history": random.integers(0, 100, (count, 4)),
+        "history_length": random.integers(0, 5, count),
+        "age": random.normal(size=count).astype(np.float32),
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(saved):
+    """Outputs of TensorFlow's own session for `rows()`, by bias."""
+    found = {}
+    for bias, folder in saved.items():
+        with tf.compat.v1.Session(graph=tf.Graph()) as session:
+            meta = tf.compat.v1.saved_model.load(session, ["serve"], str(folder))
+            signature = meta.signature_def["serving_default"]
+            feeds = {signature.inputs[name].name: array for name, array in rows().items()}
+            fetches = {name: info.name for name, info in signature.outputs.items()}
+            found[bias] = session.run(fetches, feeds)
+    assert not np.array_equal(found[1]["score"], found[2]["score"])
+    return found
+
+
+def publish(saved_model, base_path, number):
+    """Makes a version appear at once, as an exporter does."""
+    temporary = base_path / f"making-{number}"
+    shutil.copytree(saved_model, temporary)
+    return temporary.rename(base_path / str(number))
+
+
+def wait_for(condition, what):
+    for _ in range(300):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"waited for long, but not: {what}")
+
+
+def same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+
+
+@pytest.fixture(scope="module")
+def server(saved, tmp_path_factory):
+    base_path = tmp_path_factory.mktemp("served")
+    publish(saved[1], base_path, 7)
+    with ModelServer({"ranker": base_path}, port=0, rest_api_port=0, grpc_max_threads=2) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def channel(server):
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with contextlib.closing(Client(f"127.0.0.1:{server.port}", "ranker")) as made:
+        yield made
+
+
+@pytest.fixture
+def rest(server):
+    with contextlib.closing(RestClient(f"127.0.0.1:{server.rest_port}", "ranker")) as made:
+        yield made
+
+
+def ask(server, method, path, body=None, headers=None):
+    """Status and JSON of one REST request."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.rest_port, timeout=30)
+    with contextlib.closing(connection):
+        text = body if body is None or isinstance(body, bytes) else json.dumps(body)
+        connection.request(method, path, text, headers or {})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+
+def test_grpc_and_rest_give_what_the_session_gives(client, rest, expected):
+    same(client.predict(rows()), expected[1])
+    same(rest.predict(rows()), expected[1])
+
+
+def test_row_form_gives_what_the_column_form_gives(server, expected):
+    columns = {
+        name: array.tolist() if array.dtype != object else [v.decode() for v in array]
+        for name, array in rows().items()
+    }
+    instances = [
+        dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+    ]
+    status, found = ask(
+        server, "POST", "/v1/models/ranker/versions/7:predict", {"instances": instances}
+    )
+    assert status == 200
+    assert [row["status"] for row in found["predictions"]] == expected[1]["status"].tolist()
+    assert [row["score"] for row in found["predictions"]] == expected[1]["score"].tolist()
+
+
+def test_int64_passes_rest_exactly_and_a_single_input_needs_no_name(server):
+    ids = [2**60 + 1, 2**63 - 1, -(2**63)]
+    for key, answer in (("instances", "predictions"), ("inputs", "outputs")):
+        body = {"signature_name": "echo", key: ids}
+        assert ask(server, "POST", "/v1/models/ranker:predict", body) == (200, {answer: ids})
+    body = {"signature_name": "echo", "instances": [{"ids": value} for value in ids]}
+    assert ask(server, "POST", "/v1/models/ranker:predict", body) == (200, {"predictions": ids})
+
+
+def test_strings_pass_rest_as_text_and_as_base64(server, rest):
+    body = {"signature_name": "text", "instances": ["é", {"b64": "/w=="}]}
+    status, found = ask(server, "POST", "/v1/models/ranker:predict", body)
+    assert status == 200
+    assert found["predictions"] == [
+        {"plain": "é", "as_bytes": {"b64": "w6k="}},
+        {"plain": {"b64": "/w=="}, "as_bytes": {"b64": "/w=="}},
+    ]
+    text = string_array([b"a\0", b"\xff", b""])
+    assert rest.predict({"text": text}, "text")["plain"].tolist() == text.tolist()
+
+
+def changed(**changes):
+    made = {**rows(), **changes}
+    return {name: array for name, array in made.items() if array is not None}
+
+
+BAD_INPUTS = {
+    "missing": (changed(age=None), "input `age` is missing"),
+    "extra": (changed(height=np.zeros(3)), "input `height` of"),
+    "dtype": (changed(age=np.zeros(3, np.int32)), "input `age` should be float32"),
+    "string for int": (changed(user=rows()["name"]), "input `user` should be int64"),
+    "rank": (changed(history=np.zeros(3, np.int64)), "input `history` should have shape [?, ?]"),
+    "dim 0": (changed(user=np.zeros(4, np.int64)), "same number of rows"),
+}
+
+
+@pytest.mark.parametrize(("inputs", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_grpc_refuses_bad_input_by_name_and_serves_on(client, expected, inputs, message):
+    with pytest.raises(grpc.RpcError) as caught:
+        client.predict(inputs)
+    assert caught.value.code() == Code.INVALID_ARGUMENT
+    assert message in caught.value.details()
+    same(client.predict(rows()), expected[1])
+
+
+def test_grpc_refuses_protos_that_contradict_themselves(channel):
+    stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+
+    def refusal(proto):
+        request = predict_pb2.PredictRequest()
+        request.model_spec.name = "ranker"
+        request.model_spec.signature_name = "echo"
+        request.inputs["ids"].CopyFrom(proto)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Predict(request, timeout=30)
+        assert caught.value.code() == Code.INVALID_ARGUMENT
+        assert "input `ids`" in caught.value.details()
+        return caught.value.details()
+
+    short = to_proto(np.arange(3))
+    short.tensor_content = short.tensor_content[:-1]
+    assert "should hold 24 bytes" in refusal(short)
+    huge = tf.make_tensor_proto(1, tf.int64)
+    huge.tensor_shape.dim.add(size=2**40)
+    assert "should hold <= 67108864 bytes" in refusal(huge)
+    unknown = to_proto(np.arange(3))
+    unknown.tensor_shape.dim[0].size = -1
+    assert "fully known" in refusal(unknown)
+    long = tf.make_tensor_proto(1, tf.int64, shape=[1])
+    long.int64_val.extend([2, 3])
+    assert "values do not fit" in refusal(long)
+    unknown = to_proto(np.arange(3))
+    unknown.dtype = 99
+    assert "data type 99" in refusal(unknown)
+
+
+def test_typed_fields_and_a_repeated_value_are_read():
+    for array in (np.array([1.5, -2], np.float32), np.array([[3], [4]]), np.array([True, False])):
+        proto = to_proto(array)
+        proto.ClearField("tensor_content")
+        field = {"f": "float_val", "i": "int64_val", "b": "bool_val"}[array.dtype.kind]
+        getattr(proto, field).extend(array.ravel().tolist())
+        np.testing.assert_array_equal(serving_tensors.from_proto(proto), array)
+    repeated = tf.make_tensor_proto(5, tf.int64, shape=[3])
+    np.testing.assert_array_equal(serving_tensors.from_proto(repeated), [5, 5, 5])
+
+
+def test_names_not_served_are_not_found_with_the_known_ones(server, client, channel):
+    stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+    with contextlib.closing(Client(f"127.0.0.1:{server.port}", "other")) as other:
+        with pytest.raises(grpc.RpcError) as caught:
+            other.predict(rows())
+        assert (caught.value.code(), "`ranker`" in caught.value.details()) == (Code.NOT_FOUND, True)
+    with pytest.raises(grpc.RpcError) as caught:
+        client.predict(rows(), "other")
+    assert (caught.value.code(), "`echo`" in caught.value.details()) == (Code.NOT_FOUND, True)
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name = "ranker"
+    request.model_spec.version.value = 6
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Predict(request, timeout=30)
+    assert (caught.value.code(), "`7`" in caught.value.details()) == (Code.NOT_FOUND, True)
+    for path, known in (("other", "`ranker`"), ("ranker/versions/6", "`7`")):
+        for method, end in (("POST", ":predict"), ("GET", ""), ("GET", "/metadata")):
+            status, found = ask(server, method, f"/v1/models/{path}{end}", {"inputs": []})
+            assert status == 404
+            assert known in found["error"]
+
+
+def with_row(**changes):
+    row = {"user": 1, "name": "a", "history": [1, 2], "history_length": 2, "age": 0.5}
+    made = {**row, **changes}
+    return {name: value for name, value in made.items() if value is not None}
+
+
+BAD_BODIES = {
+    "not JSON": (b"{", "should be JSON"),
+    "deep": (b"[" * 100_000, "should be JSON"),
+    "a list": ([], "should be a JSON object"),
+    "neither": ({}, "either `instances` or `inputs`"),
+    "both": ({"instances": [], "inputs": {}}, "either `instances` or `inputs`"),
+    "unknown key": ({"inputs": {}, "input": 1}, "unknown key `input`"),
+    "no row": ({"instances": []}, "at least one row"),
+    "no name": ({"inputs": [1]}, "by its name: `"),
+    "missing": (
+        {"instances": [with_row(), with_row(age=None)]},
+        "`age` is missing from `instances[1]`",
+    ),
+    "extra": ({"instances": [with_row(height=1)]}, "input `height` of `instances[0]`"),
+    "no object": ({"instances": [with_row(), 3]}, "`instances[1]` should be an object"),
+    "ragged": ({"instances": [with_row(), with_row(history=[1])]}, "input `history`: its lists"),
+    "depth": ({"instances": [with_row(), with_row(history=1)]}, "input `history`: its lists"),
+    "float for int": ({"instances": [with_row(user=1.0)]}, "input `user`: it should hold int64"),
+    "bool for int": ({"instances": [with_row(user=True)]}, "input `user`: it should hold int64"),
+    "text for int": ({"instances": [with_row(user="1")]}, "input `user`: it should hold int64"),
+    "int too large": ({"instances": [with_row(user=2**63)]}, "input `user`: a value is out of"),
+    "float too large": ({"instances": [with_row(age=1e300)]}, "input `age`: a value is out of"),
+    "null": ({"instances": [with_row(age=[None])]}, "input `age`: it should hold float32"),
+    "int for text": ({"instances": [with_row(name=3)]}, "input `name`: it should hold strings"),
+    "bad base64": ({"instances": [with_row(name={"b64": "?"})]}, "input `name`: `b64`"),
+    "rank": ({"instances": [with_row(history=3)]}, "input `history` should have shape [?, ?]"),
+}
+
+
+@pytest.mark.parametrize(("body", "message"), BAD_BODIES.values(), ids=BAD_BODIES)
+def test_rest_refuses_bad_bodies_by_name_and_serves_on(server, rest, expected, body, message):
+    status, found = ask(server, "POST", "/v1/models/ranker:predict", body)
+    assert status == 400
+    assert found.keys() == {"error"}
+    assert message in found["error"]
+    same(rest.predict(rows()), expected[1])
+
+
+def test_rest_refuses_bodies_too_large_and_of_unknown_length(server):
+    path = "/v1/models/ranker:predict"
+    status, found = ask(server, "POST", path, b"", {"Content-Length": str(2**40)})
+    assert (status, "should hold <= 16777216 bytes" in found["error"]) == (413, True)
+    assert ask(server, "POST", path, b"", {"Content-Length": "-1"})[0] == 400
+    assert ask(server, "POST", path, b"", {"Transfer-Encoding": "chunked"})[0] == 411
+    assert ask(server, "GET", path)[0] == 404
+    assert ask(server, "PUT", path, b"")[0] == 501
+
+
+def test_rest_keeps_its_connection_and_the_client_survives_its_end(server, rest, expected):
+    rest.predict(rows())
+    connection = rest._connection.sock
+    rest.predict(rows())
+    assert rest._connection.sock is connection
+    connection.shutdown(socket.SHUT_RDWR)
+    same(rest.predict(rows()), expected[1])
+
+
+def test_status_metadata_and_health(server, client, rest, channel):
+    status = {"error_code": "OK", "error_message": ""}
+    entry = {"version": "7", "state": "AVAILABLE", "status": status}
+    assert ask(server, "GET", "/v1/models/ranker") == (200, {"model_version_status": [entry]})
+    request = get_model_status_pb2.GetModelStatusRequest()
+    request.model_spec.name = "ranker"
+    answer = model_service_pb2_grpc.ModelServiceStub(channel).GetModelStatus(request, timeout=30)
+    assert [(v.version, v.state) for v in answer.model_version_status] == [
+        (7, get_model_status_pb2.ModelVersionStatus.AVAILABLE)
+    ]
+    assert client.signature_defs() == rest.signature_defs()
+    assert set(client.signature_defs()["serving_default"].inputs) == set(rows())
+    for service in ("", "PredictionService"):
+        checked = health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(service=service), timeout=30
+        )
+        assert checked.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_output_filter_selects_and_refuses(channel, expected):
+    stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+    request = predict_pb2.PredictRequest(output_filter=["status"])
+    request.model_spec.name = "ranker"
+    for name, array in rows().items():
+        request.inputs[name].CopyFrom(to_proto(array))
+    response = stub.Predict(request, timeout=30)
+    assert list(response.outputs) == ["status"]
+    assert response.model_spec.version.value == 7
+    np.testing.assert_array_equal(
+        tf.make_ndarray(response.outputs["status"]), expected[1]["status"]
+    )
+    request.output_filter.append("other")
+    with pytest.raises(grpc.RpcError, match="output `other` is not in the signature"):
+        stub.Predict(request, timeout=30)
+
+
+def loop_request(steps):
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name = "ranker"
+    request.model_spec.signature_name = "loop"
+    request.inputs["steps"].CopyFrom(to_proto(steps))
+    return request
+
+
+def test_a_flood_is_refused_and_a_passed_deadline_ends_the_run(server, client, channel, expected):
+    stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+    calls = [stub.Predict.future(loop_request(FOREVER), timeout=2) for _ in range(60)]
+    codes = [call.code() for call in calls]
+    # Two run, sixteen wait; what ran is stopped by the server, or the loop would never end.
+    assert codes.count(Code.RESOURCE_EXHAUSTED) == 42
+    assert codes.count(Code.DEADLINE_EXCEEDED) == 18
+    wait_for(lambda: client_answers(client), "an answer after the flood")
+    with server.models["ranker"].use() as version:
+        wait_for(lambda: version.users == 1, "the end of every run")
+    same(client.predict(rows()), expected[1])
+
+
+def client_answers(client):
+    try:
+        return bool(client.predict(rows()))
+    except grpc.RpcError:
+        return False
+
+
+def test_connections_beyond_the_bound_are_refused(saved, tmp_path):
+    publish(saved[1], tmp_path, 1)
+    with (
+        ModelServer(
+            {"ranker": tmp_path}, port=0, rest_api_port=0, rest_api_num_threads=2
+        ) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        for _ in range(2):
+            held = stack.enter_context(socket.create_connection(("127.0.0.1", server.rest_port)))
+            held.sendall(b"GET /v1/models/ranker HTTP/1.1\r\n\r\n")
+            assert held.recv(15) == b"HTTP/1.1 200 OK"
+        assert ask(server, "GET", "/v1/models/ranker")[0] == 429
+        held.shutdown(socket.SHUT_RDWR)
+        wait_for(lambda: ask(server, "GET", "/v1/models/ranker")[0] == 200, "a free connection")
+
+
+def test_stop_gives_up_what_does_not_end(saved, tmp_path):
+    publish(saved[1], tmp_path, 1)
+    with ModelServer({"ranker": tmp_path}, port=0, rest_api_port=0) as server:
+        with server.models["ranker"].use() as version:
+            pass
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+            call = stub.Predict.future(loop_request(FOREVER))
+            wait_for(lambda: version.users == 1, "the request to run")
+            server.stop(grace=0.2)
+            assert call.code() != Code.OK
+    assert version.is_closed
+    wait_for(lambda: version.users == 0, "the run to be given up")
+
+
+def test_a_port_in_use_is_an_error(server, saved, tmp_path):
+    publish(saved[1], tmp_path, 1)
+    with pytest.raises(RuntimeError):
+        ModelServer({"ranker": tmp_path}, port=server.port, rest_api_port=0)
+    with pytest.raises(OSError, match="in use"):
+        ModelServer({"ranker": tmp_path}, port=0, rest_api_port=server.rest_port)
+
+
+def test_binds_loopback_unless_told_otherwise(server):
+    for port in (server.port, server.rest_port):
+        socket.create_connection(("127.0.0.1", port)).close()
+        with pytest.raises(ConnectionRefusedError):  # what is bound to all would answer here
+            socket.create_connection(("127.0.0.2", port)).close()
+
+
+def test_a_switch_under_load_fails_no_request(saved, expected, tmp_path):
+    publish(saved[1], tmp_path, 1)
+    seen = [set() for _ in range(5)]
+    enough = threading.Event()
+
+    def load(number, server):
+        kind, port = (RestClient, server.rest_port) if number == 4 else (Client, server.port)
+        with contextlib.closing(kind(f"127.0.0.1:{port}", "ranker")) as asking:
+            while not enough.is_set():
+                found = asking.predict(rows())
+                seen[number].add(1 if np.array_equal(found["score"], expected[1]["score"]) else 2)
+                if 2 in seen[number]:
+                    same(found, expected[2])
+
+    with (
+        ModelServer({"ranker": tmp_path}, port=0, rest_api_port=0) as server,
+        concurrent.futures.ThreadPoolExecutor(5) as pool,
+    ):
+        model = server.models["ranker"]
+        futures = [pool.submit(load, number, server) for number in range(5)]
+        try:
+            wait_for(lambda: all(1 in s for s in seen) or any(f.done() for f in futures), "load")
+            with model.use() as old:
+                publish(saved[2], tmp_path, 2)
+                wait_for(lambda: all(2 in s for s in seen) or any(f.done() for f in futures), "2")
+                # Held by this block, as by a request that takes long: it still answers.
+                states = {v.version: v.state for v in model.status().model_version_status}
+                state = get_model_status_pb2.ModelVersionStatus
+                assert states == {1: state.UNLOADING, 2: state.AVAILABLE}
+                time.sleep(1.5)
+                assert not old.is_closed
+                same(old.signature("")(rows()), expected[1])
+            wait_for(lambda: old.is_closed, "the old session to be closed")
+        finally:
+            enough.set()
+        for future in futures:
+            future.result()
+    assert seen == [{1, 2}] * 5
+
+
+def truncate(folder):
+    (folder / "saved_model.pb").write_bytes((folder / "saved_model.pb").read_bytes()[:1000])
+
+
+def lose_variables(folder):
+    shutil.rmtree(folder / "variables")
+
+
+def break_warm_up(folder):
+    log = prediction_log_pb2.PredictionLog()
+    log.predict_log.request.model_spec.name = "ranker"
+    for name, array in rows().items():
+        if name != "age":
+            log.predict_log.request.inputs[name].CopyFrom(to_proto(array))
+    path = folder / serving_models.WARM_UP_FILE
+    path.parent.mkdir()
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        writer.write(log.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (truncate, "saved_model"),
+        (lose_variables, "variables"),
+        (break_warm_up, "warm-up record 0 failed: input `age` is missing"),
+    ],
+)
+def test_a_broken_version_is_not_served(saved, expected, tmp_path, damage, reason, monkeypatch):
+    tried = []
+    real = serving_models.Version
+    monkeypatch.setattr(
+        serving_models, "Version", lambda number, *rest: tried.append(number) or real(number, *rest)
+    )
+    publish(saved[1], tmp_path, 1)
+    with contextlib.closing(Model("ranker", tmp_path)) as model:
+        broken = shutil.copytree(saved[2], tmp_path / "making")
+        damage(broken)
+        broken.rename(tmp_path / "2")
+        for _ in range(3):
+            model.poll()
+        assert tried == [1, 2]  # not again and again
+        with model.use() as version:
+            same(version.signature("")(rows()), expected[1])
+        (entry,) = model.status(2).model_version_status
+        assert entry.state == get_model_status_pb2.ModelVersionStatus.END
+        assert reason in entry.status.error_message
+        with monkeypatch.context() as later:
+            later.setattr(serving_models, "RETRY_SECONDS", 0.0)
+            model.poll()
+        assert tried == [1, 2, 2]
+        shutil.rmtree(tmp_path / "2")
+        publish(saved[2], tmp_path, 2)
+        model.poll()
+        with model.use() as version:
+            same(version.signature("")(rows()), expected[2])
+
+
+def test_a_version_taken_away_gives_way_to_the_one_before(saved, tmp_path):
+    for number in (1, 10, 9):  # 10 is the highest, though not the last by name
+        publish(saved[1], tmp_path, number)
+    with contextlib.closing(Model("ranker", tmp_path)) as model:
+        with model.use() as version:
+            assert version.number == 10
+        shutil.rmtree(tmp_path / "10")
+        model.poll()
+        with model.use() as version:
+            assert version.number == 9
+        shutil.rmtree(tmp_path)
+        model.poll()
+        with model.use() as version:
+            assert version.number == 9
+    with pytest.raises(ServingError, match="shut down"), model.use():
+        pass
+
+
+def test_no_version_at_the_start_is_an_error_with_the_path(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} should hold a folder"):
+        ModelServer({"ranker": tmp_path}, port=0, rest_api_port=0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A schema, its rows as Parquet, and the same as inputs."""
+    folder = tmp_path_factory.mktemp("data")
+    schema = {
+        "features": [
+            {"name": "user", "num_ids": 10},
+            {"name": "name", "dtype": "string", "hash_buckets": 10},
+            {"name": "history", "num_ids": 100, "max_length": 4},
+            {"kind": "dense", "name": "age"},
+        ],
+        "labels": ["click"],
+    }
+    (folder / "schema.json").write_text(json.dumps(Schema.from_config(schema).to_config()))
+    inputs = rows(10)
+    inputs["user"] = np.arange(10)
+    lengths = inputs["history_length"]
+    inputs["history"] *= np.arange(4) < lengths[:, None]
+    lists = [row[:length].tolist() for row, length in zip(inputs["history"], lengths, strict=True)]
+    table = {**inputs, "name": [v.decode() for v in inputs["name"]], "history": lists}
+    del table["history_length"]
+    pq.write_table(pa.table({**table, "click": np.zeros(10)}), folder / "rows.parquet")
+    return folder, inputs
+
+
+def check_scores(text, client, inputs, count):
+    wanted = client.predict({name: array[:count] for name, array in inputs.items()})
+    found = [json.loads(line) for line in text.splitlines()]
+    assert len(found) == count
+    np.testing.assert_allclose([row["score"] for row in found], wanted["score"], rtol=1e-6)
+    assert [row["status"] for row in found] == wanted["status"].tolist()
+
+
+@pytest.mark.parametrize("over_rest", [False, True])
+def test_predict_writes_a_line_for_each_row(server, client, data, tmp_path, over_rest):
+    folder, inputs = data
+    values = types.SimpleNamespace(
+        server=f"127.0.0.1:{server.rest_port if over_rest else server.port}",
+        model_name="ranker",
+        signature_name="serving_default",
+        data=str(folder / "rows.parquet"),
+        schema=str(folder / "schema.json"),
+        rows=7,
+        batch_size=3,
+        rest=over_rest,
+        output=str(tmp_path / "scores.jsonl"),
+    )
+    predict.write_predictions(values)
+    check_scores((tmp_path / "scores.jsonl").read_text(), client, inputs, 7)
+    with pytest.raises(ValueError, match="input `steps` is not a column"):
+        predict.write_predictions(
+            types.SimpleNamespace(**{**vars(values), "signature_name": "loop"})
+        )
+    refusal = RequestError if over_rest else grpc.RpcError
+    with pytest.raises(refusal, match="model `other` is not served"):
+        predict.write_predictions(types.SimpleNamespace(**{**vars(values), "model_name": "other"}))
+
+
+def start(*arguments, environment=()):
+    return subprocess.Popen(
+        [sys.executable, "-m", "qianmo.pipelines.serve", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **dict(environment)},
+    )
+
+
+def test_the_programs_serve_predict_and_end_by_sigterm_with_requests_answered(
+    saved, expected, data, tmp_path
+):
+    entries = []
+    for name, bias in (("ranker", 1), ("second", 2)):
+        (tmp_path / name).mkdir()
+        publish(saved[bias], tmp_path / name, 1)
+        entries.append(
+            f'config {{ name: "{name}" base_path: "{tmp_path / name}" '
+            'model_platform: "tensorflow" }'
+        )
+    config = tmp_path / "models.config"
+    config.write_text(f"model_config_list {{ {' '.join(entries)} }}")
+    process = start("--embedded", f"--model_config_file={config}", "--port=0", "--rest_api_port=0")
+    with process:
+        try:
+            ready = process.stdout.readline()
+            assert ready.startswith("ready: gRPC 127.0.0.1:"), process.stderr.read()
+            target, rest_target = (
+                part.split(",")[0].removeprefix("http://") for part in ready.split()[2:5:2]
+            )
+            with contextlib.closing(Client(target, "second")) as second:
+                same(second.predict(rows()), expected[2])
+            folder, inputs = data
+            with contextlib.closing(Client(target, "ranker")) as client:
+                same(client.predict(rows()), expected[1])
+                printed = subprocess.run(
+                    [
+                        *(sys.executable, "-m", "qianmo.pipelines.predict"),
+                        *(f"--server={target}", "--model_name=ranker", "--batch_size=4"),
+                        *(
+                            f"--data={folder / 'rows.parquet'}",
+                            f"--schema={folder / 'schema.json'}",
+                        ),
+                    ],
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    check=True,
+                )
+                check_scores(printed.stdout, client, inputs, 10)
+                # As many steps as take this machine about a second.
+                steps, taken = np.array([1000]), 0.0
+                while taken < 0.2:
+                    steps *= 2
+                    begin = time.monotonic()
+                    client.predict({"steps": steps}, "loop")
+                    taken = time.monotonic() - begin
+                steps *= 5
+                clients = [client, RestClient(rest_target, "ranker")]
+                same(clients[1].predict(rows()), expected[1])
+                with concurrent.futures.ThreadPoolExecutor(2) as pool:
+                    calls = [pool.submit(c.predict, {"steps": steps}, "loop") for c in clients]
+                    time.sleep(0.3)
+                    assert not any(call.done() for call in calls)
+                    process.send_signal(signal.SIGTERM)
+                    for call in calls:
+                        np.testing.assert_array_equal(call.result()["count"], steps)
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """A program that writes down its arguments, in the place of tensorflow_model_server."""
+    program = tmp_path / "stand_in"
+    program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/arguments\nexit 3\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    return program
+
+
+def test_the_command_line_for_the_genuine_server(stand_in, tmp_path):
+    def arguments(*given):
+        process = start(*given, environment={"QIANMO_MODEL_SERVER": str(stand_in)}.items())
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 3, errors  # its own exit status
+        assert "binds gRPC and REST on all interfaces" in errors
+        return (tmp_path / "arguments").read_text().splitlines()
+
+    base_path = tmp_path / "ranker"
+    base_path.mkdir()
+    common = [
+        "--rest_api_num_threads=64",
+        "--grpc_max_threads=256",
+        "--tensorflow_intra_op_parallelism=0",
+        "--tensorflow_inter_op_parallelism=0",
+        "--enable_grpc_healthcheck_service=true",
+    ]
+    relative = os.path.relpath(base_path)
+    assert arguments(f"--model_base_path={relative}", "--model_name=ranker") == [
+        "--port=8500",
+        "--rest_api_port=8501",
+        *common,
+        "--model_name=ranker",
+        f"--model_base_path={base_path}",
+    ]
+    batching = base_path / "batching_parameters.txt"
+    batching.write_text("max_batch_size { value: 8 }\n")
+    assert arguments(f"--model_base_path={base_path}")[-2:] == [
+        "--enable_batching=true",
+        f"--batching_parameters_file={batching}",
+    ]
+    found = arguments("--model_config_file=m.config", "--port=0", "--batching_parameters_file=b")
+    assert found[0].startswith("--port=")
+    assert found[0] != "--port=0"  # which would turn gRPC off there
+    assert found[7:] == [
+        "--model_config_file=m.config",
+        "--enable_batching=true",
+        "--batching_parameters_file=b",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either --model_base_path or --model_config_file"),
+        (["--model_base_path=a"], "QIANMO_MODEL_SERVER should name a program"),
+        (["--embedded", "--model_config_file=missing"], "missing should be a ModelServerConfig"),
+    ],
+)
+def test_serve_says_what_is_wrong_with_its_flags(arguments, message):
+    process = start(*arguments, environment={"QIANMO_MODEL_SERVER": "/missing"}.items())
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert message in printed + errors
+
+
+@pytest.mark.skipif(
+    "QIANMO_MODEL_SERVER" not in os.environ,
+    reason="QIANMO_MODEL_SERVER should name a tensorflow_model_server",
+)
+def test_the_genuine_server_gives_what_the_embedded_one_gives(saved, expected, tmp_path):
+    publish(saved[1], tmp_path, 1)
+    process = start(f"--model_base_path={tmp_path}", "--model_name=ranker", "--port=0",
+                    "--rest_api_port=0")  # fmt: skip
+    with process:
+        try:
+            line = process.stdout.readline().split()
+            ports = {flag: value for flag, _, value in (word.partition("=") for word in line)}
+            drain = threading.Thread(target=process.communicate, daemon=True)
+            drain.start()  # a full pipe would stop it
+            target = f"127.0.0.1:{ports['--port']}"
+            with grpc.insecure_channel(target) as channel:
+                grpc.channel_ready_future(channel).result(timeout=60)
+                health = health_pb2_grpc.HealthStub(channel)
+                checked = health.Check(
+                    health_pb2.HealthCheckRequest(service="PredictionService"), timeout=30
+                )
+                assert checked.status == health_pb2.HealthCheckResponse.SERVING
+            with (
+                contextlib.closing(Client(target, "ranker")) as client,
+                contextlib.closing(
+                    RestClient(f"127.0.0.1:{ports['--rest_api_port']}", "ranker")
+                ) as rest,
+            ):
+                same(client.predict(rows()), expected[1])
+                same(rest.predict(rows()), expected[1])
+                text = string_array([b"a\0", b""])
+                assert client.predict({"text": text}, "text")["plain"].tolist() == text.tolist()
+                for name in ("missing", "extra", "dtype"):
+                    with pytest.raises(grpc.RpcError) as caught:
+                        client.predict(BAD_INPUTS[name][0])
+                    assert caught.value.code() == Code.INVALID_ARGUMENT
+                publish(saved[2], tmp_path, 2)
+                wait_for(
+                    lambda: np.array_equal(client.predict(rows())["score"], expected[2]["score"]),
+                    "the second version",
+                )
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
