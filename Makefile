@@ -47,10 +47,9 @@ format: $(STAMP)  ## rewrite the files in the house style
 	$(BIN)/ruff format
 	$(if $(NATIVE),$(BIN)/clang-format -i $(NATIVE))
 
-bench: $(STAMP)  ## measure: make bench NAME=<a file of benchmarks/ without .py>
-	@[ -f 'benchmarks/$(NAME).py' ] || { echo 'NAME should be one of: $(notdir $(basename $(wildcard benchmarks/*.py))).' >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[peers]'
-	$(BIN)/python benchmarks/$(NAME).py
+bench: $(STAMP)  ## measure: make bench NAME=ctr; without NAME, list what can be measured
+	$(if $(NAME),$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[peers]')
+	$(BIN)/python benchmarks/run.py $(or $(NAME),--help)
 
 wheel: $(STAMP)  ## build dist/qianmo-*.whl
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w dist .
