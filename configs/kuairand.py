@@ -6,7 +6,7 @@ from typing import Any
 
 # Rare ids share the out-of-vocabulary row: their own would hold noise. Videos are counted in the
 # histories too, where each impression stands up to 20 times.
-USERS = {
+USERS: dict[str, dict[str, Any]] = {
     "user_id": {"min_count": 3},
     "is_live_streamer": {},
     "is_video_author": {},
@@ -18,7 +18,7 @@ USERS = {
     **{f"onehot_feat{i}": {"min_count": 5} for i in range(18)},
     "watched": {"max_length": 20, "table": "video_id", "min_count": 10},
 }
-ITEMS = {
+ITEMS: dict[str, dict[str, Any]] = {
     "video_id": {"min_count": 10},
     "author_id": {"min_count": 5},
     "music_id": {"min_count": 5},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-FEATURES = (
+FEATURES: tuple[tuple[str, dict[str, Any]], ...] = (
     # The publisher numbers users from 1 to 6040 and films from 1 to 3952.
     ("user", {"name": "user_id", "num_ids": 6041}),
     ("item", {"name": "movie_id", "num_ids": 3953}),

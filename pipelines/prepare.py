@@ -20,6 +20,7 @@ and sha256 of each. It appears only when it is whole.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import contextlib
 import json
@@ -113,7 +114,7 @@ def kuairand_sample(source: Path, output: Path, *, overwrite: bool = False) -> d
     tables = {"interactions": log, "users": users, "videos": videos, "history": history}
     tables = {name: _narrowed(table) for name, table in tables.items()}
     notices = [file for file in (SAMPLE / "ATTRIBUTION.md", SAMPLE / "LICENSE") if file.exists()]
-    return _write(output, "kuairand_sample", tables, overwrite, notices)
+    return _write(output, "kuairand_sample", tables, overwrite, notices, compression_level=19)
 
 
 def kuairand(source: Path | None, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -312,7 +313,7 @@ def _past(log: pa.Table, history: pa.Table) -> dict[str, Any]:
         past["watched"].append([*seen])
         past["liked"].append([*likes])
         past["num_history"].append(total[user])
-        group = int(np.searchsorted((1, 6, 21), in_training[user], "right"))
+        group = bisect.bisect((1, 6, 21), in_training[user])
         past["history_group"].append(_HISTORY_GROUPS[group])
         pending[user].append((video, date, bool(is_like)))
         pending_time[user] = time
@@ -349,7 +350,7 @@ def _movielens_tables(source: pathlib.Path) -> Tables:
 
 def _double_colons(file: pathlib.Path) -> list[list[str]]:
     """Columns of a file whose fields are separated by two colons."""
-    rows = []
+    rows: list[list[str]] = []
     with file.open(encoding="latin-1") as lines:
         for number, line in enumerate(tqdm(lines, file.name, unit="line")):
             fields = line.rstrip("\n").split("::")
@@ -395,6 +396,7 @@ def _write(
     tables: Tables,
     overwrite: bool,
     notices: Iterable[pathlib.Path] = (),
+    compression_level: int = 3,
 ) -> dict[str, Any]:
     """Writes the tables, what they are, and the notices that must travel with them."""
     target = pathlib.Path(os.path.abspath(output))
@@ -404,7 +406,7 @@ def _write(
                 table,
                 folder / f"{name}.parquet",
                 compression="zstd",
-                compression_level=19,
+                compression_level=compression_level,
                 row_group_size=_ROW_GROUP,
                 write_page_checksum=True,
             )

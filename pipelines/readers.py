@@ -34,6 +34,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import tensorflow as tf
+from google.protobuf.message import DecodeError
 
 from qianmo.layers.features import Dense, Keep, Schema
 
@@ -360,7 +361,8 @@ def _parts(file: pathlib.Path, columns: Mapping[str, _Column]) -> list[_Part]:
     with _readable(file, "Parquet"):
         opened = pq.ParquetFile(file)
     _check_names(file, opened.schema_arrow.names, columns)
-    for column in columns.values():
+    # The types of a shard without rows mean nothing, and writers get them wrong.
+    for column in columns.values() if opened.metadata.num_rows else ():
         _check_type(_Part(file), column, opened.schema_arrow.field(column.name).type)
     parts = []
     row = 0
@@ -507,10 +509,8 @@ def _check_type(part: _Part, column: _Column, found: pa.DataType) -> None:
         }
         if fits[column.dtype] or pa.types.is_null(value):
             return
-    raise DataError(
-        f"{part.file}, column `{column.name}`: should be {column.expected}. Found: {found} (from "
-        f"row {part.first_row} on, counted from 0). Convert the column, or declare it so."
-    )
+    fault = f"should be {column.expected}. Found: {found} in the whole column. Convert it"
+    raise part.error(column.name, part.first_row, f"{fault}, or declare it so.")
 
 
 def _convert(part: _Part, column: _Column, array: pa.Array, is_text: bool) -> Block:
@@ -639,11 +639,13 @@ def _read_csv(
     part: _Part, columns: Mapping[str, _Column], decoded_rows: int
 ) -> Iterator[dict[str, pa.Array]]:
     del decoded_rows  # a block has a size in bytes
-    with _readable(part.file, "CSV"):
+    with _readable(part.file, "CSV"), _equal_rows(part.file) as remember:
         reader = pa_csv.open_csv(
             str(part.file),
             read_options=pa_csv.ReadOptions(use_threads=False, block_size=_CSV_BYTES),
-            parse_options=pa_csv.ParseOptions(newlines_in_values=True),
+            parse_options=pa_csv.ParseOptions(
+                newlines_in_values=True, invalid_row_handler=remember
+            ),
             # An empty cell is a null; "" in quotes is an empty string.
             convert_options=pa_csv.ConvertOptions(
                 include_columns=[*columns],
@@ -654,16 +656,42 @@ def _read_csv(
             ),
         )
         for batch in reader:
-            arrays = {}
+            arrays = {name: batch.column(name) for name in columns}
             for name, column in columns.items():
-                array = batch.column(name)
                 if column.max_length:
-                    array = pc.fill_null(array, b"")
-                    empty = pa.scalar([], pa.list_(pa.binary()))
-                    items = pc.split_pattern(array, pattern="|")
-                    array = pc.if_else(pc.equal(array, b""), empty, items)
-                arrays[name] = array
+                    arrays[name] = _split(arrays[name])
             yield arrays
+
+
+@contextlib.contextmanager
+def _equal_rows(file: pathlib.Path) -> Iterator[Callable[[Any], str]]:
+    """Gives a handler of rows with too few or too many cells, and raises the error that names one.
+
+    What a handler itself raises, pyarrow would only print.
+    """
+    invalid = []
+
+    def remember(row: Any) -> str:
+        invalid.append(row)
+        return "error"
+
+    try:
+        yield remember
+    except pa.ArrowInvalid:
+        if not invalid:
+            raise
+        row = invalid[0]
+        raise DataError(
+            f"{file}, row {row.number - 2} (counted from 0): should have {row.expected_columns} "
+            f"cells, as the header has. Received: {row.actual_columns}. Correct the row."
+        ) from None
+
+
+def _split(cells: pa.Array) -> pa.Array:
+    """Lists of the items between vertical bars; of none when a cell is empty."""
+    cells = pc.fill_null(cells, b"")
+    none = pa.scalar([], pa.list_(pa.binary()))
+    return pc.if_else(pc.equal(cells, b""), none, pc.split_pattern(cells, pattern="|"))
 
 
 def _read_tfrecord(
@@ -721,8 +749,10 @@ def _tfrecord_kinds(file: pathlib.Path, columns: Mapping[str, _Column]) -> dict[
         found = tf.train.Example.FromString(first.numpy()).features.feature
     except tf.errors.DataLossError as error:
         raise _tfrecord_loss(file) from error
-    except Exception as error:  # protobuf's own DecodeError is not public in every backend
-        raise DataError(f"{file}, row 0: should be a tf.train.Example; write it again.") from error
+    except DecodeError as error:
+        raise DataError(
+            f"{file}, row 0 (counted from 0): should be a tf.train.Example; write it again."
+        ) from error
     # A list that is empty in the first row need not be there.
     scalars = {name: c for name, c in columns.items() if not c.max_length}
     _check_names(file, [*found], scalars)
@@ -756,7 +786,7 @@ def _tfrecord_mismatch(
     for row, record in enumerate(records, first_row):
         try:
             found = tf.train.Example.FromString(record).features.feature
-        except Exception:
+        except DecodeError:
             return DataError(
                 f"{file}, row {row} (counted from 0): should be a tf.train.Example; write it again."
             )

@@ -92,8 +92,9 @@ def complete(schema: Schema, path: readers.PathLike) -> Schema:
                 f"{path}, column `{feature.name}`: no value occurs `min_count` = "
                 f"{feature.min_count} times. Lower it, or take the feature out of the schema."
             )
-        values = (value for _, value in sorted(frequent))
-        vocabularies[name] = tuple(v.decode() if isinstance(v, bytes) else v for v in values)
+        vocabularies[name] = tuple(
+            value.decode() if isinstance(value, bytes) else value for _, value in sorted(frequent)
+        )
 
     def completed(feature: Feature) -> Feature:
         if isinstance(feature, Categorical):

@@ -1,0 +1,357 @@
+"""The public data sets' rows: counts, values, and that no row knows of later ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from absl import flags
+
+from qianmo.configs import kuairand, movielens_1m
+from qianmo.layers.features import Schema
+from qianmo.pipelines import prepare, readers, statistics
+
+OUTCOMES = {"is_click", "long_view", "is_like", "is_follow", "is_profile_enter"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    output = tmp_path_factory.mktemp("kuairand") / "made"
+    prepare.kuairand(None, output)
+    return output
+
+
+def rows_of(file: pathlib.Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(file, columns=columns).to_pylist()
+    return rows
+
+
+def test_kuairand_is_split_by_day(made: pathlib.Path) -> None:
+    about = json.loads((made / "data.json").read_text())
+    assert about["rows"] == {"train": 150_055, "valid": 17_226, "test": 13_103}
+    days = {}
+    for part in about["rows"]:
+        table = pq.read_table(made / f"{part}.parquet", columns=["date", "time_ms"])
+        assert len(table) == about["rows"][part]
+        assert (np.diff(table["time_ms"].to_numpy()) >= 0).all()
+        days[part] = set(table["date"].to_pylist())
+        assert about["sha256"][part] == readers.sha256(made / f"{part}.parquet")
+    assert max(days["train"]) == 20220503
+    assert (days["valid"], days["test"]) == ({20220504}, {20220505})
+    assert "ShareAlike" in (made / "LICENSE").read_text()
+    assert "10.1145/3511808.3557624" in (made / "ATTRIBUTION.md").read_text()
+
+
+def test_the_recipe_reads_every_row(made: pathlib.Path) -> None:
+    schema = Schema.from_config(kuairand.schema())
+    complete = statistics.complete(schema, made / "train.parquet")
+    assert complete.is_complete
+    assert complete.tables["video_id"].vocabulary is not None
+    for part, count in (("train", 150_055), ("valid", 17_226), ("test", 13_103)):
+        blocks = readers.blocks(complete, made / f"{part}.parquet")
+        assert sum(len(block["is_click"]) for block in blocks) == count
+    assert not OUTCOMES & set(complete.input_names)
+
+
+def test_no_row_knows_of_its_own_or_later_ones(made: pathlib.Path) -> None:
+    log = rows_of(prepare.SAMPLE / "interactions.parquet")
+    by_user: dict[int, list[dict[str, Any]]] = {}
+    for row in log:
+        by_user.setdefault(row["user_id"], []).append(row)
+    history = {row["user_id"]: row for row in rows_of(prepare.SAMPLE / "history.parquet")}
+    columns = ["user_id", "time_ms", "watched", "liked", "num_history", "history_group"]
+    parts = [rows_of(made / f"{part}.parquet", columns) for part in ("train", "valid", "test")]
+    rows = [row for part in parts for row in part]
+    assert len(rows) == len(log)
+    # The busiest users, some without history, and some whose rows share a time.
+    busiest = sorted(by_user, key=lambda user: -len(by_user[user]))[:20]
+    new = [user for user in by_user if user not in history][:20]
+    ties = [u for u, own in by_user.items() if len({r["time_ms"] for r in own}) < len(own)][:20]
+    chosen = {*busiest, *new, *ties}
+    assert len(new) == len(ties) == 20
+
+    checked = 0
+    for row in rows:
+        if row["user_id"] not in chosen:
+            continue
+        none = {"watched": [], "liked": [], "history_len": 0}
+        before = history.get(row["user_id"], none)
+        earlier = [r for r in by_user[row["user_id"]] if r["time_ms"] < row["time_ms"]]
+        watched = before["watched"] + [r["video_id"] for r in earlier]
+        liked = before["liked"] + [r["video_id"] for r in earlier if r["is_like"]]
+        in_training = sum(r["date"] <= 20220503 for r in earlier)
+        group = next(
+            name
+            for name, most in (("0", 0), ("1-5", 5), ("6-20", 20), (">20", np.inf))
+            if in_training <= most
+        )
+        assert row["watched"] == watched[-20:]
+        assert row["liked"] == liked[-20:]
+        assert row["num_history"] == before["history_len"] + len(earlier)
+        assert row["history_group"] == group
+        checked += 1
+    assert checked > 1000
+
+
+def test_later_rows_change_nothing_in_earlier_ones(
+    made: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Cuts the log at a moment: the rows up to it must be the same in every column."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("users", "videos", "history"):
+        os.link(prepare.SAMPLE / f"{name}.parquet", source / f"{name}.parquet")
+    log = pq.read_table(prepare.SAMPLE / "interactions.parquet")
+    moment = log["time_ms"][20_000].as_py()
+    pq.write_table(log.filter(log["time_ms"].to_numpy() <= moment), source / "interactions.parquet")
+    prepare.kuairand(source, tmp_path / "cut")
+    cut = pq.read_table(tmp_path / "cut" / "train.parquet")
+    whole = pq.read_table(made / "train.parquet")
+    assert len(cut) > 20_000
+    assert cut.equals(whole.slice(0, len(cut)))
+
+
+def test_kuairand_values(made: pathlib.Path) -> None:
+    table = pq.read_table(made / "test.parquet")
+    assert all(column.null_count == 0 for column in table.columns)
+    users = {row["user_id"]: row for row in rows_of(prepare.SAMPLE / "users.parquet")}
+    videos = {row["video_id"]: row for row in rows_of(prepare.SAMPLE / "videos.parquet")}
+    log = [r for r in rows_of(prepare.SAMPLE / "interactions.parquet") if r["date"] == 20220505]
+    unknown = 0
+    for row, source in list(zip(table.to_pylist(), log, strict=True))[::50]:
+        user, video = users[row["user_id"]], videos[row["video_id"]]
+        for name in ("user_id", "video_id", "time_ms", "tab", *OUTCOMES):
+            assert row[name] == source[name], name
+        assert row["hour"] == source["hourmin"] // 100
+        assert row["user_active_degree"] == user["user_active_degree"]
+        assert row["onehot_feat12"] == (
+            -1 if user["onehot_feat12"] is None else user["onehot_feat12"]
+        )
+        assert row["author_id"] == video["author_id"]
+        tags = [int(tag) for tag in (video["tag"] or "-1").split(",")]
+        assert (row["tags"], row["tag"]) == (tags, tags[0])
+        seconds = source["duration_ms"] / 1000
+        assert row["log_duration"] == pytest.approx(np.log(1 + seconds), rel=1e-6)
+        bounds = [0, 7, 18, 30, 60, 120, 240, np.inf]
+        if seconds == 0:
+            unknown += 1
+            assert row["duration_bucket"] == -1
+        else:
+            bucket = row["duration_bucket"]
+            assert bounds[bucket] <= seconds < bounds[bucket + 1]
+    assert unknown > 0
+
+
+def test_the_shipped_sample_is_small_and_without_outcomes_beyond_the_labels() -> None:
+    files = list(prepare.SAMPLE.iterdir())
+    assert sum(file.stat().st_size for file in files) <= 4.5e6
+    names = set(pq.read_schema(prepare.SAMPLE / "interactions.parquet").names)
+    assert names >= OUTCOMES
+    assert not {"play_time_ms", "profile_stay_time", "comment_stay_time"} & names
+    about = json.loads((prepare.SAMPLE / "data.json").read_text())
+    for name, digest in about["sha256"].items():
+        assert readers.sha256(prepare.SAMPLE / f"{name}.parquet") == digest
+
+
+def published_tables(folder: pathlib.Path) -> None:
+    """Tables in the publisher's columns: 30 impressions, of which 3 are duplicates."""
+    random = np.random.default_rng(1)
+    log = {name: random.integers(0, 2, 27) for name in (*prepare._LOG_COLUMNS, "play_time_ms")}
+    log["time_ms"] = np.repeat(np.arange(9), 3)
+    log["play_time_ms"] = np.arange(27)  # else equal rows that differ here are no duplicates
+    table = pa.table(log)
+    pq.write_table(pa.concat_tables([table, table.slice(5, 3)]), folder / "interactions.parquet")
+    users = {name: [0, 1] for name in ("user_id", *prepare._USER_COLUMNS)}
+    users["onehot_feat4"] = pa.array([None, 3.0])
+    pq.write_table(pa.table({**users, "unused": [1, 2]}), folder / "users.parquet")
+    videos = {name: [0, 1] for name in ("video_id", *prepare._VIDEO_COLUMNS)}
+    pq.write_table(pa.table({**videos, "tag": ["1,2", None]}), folder / "videos_basic.parquet")
+    history = {
+        "user_id": [1],
+        "history_len": [70],
+        "watch_seq": [[*range(50)]],
+        "like_seq": [[4, 5]],
+    }
+    pq.write_table(pa.table(history), folder / "user_history_before_20220425.parquet")
+
+
+def test_the_sample_is_cut_from_the_published_tables(tmp_path: pathlib.Path) -> None:
+    published_tables(tmp_path)
+    about = prepare.kuairand_sample(tmp_path, tmp_path / "sample")
+    assert about["rows"] == {"interactions": 27, "users": 2, "videos": 2, "history": 1}
+    log = pq.read_table(tmp_path / "sample" / "interactions.parquet")
+    source = pq.read_table(tmp_path / "interactions.parquet").slice(0, 27)
+    for name in prepare._LOG_COLUMNS:
+        assert log[name].to_pylist() == source[name].to_pylist()
+    assert rows_of(tmp_path / "sample" / "history.parquet") == [
+        {"user_id": 1, "history_len": 70, "watched": [*range(30, 50)], "liked": [4, 5]}
+    ]
+    assert rows_of(tmp_path / "sample" / "users.parquet")[0]["onehot_feat4"] is None
+    assert (tmp_path / "sample" / "LICENSE").exists()
+
+
+@pytest.mark.skipif(
+    "QIANMO_KUAIRAND" not in os.environ, reason="QIANMO_KUAIRAND: folder of KuaiRand-Pure's tables"
+)
+def test_the_shipped_sample_is_made_from_the_published_tables(tmp_path: pathlib.Path) -> None:
+    prepare.kuairand_sample(os.environ["QIANMO_KUAIRAND"], tmp_path / "sample")
+    for name in ("interactions", "users", "videos", "history"):
+        again = pq.read_table(tmp_path / "sample" / f"{name}.parquet")
+        assert again.equals(pq.read_table(prepare.SAMPLE / f"{name}.parquet"))
+
+
+def movielens_files(folder: pathlib.Path) -> None:
+    """GroupLens's format: fields between two colons, Latin-1."""
+    folder.mkdir()
+    ratings = [(1 + i % 3, 1 + i % 2, 1 + i % 5, 1000 - i) for i in range(50)]
+    lines = ["::".join(map(str, row)) for row in ratings]
+    (folder / "ratings.dat").write_text("\n".join(lines) + "\n", encoding="latin-1")
+    users = "1::F::1::10::48067\n2::M::56::16::70072-1\n3::M::25::15::00231\n"
+    (folder / "users.dat").write_text(users, encoding="latin-1")
+    movies = "1::Léon: a (b) (1994)::Crime|Drama\n2::Toy Story (1995)::Animation\n"
+    (folder / "movies.dat").write_text(movies, encoding="latin-1")
+
+
+def test_movielens_from_the_publishers_files(tmp_path: pathlib.Path) -> None:
+    movielens_files(tmp_path / "ml-1m")
+    about = prepare.movielens_1m(tmp_path / "ml-1m", tmp_path / "out")
+    assert about["rows"] == {"train": 32, "test": 8}
+    rows = [
+        row for part in ("train", "test") for row in rows_of(tmp_path / "out" / f"{part}.parquet")
+    ]
+    # Rating 1 + i % 5 at time 1000 - i; 3 is left out, the last is the earliest.
+    kept = [i for i in reversed(range(50)) if i % 5 != 2]
+    assert [row["timestamp"] for row in rows] == [1000 - i for i in kept]
+    assert [row["label"] for row in rows] == [int(i % 5 >= 3) for i in kept]
+    assert rows[0] == {
+        "user_id": 2,
+        "movie_id": 2,
+        "gender": "M",
+        "age": 56,
+        "occupation": 16,
+        "zip_code": "70072-1",
+        "first_genre": "Animation",
+        "genres": ["Animation"],
+        "year": 1995,
+        "label": 1,
+        "timestamp": 951,
+    }
+    assert rows[1]["genres"] == ["Crime", "Drama"]
+    assert rows[1]["year"] == 1994
+
+
+def test_movielens_random_split(tmp_path: pathlib.Path) -> None:
+    source = tmp_path / "ml-1m"
+    movielens_files(source)
+    parts: list[list[list[int]]] = []
+    for number, seed in enumerate((0, 0, 1)):
+        output = tmp_path / str(number)
+        about = prepare.movielens_1m(source, output, split="random", seed=seed)
+        assert about["rows"] == {"train": 32, "valid": 4, "test": 4}
+        files = [output / f"{part}.parquet" for part in about["rows"]]
+        parts.append([[row["timestamp"] for row in rows_of(file)] for file in files])
+    assert parts[0] == parts[1] != parts[2]
+    train, valid, test = parts[0]
+    assert sorted(train + valid + test) == [1000 - i for i in reversed(range(50)) if i % 5 != 2]
+    assert train == sorted(train)
+
+
+@pytest.mark.skipif(
+    "QIANMO_MOVIELENS_1M" not in os.environ,
+    reason="QIANMO_MOVIELENS_1M: folder of ml-1m, which may not be shipped",
+)
+def test_movielens_1m(tmp_path: pathlib.Path) -> None:
+    source = os.environ["QIANMO_MOVIELENS_1M"]
+    about = prepare.movielens_1m(source, tmp_path / "time")
+    assert about["rows"] == {"train": 591_209, "test": 147_803}
+    likes = sum(
+        pq.read_table(tmp_path / "time" / f"{part}.parquet")["label"].to_numpy().sum()
+        for part in ("train", "test")
+    )
+    assert likes == 348_971 + 226_310
+    schema = Schema.from_config(movielens_1m.schema())
+    complete = statistics.complete(schema, tmp_path / "time" / "train.parquet")
+    assert [f.num_rows for f in complete.categorical[:5]] == [6042, 3954, 3, 8, 22]
+    about = prepare.movielens_1m(source, tmp_path / "random", split="random")
+    assert about["rows"] == {"train": 591_209, "valid": 73_901, "test": 73_902}
+
+
+def test_an_output_is_whole_or_absent(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    movielens_files(tmp_path / "ml-1m")
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.readers, "sha256", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare.movielens_1m(tmp_path / "ml-1m", output)
+    assert [path.name for path in tmp_path.iterdir()] == ["ml-1m"]
+
+    prepare.movielens_1m(tmp_path / "ml-1m", output)
+    (output / "mine").touch()
+    with pytest.raises(ValueError, match=r"exists\. Give another output, or --overwrite"):
+        prepare.movielens_1m(tmp_path / "ml-1m", output)
+    assert (output / "mine").exists()
+    prepare.movielens_1m(tmp_path / "ml-1m", output, overwrite=True)
+    assert sorted(path.name for path in output.iterdir()) == [
+        "data.json",
+        "test.parquet",
+        "train.parquet",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ml-1m", "out"]
+
+
+def test_bad_sources_are_named(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(readers.DataError, match=r"ratings\.parquet: no such file\. `source`"):
+        prepare.movielens_1m(tmp_path, tmp_path / "out")
+    movielens_files(tmp_path / "ml-1m")
+    (tmp_path / "ml-1m" / "users.dat").write_text("1::F::1::10::48067\n2::M::56\n")
+    with pytest.raises(readers.DataError, match=r"users\.dat, row 1 .*should have 5 fields"):
+        prepare.movielens_1m(tmp_path / "ml-1m", tmp_path / "out")
+    (tmp_path / "ml-1m" / "users.dat").write_text("1::F::1::10::48067\n")
+    with pytest.raises(readers.DataError, match="`user_id` 2 is used, but its table has no such"):
+        prepare.movielens_1m(tmp_path / "ml-1m", tmp_path / "out")
+
+
+def test_the_program(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    movielens_files(tmp_path / "ml-1m")
+
+    def run(*arguments: str) -> Any:
+        monkeypatch.setattr(sys, "argv", ["qianmo-prepare", *arguments])
+        before = set(flags.FLAGS)
+        try:
+            with pytest.raises(SystemExit) as end:
+                prepare.main()
+        finally:  # other programs define flags in this process too
+            for name in set(flags.FLAGS) & {"dataset", "source", "output", "split", "seed"}:
+                delattr(flags.FLAGS, name)
+            delattr(flags.FLAGS, "overwrite")
+            flags.FLAGS.unparse_flags()
+        assert before - set(flags.FLAGS) == set()
+        return end.value.code
+
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "")  # the program sets it
+    assert run("--help") == 1  # as absl ends after help
+    printed = capsys.readouterr().out
+    assert "qianmo-prepare --dataset=kuairand --output=runs/kuairand" in printed
+    assert "--split: <time|random>: How movielens_1m is split." in printed
+
+    output = f"--output={tmp_path / 'out'}"
+    assert "needs --source; see --help" in run("--dataset=movielens_1m", output)
+    source = f"--source={tmp_path / 'ml-1m'}"
+    assert not run("--dataset=movielens_1m", "--split=random", source, output)
+    printed = capsys.readouterr().out
+    assert "train.parquet: 32 rows, sha256 " in printed
+    assert "exists" in run("--dataset=movielens_1m", source, output)
+    assert not run("--dataset=movielens_1m", "--overwrite", source, output)
+    assert (tmp_path / "out" / "test.parquet").exists()
+    assert not (tmp_path / "out" / "valid.parquet").exists()
