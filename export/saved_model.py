@@ -191,7 +191,7 @@ def check_parity(
     if len(wrong):
         shown = "; ".join(
             f"row {i}: served {served[i].tolist()}, Keras {expected[i].tolist()}, features "
-            + str({k: v[i].tolist() for k, v in rows.items()})
+            + str({k: v[i] if v.dtype == object else v[i].tolist() for k, v in rows.items()})
             for i in wrong[:3]
         )
         raise ExportError(

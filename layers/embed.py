@@ -172,9 +172,9 @@ class Embed(tf_keras.layers.Layer):
             if feature.is_list:
                 part = pool(part, encoded.lengths[feature.name], feature.pooling)[:, None]
             pooled.append(part)
-        return tf.ensure_shape(
-            tf.concat(pooled, 1), [None, len(features), dim + self.linear_dim]
-        )
+        stacked = tf.concat(pooled, 1)
+        stacked.set_shape([None, len(features), dim + self.linear_dim])
+        return stacked
 
     def assemble(self, vectors: Mapping[str, tf.Tensor], dense: tf.Tensor) -> Embedded:
         """Makes `Embedded` of the vectors that crossed the seam (see `vectors`)."""

@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from qianmo.models.ranker import Ranker
-from qianmo.pipelines import readers, report, run_dir, statistics
+from qianmo.pipelines import readers, report, run_dir, runtime, statistics
 from qianmo.pipelines.evaluate import evaluate, score, table
 from qianmo.pipelines.recipe import Recipe, optimizer
 
@@ -100,6 +100,7 @@ class Run:
     """
 
     def __init__(self, recipe: Recipe, model_dir: str | pathlib.Path) -> None:
+        runtime.settle()
         self.dir = pathlib.Path(model_dir)
         self.recipe = self._settle(recipe)
         train = self.recipe.train

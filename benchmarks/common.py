@@ -1,0 +1,99 @@
+"""What the benchmarks share: prepared data, quiet training, means over seeds."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import tf_keras
+from ml_collections import ConfigDict
+
+from qianmo.pipelines import prepare, readers
+from qianmo.pipelines.recipe import Recipe
+from qianmo.pipelines.train import train
+
+ROOT = pathlib.Path(__file__).parents[1]
+CACHE = ROOT / "runs" / "benchmarks"
+
+
+def movielens_1m(split: str) -> pathlib.Path:
+    """MovieLens-1M, prepared once."""
+    source = os.environ.get("QIANMO_MOVIELENS_1M")
+    if not source:
+        raise SystemExit(
+            "Set QIANMO_MOVIELENS_1M to a folder with ratings.parquet, users.parquet and "
+            "movies.parquet; the licence of MovieLens-1M does not let us ship it."
+        )
+    folder = CACHE / f"movielens_1m_{split}"
+    if not folder.exists():
+        prepare.movielens_1m(source, folder, split=split)
+    return folder
+
+
+def kuairand() -> pathlib.Path:
+    """The shipped KuaiRand sample, prepared once."""
+    folder = CACHE / "kuairand"
+    if not folder.exists():
+        prepare.kuairand(None, folder)
+    return folder
+
+
+def sha256(folder: pathlib.Path) -> dict[str, str]:
+    """Of each part of prepared data."""
+    return {p.stem: readers.sha256(p) for p in sorted(folder.glob("*.parquet"))}
+
+
+@contextmanager
+def model_dir() -> Iterator[pathlib.Path]:
+    """A folder for one run, gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield pathlib.Path(folder) / "model"
+
+
+def point(config: ConfigDict, folder: pathlib.Path, *, valid: bool) -> ConfigDict:
+    """Points a recipe to prepared data."""
+    for part in ("train", "valid", "test"):
+        config.data[part] = str(folder / f"{part}.parquet")
+    if not valid:
+        config.data.valid = ""
+    return config
+
+
+def trained(config: ConfigDict, folder: pathlib.Path | None = None) -> dict[str, Any]:
+    """Trains a recipe; returns its report."""
+    tf_keras.backend.clear_session()
+    recipe = Recipe.from_config(config.to_dict())
+    if folder is not None:
+        return train(recipe, folder)
+    with model_dir() as temporary:
+        return train(recipe, temporary)
+
+
+def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def shown(values: Sequence[float], digits: int = 4) -> str:
+    """`mean +- sd` as text."""
+    mean, sd = mean_and_sd(values)
+    return f"{mean:.{digits}f} ± {sd:.{digits}f}"
+
+
+def target(value: float, bound: float, *, at_most: bool = False, met: bool | None = None) -> Any:
+    """A target's entry."""
+    if met is None:
+        met = value <= bound if at_most else value >= bound
+    asked = f"{'<=' if at_most else '>='} {bound:g}"
+    return {"value": round(float(value), 6), "target": asked, "met": bool(met)}
+
+
+def test_metrics(report: Mapping[str, Any], head: str) -> dict[str, float]:
+    """Metrics of a report's first label on all test rows."""
+    labels = report["test"][head]
+    return dict(next(iter(labels.values()))["all"])

@@ -1,0 +1,73 @@
+"""The one door to the benchmarks:  python benchmarks/run.py NAME [--quick]
+
+Prints a table and writes benchmarks/results/NAME.json. With --quick the program shows that it runs,
+on fewer rows and seeds, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import pathlib
+import platform
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+
+import tensorflow as tf
+
+import qianmo
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+NAMES = {
+    "ctr": "CTR models against DeepCTR on MovieLens-1M",
+    "distillation": "the dual DNN and its relatives on MovieLens-1M",
+    "kuairand": "KuaiRand clicks",
+    "serving": "the embedded server against a direct session.run",
+}
+
+
+def environment() -> dict[str, object]:
+    """What the numbers were measured on."""
+    cpu = platform.processor()
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        cpu = lines[0].split(":")[1].strip() if lines else cpu
+    return {
+        "qianmo": qianmo.__version__,
+        "tensorflow": tf.__version__,
+        "python": platform.python_version(),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+    }
+
+
+def main() -> None:
+    """Runs one benchmark."""
+    listing = "\n".join(f"  {name:<14}{what}" for name, what in NAMES.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"names:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", choices=NAMES, metavar="NAME")
+    parser.add_argument("--quick", action="store_true", help="fewer rows and seeds; not recorded")
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(pathlib.Path(__file__).parent))
+    tables = importlib.import_module("tables")
+    found = importlib.import_module(f"bench_{arguments.name}").run(quick=arguments.quick)
+    result = {"name": arguments.name, "environment": environment(), **found}
+    print(tables.markdown(result))
+    if not arguments.quick:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{arguments.name}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"Written: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The main job end to end on real data:  python -m qianmo.pipelines.demo
+
+prepare -> train a dual DNN on KuaiRand clicks, and its student alone -> evaluate -> export -> serve
+-> score real rows by gRPC and by REST -> compare with the Keras scores -> a table.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import time
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from qianmo.configs import kuairand_dual_dnn
+from qianmo.export.saved_model import export_in_graph
+from qianmo.models.ranker import Ranker
+from qianmo.pipelines import prepare, report, run_dir
+from qianmo.pipelines.export import first_rows
+from qianmo.pipelines.predict import Client, RestClient
+from qianmo.pipelines.recipe import Recipe
+from qianmo.pipelines.serving import ModelServer
+from qianmo.pipelines.train import train
+
+ROWS = 1000
+TOLERANCE = 1e-6
+
+
+def step(number: int, text: str) -> None:
+    """Announces a step."""
+    print(f"\n[{number}/5] {text}", flush=True)
+
+
+def recipe(variant: str, data: pathlib.Path, epochs: int) -> Recipe:
+    """The KuaiRand recipe on the prepared rows."""
+    config = kuairand_dual_dnn.get_config(variant)
+    for part in ("train", "valid", "test"):
+        config.data[part] = str(data / f"{part}.parquet")
+    config.train.epochs = epochs
+    return Recipe.from_config(config.to_dict())
+
+
+def timed_requests(
+    client: Client, rows: dict[str, np.ndarray], batch_size: int, requests: int
+) -> tuple[np.ndarray, float]:
+    """Milliseconds of each request, and rows/s."""
+    batches = [
+        {k: v[start : start + batch_size] for k, v in rows.items()}
+        for start in range(0, len(next(iter(rows.values()))) - batch_size + 1, batch_size)
+    ]
+    for batch in batches[:3]:
+        client.predict(batch)
+    times = []
+    begin = time.perf_counter()
+    for i in range(requests):
+        start = time.perf_counter()
+        client.predict(batches[i % len(batches)])
+        times.append((time.perf_counter() - start) * 1e3)
+    return np.asarray(times), requests * batch_size / (time.perf_counter() - begin)
+
+
+def size_of(folder: pathlib.Path) -> int:
+    """Bytes of a folder's files."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def run(output: pathlib.Path, epochs: int) -> None:
+    """Runs the demo in a folder, which is emptied first."""
+    if output.exists():
+        shutil.rmtree(output)
+    begin = time.perf_counter()
+    data = output / "data"
+    step(1, "Prepare: KuaiRand's standard log, split by day")
+    prepare.kuairand(None, data)
+
+    step(2, "Train: a CIN teacher and its student in one pass, then the student alone")
+    runs = {
+        name: train(recipe(name, data, epochs), output / name) for name in ("dual", "student_alone")
+    }
+
+    step(3, "Export: three SavedModels of stock ops, replayed against Keras before publishing")
+    dual, _ = run_dir.load(output / "dual")
+    alone, _ = run_dir.load(output / "student_alone")
+    rows = first_rows(dual.schema, str(data / "test.parquet"), ROWS)
+    shipped: dict[str, tuple[Ranker, str]] = {
+        "teacher": (dual, "teacher"),
+        "student": (dual, "student"),
+        "student_alone": (alone, "student"),
+    }
+    folders = {}
+    for name, (model, head) in shipped.items():
+        folders[name], worst = export_in_graph(model, output / "served" / name, rows, heads=(head,))
+        print(f"  {folders[name]}: {size_of(folders[name]):,} bytes, {worst:.1e} from Keras")
+
+    step(4, f"Serve, and score {ROWS:,} real rows by gRPC and by REST")
+    table: list[dict[str, Any]] = []
+    with ModelServer({name: str(path.parent) for name, path in folders.items()}) as server:
+        print(f"  gRPC 127.0.0.1:{server.port}, REST 127.0.0.1:{server.rest_port}")
+        for name, (model, head) in shipped.items():
+            client = Client(f"127.0.0.1:{server.port}", name)
+            rest = RestClient(f"127.0.0.1:{server.rest_port}", name)
+            keras = report.head_function(model, head)(rows).numpy()
+            for way, answer in (("gRPC", client.predict(rows)), ("REST", rest.predict(rows))):
+                served = np.stack([answer[label] for label in model.schema.labels], 1)
+                worst = float(np.abs(served - keras).max())
+                print(f"  {name} by {way}: largest difference to Keras {worst:.1e}")
+                if not worst <= TOLERANCE:
+                    raise SystemExit(f"{name} by {way} differs from Keras by {worst}")
+            one, _ = timed_requests(client, rows, 1, 300)
+            _, rows_per_second = timed_requests(client, rows, 500, 40)
+            found = runs["student_alone" if name == "student_alone" else "dual"]
+            metrics = found["test"][head][model.schema.labels[0]]["all"]
+            table.append(
+                {
+                    "name": name,
+                    "auc": metrics["auc"],
+                    "gauc": metrics["gauc"],
+                    "weights": found["parameters"][head]["dense"],
+                    "bytes": size_of(folders[name]),
+                    "p50": float(np.percentile(one, 50)),
+                    "p99": float(np.percentile(one, 99)),
+                    "rows_per_second": rows_per_second,
+                }
+            )
+
+    step(5, "The result, on the test day")
+    print(format_table(table))
+    run_dir.write_json(output / "demo.json", table)
+    print(f"\nReport: {output / 'dual' / 'report.html'}")
+    print(f"Took {time.perf_counter() - begin:.0f} s.")
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """The demo's table as text."""
+    lines = [
+        f"{'':<15}{'AUC':>8}{'GAUC':>8}{'dense weights':>15}{'bytes':>13}"
+        f"{'p50 ms':>9}{'p99 ms':>9}{'rows/s':>10}"
+    ]
+    for r in rows:
+        lines.append(
+            f"{r['name']:<15}{r['auc']:>8.4f}{r['gauc']:>8.4f}{r['weights']:>15,}{r['bytes']:>13,}"
+            f"{r['p50']:>9.2f}{r['p99']:>9.2f}{r['rows_per_second']:>10,.0f}"
+        )
+    lines.append("(p50, p99: gRPC requests of one row, one client; rows/s: requests of 500 rows)")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry of `make demo`."""
+    flags.DEFINE_string("output", "runs/demo", "Folder for everything; emptied first.")
+    flags.DEFINE_integer("epochs", 3, "Passes over the training rows.")
+    app.run(lambda _: run(pathlib.Path(flags.FLAGS.output), flags.FLAGS.epochs))
+
+
+if __name__ == "__main__":
+    main()

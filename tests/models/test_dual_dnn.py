@@ -1,0 +1,173 @@
+"""The dual DNN: who moves whom, and that its relatives are configs of it."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+
+from qianmo.layers.features import Categorical, Dense, Schema
+from qianmo.layers.losses import distillation
+from qianmo.layers.sparse_adam import SparseAdam
+from qianmo.models import zoo
+from qianmo.pipelines import runtime
+
+SCHEMA = Schema(
+    features=(
+        Categorical(name="user", num_ids=50, dim=8),
+        Categorical(name="item", num_ids=40, dim=8),
+        Categorical(name="seen", num_ids=40, dim=8, table="item", max_length=3),
+        Dense(name="price", mean=0.0, variance=1.0),
+    ),
+    labels=("click", "like"),
+)
+TEACHER = {"interactions": {"cin": {"units": (6, 6)}, "cross": {"num_layers": 1}}}
+UNITS = {"teacher_units": (16, 8), "student_units": (8,)}
+
+
+def batches(count=12, size=64):
+    rng = np.random.default_rng(5)
+    for _ in range(count):
+        features = {
+            "user": rng.integers(0, 50, size),
+            "item": rng.integers(0, 40, size),
+            "seen": rng.integers(0, 40, (size, 3)),
+            "seen_length": rng.integers(0, 4, size),
+            "price": rng.normal(size=size).astype(np.float32),
+        }
+        labels = (rng.random((size, 2)) < 0.4).astype(np.float32)
+        yield features, {"labels": labels, "weight": np.ones(size, np.float32)}
+
+
+def trained(steps=12, **config):
+    """A model after some steps of Keras fit, as the trainer does them."""
+    runtime.settle()
+    tf_keras.utils.set_random_seed(3)
+    model = zoo.build(SCHEMA, config)
+    features, _ = next(batches(1))
+    model({k: tf.constant(v) for k, v in features.items()})
+    start = [(v, v.numpy()) for v in model.variables]
+    model.compile(tf_keras.optimizers.Adam(0.01), SparseAdam(0.01))
+    data = tf.data.Dataset.from_generator(
+        lambda: batches(steps),
+        output_signature=tf.nest.map_structure(
+            lambda x: tf.TensorSpec(x.shape, x.dtype), next(batches(1))
+        ),
+    )
+    history = model.fit(data, epochs=1, verbose=0).history
+    return model, start, history
+
+
+def dual(**changes):
+    return trained(name="dual_dnn", **{**TEACHER, **UNITS, **changes})
+
+
+def teacher_weights(model):
+    parts = (
+        (model.embed, model.teacher_bottom, model.teacher_tower)
+        if hasattr(model, "teacher_tower")
+        else (model.embed, model.bottom, model.tower)
+    )
+    return [v.numpy() for part in parts for v in part.variables]
+
+
+def moved(start):
+    return {v.ref() for v, before in start if not np.array_equal(v.numpy(), before)}
+
+
+def test_the_teacher_moves_as_if_alone_bit_for_bit():
+    alone, _, _ = trained(
+        name="teacher_alone", **TEACHER, teacher_units=(16, 8), dropout=0.2, embedding_l2=0.01
+    )
+    both, start, _ = dual(kd_weight=3.0, hint_weight=0.5, dropout=0.2, embedding_l2=0.01)
+    first, second = teacher_weights(alone), teacher_weights(both)
+    assert len(first) == len(second) > 6
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+    student = {v.ref() for v in both.student_tower.trainable_variables}
+    assert student < moved(start)  # the student learns too
+
+
+def test_rocket_launching_lets_the_student_move_the_tables():
+    first, _, _ = dual(kd_weight=0.0)
+    second, _, _ = dual(kd_weight=0.0, embeddings_from="both")
+    assert not np.array_equal(first.embed.tables["8"], second.embed.tables["8"])
+
+
+def test_two_stage_moves_the_student_alone():
+    model, start, history = dual(teacher_frozen=True)
+    assert moved(start) == {v.ref() for v in model.student_tower.trainable_variables}
+    assert "teacher_bce" not in history
+
+
+def test_student_alone_learns_its_own_tables():
+    model, start, _ = trained(name="dual_dnn", student_units=(8,))
+    assert model.head_names == ("student",)
+    assert set(model(next(iter(batches(1)))[0])) == {"student"}
+    assert model.embed.tables["8"].ref() in moved(start)
+
+
+def test_loss_terms_are_those_of_the_equation():
+    model, _, history = dual(
+        steps=1, kd_weight=2.0, hint_weight=0.25, distance="soft_labels", temperature=2.0
+    )
+    assert set(history) == {"loss", "student_bce", "teacher_bce", "kd", "hint"}
+    features, targets = next(batches(1))
+    embedded = model.embed(model.encode({k: tf.constant(v) for k, v in features.items()}))
+    heads = model.heads(embedded, model.head_names)
+    terms = model.loss_terms(heads, tf.constant(targets["labels"]))
+    y = targets["labels"].astype(np.float64)
+    z = {name: head.logits.numpy().astype(np.float64) for name, head in heads.items()}
+
+    def bce(label, logit):
+        return (np.log1p(np.exp(logit)) - label * logit).sum(1)
+
+    soft = 1 / (1 + np.exp(-z["teacher"] / 2))
+    np.testing.assert_allclose(terms["student_bce"], bce(y, z["student"]), rtol=1e-5)
+    np.testing.assert_allclose(terms["teacher_bce"], bce(y, z["teacher"]), rtol=1e-5)
+    np.testing.assert_allclose(terms["kd"], 2.0 * 4 * bce(soft, z["student"] / 2), rtol=1e-5)
+    # Last layers pair up: both 8 wide, so R is the identity.
+    last = heads["teacher"].hidden[-1] - heads["student"].hidden[-1]
+    np.testing.assert_allclose(terms["hint"], 0.25 * (last.numpy() ** 2).sum(1), rtol=1e-5)
+
+
+def test_hints_project_where_widths_differ():
+    model, _, history = dual(hint_weight=1.0, student_units=(5,))
+    assert [p.kernel.shape.as_list() for p in model.hint_projections] == [[5, 8]]
+    assert history["hint"][0] > 0
+
+
+@pytest.mark.parametrize(
+    ("distance", "expected"),
+    [
+        ("soft_labels", lambda p, q, t, s: -(p * np.log(q) + (1 - p) * np.log(1 - q)) * 9),
+        ("logit_mse", lambda p, q, t, s: ((t - s) / 3) ** 2),
+        ("probability_mse", lambda p, q, t, s: 9 * (p - q) ** 2),
+    ],
+)
+def test_distances(distance, expected):
+    rng = np.random.default_rng(0)
+    t, s = rng.normal(size=(2, 5, 3))
+    p, q = 1 / (1 + np.exp(-t / 3)), 1 / (1 + np.exp(-s / 3))
+    teacher = tf.Variable(t)
+    with tf.GradientTape() as tape:
+        found = distillation(teacher, tf.constant(s), distance, temperature=3.0)
+    np.testing.assert_allclose(found, expected(p, q, t, s).sum(1), rtol=1e-9)
+    assert tape.gradient(found, teacher) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"name": "dual_dn"}, "`model.name` should be one of .*Received: 'dual_dn'"),
+        ({"name": "dual_dnn", "kd_wieght": 1.0}, "unknown argument `kd_wieght`; did you mean `kd_weight`"),
+        ({"name": "dual_dnn", "interactions": {"fmm": {}}}, "should be one of .*Received: 'fmm'"),
+        ({"name": "dual_dnn", "distance": "l1"}, "`distance` should be one of"),
+        ({"name": "dual_dnn", "embeddings_from": "nobody"}, "`embeddings_from` should be one of"),
+        ({"name": "deepfm", "linear_dim": 3}, "unknown argument `linear_dim`"),
+    ],
+)
+def test_refusals(config, message):
+    with pytest.raises(ValueError, match=message):
+        zoo.build(SCHEMA, config)
+    with pytest.raises(ValueError, match="`temperature` should be > 0"):
+        distillation(tf.zeros([1, 1]), tf.zeros([1, 1]), "logit_mse", 0.0)

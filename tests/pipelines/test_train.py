@@ -1,0 +1,222 @@
+"""Training end to end on the shipped KuaiRand sample: learning, killing, refusing."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tensorflow as tf
+
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.recipe import Recipe
+from qianmo.pipelines.train import NotFiniteError, train
+
+SCHEMA = {
+    "features": [
+        {"name": "user", "dim": 4},
+        {"name": "item", "num_ids": 60, "dim": 4},
+        {"kind": "dense", "name": "price"},
+    ],
+    "labels": ["click"],
+    "task_id": "user",
+    "group": "kind",
+}
+
+
+def write_rows(path, count, seed, price=None):
+    """Rows whose click depends on user and item, so that there is something to learn."""
+    rng = np.random.default_rng(seed)
+    taste, quality = np.random.default_rng(0).normal(size=(2, 60))
+    user, item = rng.integers(0, 60, (2, count))
+    click = rng.random(count) < 1 / (1 + np.exp(-2 * (taste[user] + quality[item])))
+    columns = {
+        "user": user,
+        "item": item,
+        "price": rng.normal(size=count).astype(np.float32) if price is None else price,
+        "kind": np.where(user < 30, "new", "old"),
+        "click": click.astype(np.int8),
+    }
+    pq.write_table(pa.table(columns), path, row_group_size=4096)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    for name, count in (("train", 30_000), ("valid", 3_000), ("test", 3_000)):
+        write_rows(folder / f"{name}.parquet", count, len(name))
+    return folder
+
+
+def config(data, **changes):
+    found = {
+        "data": {k: str(data / f"{k}.parquet") for k in ("train", "valid", "test")}
+        | {"shuffle_rows": 10_000},
+        "schema": SCHEMA,
+        "model": {
+            "name": "dual_dnn",
+            "interactions": {"fm": {}},
+            "teacher_units": [16],
+            "student_units": [8],
+            "dropout": 0.1,
+        },
+        "train": {
+            "seed": 3,
+            "batch_size": 64,
+            "epochs": 2,
+            "optimizer": {"name": "adam", "learning_rate": 0.01},
+            "table_optimizer": {"name": "rowwise_adagrad", "learning_rate": 0.05},
+            "monitor": "auc",
+            "patience": 2,
+            "checkpoint_every": 50,
+            "steps_per_call": 10,
+            "dtype_policy": "float32",
+            "start_from": "",
+        },
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        found[section][name] = value
+    return found
+
+
+def weights(model_dir):
+    path = tf.train.latest_checkpoint(str(pathlib.Path(model_dir) / run_dir.WEIGHTS))
+    reader = tf.train.load_checkpoint(path)
+    return {
+        name: reader.get_tensor(name)
+        for name in reader.get_variable_to_shape_map()
+        if name.startswith("model/")
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "model"
+    return folder, train(Recipe.from_config(config(data)), folder)
+
+
+def test_it_learns_and_reports(finished):
+    folder, found = finished
+    click = found["test"]["student"]["click"]
+    assert click["all"]["auc"] > 0.85
+    assert click["all"]["gauc"] > 0.75
+    assert set(click["group"]) == {"new", "old"}
+    assert sum(part["rows"] for part in click["group"].values()) == click["all"]["rows"] == 3000
+    losses = [entry["train"]["student_bce"] for entry in found["history"]]
+    assert losses[1] < losses[0] < 0.65
+    assert found["rows"] == {"train": 30_000, "test": 3000}
+    assert found["history"][-1]["samples_per_second"] > 0
+    assert found["peak_memory_bytes"] > 2**20
+    assert found["parameters"]["teacher"]["dense"] > found["parameters"]["student"]["dense"]
+    saved = json.loads((folder / "report.json").read_text())
+    assert saved["test"] == run_dir.plain(found["test"])
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png") == 4
+    assert list((folder / "tensorboard").glob("events*"))
+
+
+def test_a_trained_model_loads_with_its_scores(finished, data):
+    folder, _ = finished
+    model, recipe = run_dir.load(folder)
+    assert recipe.schema.is_complete
+    from qianmo.pipelines.evaluate import evaluate, score
+
+    again = evaluate(score(model, str(data / "test.parquet")), model.schema)
+    saved = json.loads((folder / "report.json").read_text())["test"]
+    assert again["student"]["click"]["all"]["auc"] == saved["student"]["click"]["all"]["auc"]
+
+
+def test_a_finished_run_is_not_run_again(finished, data):
+    folder, found = finished
+    again = train(Recipe.from_config(config(data)), folder)
+    assert again["history"] == found["history"]
+    with pytest.raises(ValueError, match=r"run of another recipe; they differ in train\.seed"):
+        train(Recipe.from_config(config(data, train__seed=4)), folder)
+
+
+def test_killed_and_started_again_it_ends_with_the_same_weights(finished, data, tmp_path):
+    asked = tmp_path / "config.json"
+    asked.write_text(json.dumps(config(data)))
+    program = (
+        "import json, sys\n"
+        "from qianmo.pipelines.recipe import Recipe\n"
+        "from qianmo.pipelines.train import train\n"
+        f"train(Recipe.from_config(json.load(open({str(asked)!r}))), {str(tmp_path / 'model')!r})\n"
+    )
+    started = [sys.executable, "-c", program]
+    kills = 0
+    for number in (1, 4):  # killed once early, once later, after so many checkpoints
+        process = subprocess.Popen(started, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            done = [int(p.stem.split("-")[1]) for p in (tmp_path / "model").glob("checkpoints/*.index")]
+            if max(done, default=0) >= number:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.01)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills == 2
+    subprocess.run(started, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    expected, found = weights(finished[0]), weights(tmp_path / "model")
+    assert len(expected) > 5 and set(expected) == set(found)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_columns(data, tmp_path):
+    price = np.zeros(1000, np.float32)
+    price[700] = 3e38
+    write_rows(tmp_path / "train.parquet", 1000, 1, price)
+    changed = config(tmp_path, data__valid="", data__test="")
+    changed["schema"] = {
+        **SCHEMA,
+        "features": [*SCHEMA["features"][:2], {"kind": "dense", "name": "price", "mean": 0.0, "variance": 1e-30}],
+    }
+    with pytest.raises(NotFiniteError) as caught:
+        train(Recipe.from_config(changed), tmp_path / "model")
+    message = str(caught.value)
+    step = int(message.split("at step ")[1].split()[0])
+    assert f"batch {step}" in message
+    assert "price: min 0.0, max 3e+38" in message or "price: min 0.0, max 2.99" in message
+    assert not list((tmp_path / "model" / "checkpoints").glob("*.index"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train__batchsize": 3}, r"config.train: unknown key `batchsize`; did you mean `batch_size`"),
+        ({"train__batch_size": 0}, r"`train.batch_size` should be >= 1"),
+        ({"train__monitor": "ndcg"}, r"`train.monitor` should be"),
+        ({"model__name": "deepfn"}, r"`model.name` should be one of"),
+        ({"train__optimizer": {"name": "adam", "lr": 1}}, r"`train.optimizer`: .*lr"),
+        ({"train__optimizer": {"name": "adom"}}, r"`train.optimizer.name` should be one of"),
+        ({"data__train": "nowhere.parquet"}, r"nowhere.parquet"),
+    ],
+)
+def test_refusals(data, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(Recipe.from_config(config(data, **changes)), tmp_path / "model")
+
+
+def test_the_program_takes_a_recipe_and_overrides(data, tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "from ml_collections import ConfigDict\n"
+        f"def get_config():\n    return ConfigDict({config(data)!r})\n"
+    )
+    command = [sys.executable, "-m", "qianmo.pipelines.train", f"--config={recipe}"]
+    command += [f"--model_dir={tmp_path / 'model'}", "--config.train.epochs=1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "samples/s" in done.stderr and "valid student click AUC" in done.stdout
+    wrong = subprocess.run(
+        [*command, "--config.train.epoks=1"], capture_output=True, text=True, check=False
+    )
+    assert wrong.returncode != 0 and "epoks" in wrong.stderr
