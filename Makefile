@@ -34,7 +34,7 @@ demo: $(STAMP)  ## train, export, serve and query on the shipped sample of real 
 	$(BIN)/python -m qianmo.pipelines.demo
 
 test: lint  ## lint, check the types, run the tests and the examples in the docstrings
-	$(BIN)/python -m pytest -q -n 2 --doctest-modules --pyargs tests $(ROOMS:%=qianmo.%)
+	$(BIN)/python -m pytest -q -n 2 --doctest-modules --pyargs tests/ $(ROOMS:%=qianmo.%)
 
 lint: $(STAMP)  ## check the style and the types
 	$(BIN)/ruff check
@@ -52,6 +52,7 @@ bench: $(STAMP)  ## measure: make bench NAME=ctr; without NAME, list what can be
 	$(BIN)/python benchmarks/run.py $(or $(NAME),--help)
 
 wheel: $(STAMP)  ## build dist/qianmo-*.whl
+	rm -f dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w dist .
 
 clean:  ## remove what the other commands made, .venv included
