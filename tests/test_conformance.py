@@ -7,7 +7,6 @@ import inspect
 import json
 import pathlib
 import pkgutil
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,8 +14,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from conformance import BATCH, CASES, EXEMPT, PACKAGES, Case
 
 every_case = pytest.mark.parametrize("name", CASES)
