@@ -76,11 +76,12 @@ _VIDEO_COLUMNS = ("author_id", "music_id", "music_type", "video_type", "upload_t
 _DURATION_SECONDS = (7, 18, 30, 60, 120, 240)  # 7 and 18 decide the publisher's labels
 _HISTORY_GROUPS = ("0", "1-5", "6-20", ">20")
 
-Path = str | os.PathLike[str]
 Tables = Mapping[str, pa.Table]
 
 
-def kuairand_sample(source: Path, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
+def kuairand_sample(
+    source: readers.PathLike, output: readers.PathLike, *, overwrite: bool = False
+) -> dict[str, Any]:
     """Cuts the shipped tables from KuaiRand-Pure's.
 
     Exact duplicates among the impressions are left out (180,384 of 185,061 rows stay), and so are
@@ -117,7 +118,9 @@ def kuairand_sample(source: Path, output: Path, *, overwrite: bool = False) -> d
     return _write(output, "kuairand_sample", tables, overwrite, notices, compression_level=19)
 
 
-def kuairand(source: Path | None, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
+def kuairand(
+    source: readers.PathLike | None, output: readers.PathLike, *, overwrite: bool = False
+) -> dict[str, Any]:
     """Makes KuaiRand's rows: one an impression, features known before it, and its outcomes.
 
     `watched` and `liked` hold the user's last 20 videos, oldest first: those of the days before
@@ -172,8 +175,8 @@ def kuairand(source: Path | None, output: Path, *, overwrite: bool = False) -> d
 
 
 def movielens_1m(
-    source: Path,
-    output: Path,
+    source: readers.PathLike,
+    output: readers.PathLike,
     *,
     split: Literal["time", "random"] = "time",
     seed: int = 0,
@@ -391,7 +394,7 @@ def _new_folder(output: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]
 
 
 def _write(
-    output: Path,
+    output: readers.PathLike,
     dataset: str,
     tables: Tables,
     overwrite: bool,

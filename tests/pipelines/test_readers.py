@@ -286,6 +286,15 @@ def test_a_buffer_of_all_rows_shuffles_uniformly(tmp_path: pathlib.Path) -> None
 
 
 @pytest.mark.parametrize("seed", [None, 3])
+def test_batches_hold_the_rows_of_the_blocks(tmp_path: pathlib.Path, seed: int | None) -> None:
+    file = ids_file(tmp_path / "a.parquet", range(1000))
+    arguments: dict[str, Any] = {"seed": seed, "epoch": 2, "shuffle_rows": 70}
+    data = readers.dataset(SMALL, file, batch_size=64, **arguments)
+    found = np.concatenate([features["id"].numpy() for features, _ in data])
+    assert found.tolist() == ids(file, **arguments)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
 @pytest.mark.parametrize("skip", [1, 4, 11, 99])
 def test_skipped_batches_leave_the_others_as_they_are(
     tmp_path: pathlib.Path, seed: int | None, skip: int
@@ -326,6 +335,11 @@ def test_one_file_of_any_format_is_shared_by_row(tmp_path: pathlib.Path, extensi
     WRITERS[extension](tmp_path / f"a.{extension}", rows)
     assert ids(tmp_path, shard=(0, 3)) == [0, 3, 6, 9]
     assert ids(tmp_path, shard=(2, 3)) == [2, 5, 8]
+
+
+def test_shares_by_row_are_even(tmp_path: pathlib.Path) -> None:
+    ids_file(tmp_path / "a.parquet", range(10), row_group_size=5)
+    assert [ids(tmp_path, shard=(i, 3)) for i in range(3)] == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
 
 
 def test_memory_follows_the_buffer_and_not_the_data(tmp_path: pathlib.Path) -> None:
@@ -393,7 +407,7 @@ def test_a_bad_value_is_named(tmp_path: pathlib.Path, extension: str, case: str)
     file = tmp_path / f"a.{extension}"
     WRITERS[extension](file, rows)
     with pytest.raises(readers.DataError) as error:
-        list(readers.blocks(SCHEMA, file))
+        list(readers.blocks(SCHEMA, file, seed=1, shuffle_rows=30))  # decodes 30 rows at a time
     place = f"{file}, column `{column}`, row 71 (counted from 0): "
     assert str(error.value).startswith(
         place + ("is absent" if value is None and extension == "tfrecord" else fault)
@@ -433,9 +447,9 @@ def test_a_row_is_counted_from_the_start_of_its_file(tmp_path: pathlib.Path) -> 
     values[1234] = None
     table = pa.table({"id": values, "y": np.zeros(2000)})
     pq.write_table(table, tmp_path / "b.parquet", row_group_size=100)
-    for seed in (None, 1):
+    for arguments in ({}, {"seed": 1}, {"seed": 1, "shuffle_rows": 30}):
         with pytest.raises(readers.DataError, match=r"b\.parquet, column `id`, row 1234 "):
-            ids(tmp_path, seed=seed)
+            ids(tmp_path, **arguments)
 
 
 PARQUET_FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
