@@ -222,7 +222,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", "-", "JSON lines file to write, one line a row; - prints them.")
 
 
-def write_predictions(values: flags.FlagValues) -> None:
+def write_predictions(values: Any) -> None:
     """Asks for the scores of the rows that the flags name, and writes them where they say.
 
     Raises:

@@ -1,6 +1,8 @@
 """Serves SavedModels: starts tensorflow_model_server where there is one, else the embedded server.
 
     python -m qianmo.pipelines.serve --model_base_path=models/ranker --model_name=ranker
+
+The models keep their paths and names either way, and so do the clients.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import http
 import http.server
@@ -11,7 +12,7 @@ import socket
 import threading
 import time
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grpc
@@ -21,9 +22,11 @@ from tensorflow_serving.apis import get_model_metadata_pb2
 
 from qianmo.pipelines.serving_grpc import find_model, metadata
 from qianmo.pipelines.serving_models import Model, ServingError, Signature, refuse
-from qianmo.pipelines.serving_tensors import Array, from_json, to_json
+from qianmo.pipelines.serving_tensors import MAX_MESSAGE_BYTES, Array, from_json, to_json
 
 MAX_BODY_BYTES = 16 << 20
+# JSON read into memory takes many times its bytes, so few bodies are read into it at a time.
+MAX_RUNNING = 8
 TIMEOUT_SECONDS = 30.0
 
 _PATH = re.compile(
@@ -173,15 +176,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         if "Transfer-Encoding" in self.headers:
             raise _BadRequest(411, "a request should give its Content-Length.")
-        length = self.headers.get("Content-Length", "0")
-        if not re.fullmatch(r"[0-9]{1,18}", length):
-            raise _BadRequest(400, f"`Content-Length` should be a number. Received: {length!r}")
-        if int(length) > MAX_BODY_BYTES:
+        given = self.headers.get("Content-Length", "0")
+        if not re.fullmatch(r"[0-9]{1,18}", given):
+            raise _BadRequest(400, f"`Content-Length` should be a number. Received: {given!r}")
+        length = int(given)
+        if length > MAX_BODY_BYTES:
+            # Many clients read no answer before they have sent all, so a little more is taken.
+            left = length if length <= MAX_MESSAGE_BYTES else 0
+            while left and (part := self.rfile.read(min(left, 1 << 16))):
+                left -= len(part)
             raise _BadRequest(
                 413, f"a body should hold <= {MAX_BODY_BYTES} bytes. Received: {length}"
             )
-        body = self.rfile.read(int(length))
-        if len(body) < int(length):
+        body = self.rfile.read(length)
+        if len(body) < length:
             raise ConnectionError("the client closed before the body's end")
         return body
 
@@ -199,11 +207,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         model = find_model(self.server.models, match["name"])
         number = int(match["version"]) if match["version"] else None
         if match["verb"] == ":predict":
-            try:
-                parsed = json.loads(body)
-            except (ValueError, RecursionError) as error:
-                raise refuse(f"the body should be JSON: {error}") from error
-            return predict(model, number, parsed)
+            with self.server.running():
+                try:
+                    parsed = json.loads(body)
+                except (ValueError, RecursionError) as error:
+                    raise refuse(f"the body should be JSON: {error}") from error
+                return predict(model, number, parsed)
         if match["verb"] is None:
             return _message_json(model.status(number))
         response = metadata(model, number)
@@ -246,12 +255,14 @@ class _HttpServer(http.server.ThreadingHTTPServer):
         self.models = models
         self.is_stopping = False
         self._free = threading.BoundedSemaphore(num)
+        self._places = threading.BoundedSemaphore(MAX_RUNNING)
+        self._refused: collections.deque[socket.socket] = collections.deque(maxlen=64)
         self._changed = threading.Condition()
         self._connections: set[socket.socket] = set()
         self._num_answering = 0
 
     @contextlib.contextmanager
-    def answering(self) -> Any:
+    def answering(self) -> Iterator[None]:
         """Counts the requests under way."""
         with self._changed:
             self._num_answering += 1
@@ -262,15 +273,31 @@ class _HttpServer(http.server.ThreadingHTTPServer):
                 self._num_answering -= 1
                 self._changed.notify_all()
 
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Waits for one of the places to run in.
+
+        Raises:
+          ServingError: none got free.
+        """
+        if not self._places.acquire(timeout=TIMEOUT_SECONDS):
+            raise ServingError(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many requests are running.")
+        try:
+            yield
+        finally:
+            self._places.release()
+
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._free.acquire(blocking=False):
             with contextlib.suppress(OSError):
+                request.setblocking(False)
                 request.sendall(
                     b"HTTP/1.1 429 Too Many Requests\r\nContent-Type: application/json\r\n"
                     b"Content-Length: 33\r\nConnection: close\r\n\r\n"
                     b'{"error": "too many connections"}'
                 )
-            self.shutdown_request(request)
+            # Closed when others push it out: closed at once, it would break the client's sending.
+            self._refused.append(request)
             return
         with self._changed:
             self._connections.add(request)
