@@ -1,4 +1,4 @@
-"""Makes the training, validation and test rows of a public data set.
+r"""Makes the training, validation and test rows of a public data set.
 
     qianmo-prepare --dataset=kuairand --output=runs/kuairand
     qianmo-prepare --dataset=movielens_1m --source=ml-1m --output=runs/movielens_1m
