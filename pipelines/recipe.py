@@ -114,7 +114,6 @@ def optimizer(config: Mapping[str, Any], where: str) -> Any:
             f"`{where}.name` should be one of {sorted(OPTIMIZERS)}. Received: {name!r}"
         )
     try:
-        # Not XLA: a compiled update cannot take sparse gradients.
-        return OPTIMIZERS[name](**arguments, jit_compile=False)
+        return OPTIMIZERS[name](**arguments)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`{where}`: {error}") from error
