@@ -47,9 +47,8 @@ class FwFM(tf_keras.layers.Layer):
         num_fields, _ = field_shape("FwFM", input_shape)
         if num_fields < 2:
             raise ValueError(f"`FwFM` needs at least two fields. Received: {num_fields}")
-        pairs = np.stack(np.triu_indices(num_fields, 1), 1)
-        self._pairs = tf.constant(pairs, tf.int32)
-        self.r = self.add_weight(name="r", shape=(len(pairs),), initializer="ones")
+        self._pairs = np.stack(np.triu_indices(num_fields, 1), 1).astype(np.int32)
+        self.r = self.add_weight(name="r", shape=(len(self._pairs),), initializer="ones")
         super().build(input_shape)
 
     def call(self, v: tf.Tensor) -> tf.Tensor:
