@@ -1,7 +1,6 @@
-"""Versions of a SavedModel: loading, checking what is asked of them, running and switching.
+"""Models and their versions: loading, warming up, and switching from one to the next.
 
-The part of the embedded server that knows no wire: `serving_grpc` and `serving_rest` bring requests
-to a `Model`, and every refusal is a `ServingError` with the status code that TF Serving gives.
+It knows no wire: `serving_grpc` and `serving_rest` bring the requests.
 """
 
 from __future__ import annotations
@@ -13,17 +12,16 @@ import pathlib
 import re
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grpc
 import tensorflow as tf
 from absl import logging
-from tensorflow.core.protobuf import config_pb2
-from tensorflow.python.client import pywrap_tf_session
 from tensorflow_serving.apis import get_model_status_pb2, prediction_log_pb2
 
-from qianmo.pipelines.serving_tensors import STRING, Array, from_proto, numpy_dtype
+from qianmo.pipelines.serving_signatures import ServingError, Signature, not_found, refuse
+from qianmo.pipelines.serving_tensors import Array, from_proto
 
 DEFAULT_SIGNATURE = "serving_default"
 WARM_UP_FILE = "assets.extra/tf_serving_warmup_requests"
@@ -31,137 +29,7 @@ MAX_WARM_UP_RECORDS = 1000
 WARM_UP_SECONDS = 60.0
 RETRY_SECONDS = 60.0
 
-_CODES = {code.value[0]: code for code in grpc.StatusCode}
 _State = get_model_status_pb2.ModelVersionStatus
-
-
-class ServingError(Exception):
-    """A request that is refused: the gRPC status code and one sentence for the client."""
-
-    def __init__(self, code: grpc.StatusCode, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-def _listed(names: Collection[object]) -> str:
-    return ", ".join(f"`{name}`" for name in names) or "none"
-
-
-def refuse(message: str) -> ServingError:
-    """The error for input that is wrong."""
-    return ServingError(grpc.StatusCode.INVALID_ARGUMENT, message)
-
-
-def not_found(kind: str, name: object, known: Collection[object]) -> ServingError:
-    """The error for a name that is not served; it lists those that are."""
-    message = f"{kind} `{name}` is not served. Served: {_listed(known)}"
-    return ServingError(grpc.StatusCode.NOT_FOUND, message)
-
-
-class TensorSpec:
-    """Type and shape of one input or output of a signature."""
-
-    def __init__(self, info: Any) -> None:
-        self.dtype = numpy_dtype(info.dtype)
-        dims = [dim.size if dim.size >= 0 else None for dim in info.tensor_shape.dim]
-        self.shape = None if info.tensor_shape.unknown_rank else dims
-
-    def check(self, name: str, array: Array) -> None:
-        """Refuses an array of another type or shape."""
-        if array.dtype != self.dtype:
-            wanted, received = (
-                "string" if dtype == STRING else str(dtype) for dtype in (self.dtype, array.dtype)
-            )
-            raise refuse(f"input `{name}` should be {wanted}. Received: {received}")
-        if self.shape is not None and (
-            len(self.shape) != array.ndim
-            or any(n not in (None, m) for n, m in zip(self.shape, array.shape, strict=True))
-        ):
-            wanted = str(["?" if n is None else n for n in self.shape]).replace("'", "")
-            raise refuse(
-                f"input `{name}` should have shape {wanted}. Received: {list(array.shape)}"
-            )
-
-    @property
-    def is_batched(self) -> bool:
-        """Whether its first axis counts the rows of a request."""
-        return self.shape is None or (len(self.shape) > 0 and self.shape[0] is None)
-
-
-class Signature:
-    """One function of a loaded version: arrays by input name in, arrays by output name out."""
-
-    def __init__(self, session: Any, definition: Any) -> None:
-        self.inputs = {name: TensorSpec(info) for name, info in definition.inputs.items()}
-        self.outputs = {name: TensorSpec(info) for name, info in definition.outputs.items()}
-        self._session = session
-        self._feeds, self._fetches = (
-            [session.graph.get_tensor_by_name(info.name)._as_tf_output() for info in infos.values()]
-            for infos in (definition.inputs, definition.outputs)
-        )
-
-    def check_names(self, names: Collection[str], where: str = "the request") -> None:
-        """Refuses names that are not exactly the inputs of the signature."""
-        for name in self.inputs:
-            if name not in names:
-                raise refuse(f"input `{name}` is missing from {where}.")
-        for name in names:
-            if name not in self.inputs:
-                raise refuse(
-                    f"input `{name}` of {where} is not in the signature. "
-                    f"Its inputs: {_listed(self.inputs)}"
-                )
-
-    def check_outputs(self, names: Collection[str]) -> None:
-        """Refuses names of outputs that the signature does not have."""
-        for name in names:
-            if name not in self.outputs:
-                raise refuse(
-                    f"output `{name}` is not in the signature. Its outputs: {_listed(self.outputs)}"
-                )
-
-    def __call__(
-        self, inputs: Mapping[str, Array], timeout: float | None = None
-    ) -> dict[str, Array]:
-        """Checks the inputs and runs.
-
-        Args:
-          inputs: array by input name.
-          timeout: seconds after which the run is given up.
-
-        Raises:
-          ServingError: inputs that do not fit, the time is over, or the graph refused.
-        """
-        self.check_names(inputs)
-        num_rows: dict[str, int] = {}
-        for name, spec in self.inputs.items():
-            spec.check(name, inputs[name])
-            if spec.is_batched and inputs[name].ndim:
-                num_rows[name] = inputs[name].shape[0]
-        if len(set(num_rows.values())) > 1:
-            raise refuse(f"all inputs should have the same number of rows. Received: {num_rows}")
-        arrays = [inputs[name] for name in self.inputs]
-        return dict(zip(self.outputs, self._run(arrays, timeout), strict=True))
-
-    def _run(self, arrays: list[Array], timeout: float | None) -> list[Array]:
-        # The inner half of session.run, which takes RunOptions and costs a fifth of the whole.
-        options = None
-        if timeout is not None:
-            if timeout <= 0:
-                raise ServingError(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline has passed.")
-            milliseconds = max(1, int(min(timeout, 1e6) * 1000))
-            options = pywrap_tf_session.TF_NewBufferFromString(
-                config_pb2.RunOptions(timeout_in_ms=milliseconds).SerializeToString()
-            )
-        try:
-            feeds = dict(zip(self._feeds, arrays, strict=True))
-            return self._session._call_tf_sessionrun(options, feeds, self._fetches, [], None)
-        except tf.errors.OpError as error:
-            message = error.message.split("\n\nOriginal stack trace")[0].strip()
-            raise ServingError(_CODES[error.error_code], message) from error
-        finally:
-            if options is not None:
-                pywrap_tf_session.TF_DeleteBuffer(options)
 
 
 class Version:

@@ -21,7 +21,8 @@ from google.protobuf import json_format
 from tensorflow_serving.apis import get_model_metadata_pb2
 
 from qianmo.pipelines.serving_grpc import find_model, metadata
-from qianmo.pipelines.serving_models import Model, ServingError, Signature, refuse
+from qianmo.pipelines.serving_models import Model
+from qianmo.pipelines.serving_signatures import ServingError, Signature, refuse
 from qianmo.pipelines.serving_tensors import MAX_MESSAGE_BYTES, Array, from_json, to_json
 
 MAX_BODY_BYTES = 16 << 20

@@ -40,7 +40,8 @@ from qianmo.layers.features import Schema
 from qianmo.pipelines import predict, serving_models, serving_tensors
 from qianmo.pipelines.predict import Client, RestClient
 from qianmo.pipelines.serving import ModelServer
-from qianmo.pipelines.serving_models import Model, ServingError
+from qianmo.pipelines.serving_models import Model
+from qianmo.pipelines.serving_signatures import ServingError
 from qianmo.pipelines.serving_tensors import string_array, to_proto
 
 Array = npt.NDArray[Any]
