@@ -10,6 +10,7 @@ import tf_keras
 
 from qianmo.layers.encode import Encoded
 from qianmo.layers.features import Categorical, Pooling, Schema
+from qianmo.layers.seeding import derive_seed, pick_seed
 
 
 class Embedded(NamedTuple):
@@ -82,6 +83,7 @@ class Embed(tf_keras.layers.Layer):
       l2: weight of the loss  l2 * mean over rows of sum ||v||^2  on the vectors of the batch. It
         reads the rows of the batch alone, never a whole table.
       stddev: of the normal initialisation. First-order columns start at 0.
+      seed: of the first vectors, which depend on it and on the tables alone. None draws one.
 
     Inputs: `Encoded`.
     Outputs: `Embedded`.
@@ -95,6 +97,7 @@ class Embed(tf_keras.layers.Layer):
         linear_dim: int = 0,
         l2: float = 0.0,
         stddev: float = 0.01,
+        seed: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -105,6 +108,7 @@ class Embed(tf_keras.layers.Layer):
         self.linear_dim = linear_dim
         self.l2 = l2
         self.stddev = stddev
+        self.seed = pick_seed(seed)
         self.dims = sorted({f.dim for f in self.schema.categorical})
         self._first_row: dict[str, int] = {}
 
@@ -122,7 +126,9 @@ class Embed(tf_keras.layers.Layer):
                     self._first_row[name] = rows
                     rows += table.num_rows
 
-            normal = tf_keras.initializers.RandomNormal(stddev=self.stddev)
+            normal = tf_keras.initializers.RandomNormal(
+                stddev=self.stddev, seed=derive_seed(self.seed, dim)
+            )
 
             def start(
                 shape: tuple[int, int], dtype: Any = None, dim: int = dim, normal: Any = normal
@@ -208,4 +214,5 @@ class Embed(tf_keras.layers.Layer):
             "linear_dim": self.linear_dim,
             "l2": self.l2,
             "stddev": self.stddev,
+            "seed": self.seed,
         }

@@ -9,6 +9,7 @@ import tensorflow as tf
 import tf_keras
 
 from qianmo.layers.mlp import MLP
+from qianmo.layers.seeding import derive_seed, pick_seed
 
 
 class TowerOutput(NamedTuple):
@@ -29,6 +30,7 @@ class Tower(tf_keras.layers.Layer):
       units: widths of the hidden layers; none makes the tower linear.
       dropout: rate after each hidden layer, in training.
       activation: of the hidden layers.
+      seed: of first weights and dropout, as for `MLP`. None draws one.
 
     Inputs: h, [B, H].
     Outputs: `TowerOutput`; logits are float32 under every dtype policy.
@@ -40,14 +42,26 @@ class Tower(tf_keras.layers.Layer):
         units: Sequence[int] = (),
         dropout: float = 0.0,
         activation: str = "relu",
+        seed: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if num_labels < 1:
             raise ValueError(f"`num_labels` should be >= 1. Received: {num_labels}")
         self.num_labels = num_labels
-        self.mlp = MLP(units, activation=activation, dropout=dropout, name="mlp")
-        self.head = tf_keras.layers.Dense(num_labels, dtype="float32", name="head")
+        self.seed = pick_seed(seed)
+        self.mlp = MLP(
+            units,
+            activation,
+            dropout,
+            seed=derive_seed(self.seed, 0),
+            dtype=self.dtype_policy,
+            name="mlp",
+        )
+        glorot = tf_keras.initializers.GlorotUniform(derive_seed(self.seed, 1))
+        self.head = tf_keras.layers.Dense(
+            num_labels, kernel_initializer=glorot, dtype="float32", name="head"
+        )
 
     def call(self, h: tf.Tensor, training: bool = False) -> TowerOutput:
         """Computes logits."""
@@ -62,4 +76,5 @@ class Tower(tf_keras.layers.Layer):
             "units": list(self.mlp.units),
             "dropout": self.mlp.dropout,
             "activation": self.mlp.activation,
+            "seed": self.seed,
         }

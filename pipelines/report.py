@@ -141,9 +141,9 @@ def calibration(scored: Scored, label: int, name: str) -> Any:
     for head, probabilities in scored.probabilities.items():
         bins = metrics.calibration(scored.labels[:, label], probabilities[:, label], 20)
         axis.plot(
-            bins["predicted"], bins["observed"], "o-", ms=4, color=_colour(head), label=head
+            bins.predicted, bins.observed, "o-", ms=4, color=_colour(head), label=head
         )
-        top = max(top, float(np.nanmax(bins["predicted"])), float(np.nanmax(bins["observed"])))
+        top = max(top, float(np.nanmax(bins.predicted)), float(np.nanmax(bins.observed)))
     axis.plot([0, top], [0, top], "--", color="#999999", label="perfect")
     axis.set(title=f"Calibration, {name}", xlabel="predicted rate", ylabel="observed rate")
     axis.legend(frameon=False)
