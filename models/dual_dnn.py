@@ -17,6 +17,7 @@ from qianmo.layers.features import Schema
 from qianmo.layers.fm import FM
 from qianmo.layers.fwfm import FwFM
 from qianmo.layers.losses import Distance, binary_cross_entropy, distillation
+from qianmo.layers.seeding import derive_seed, pick_seed
 from qianmo.layers.tower import Tower, TowerOutput
 from qianmo.models.ranker import Ranker
 from qianmo.models.road import Road
@@ -25,6 +26,7 @@ EmbeddingsFrom = Literal["teacher", "both"]
 
 FIELD_INTERACTIONS = {"fm": FM, "fwfm": FwFM, "bi_interaction": BiInteraction, "cin": CIN}
 FLAT_INTERACTIONS = {"cross": CrossNetwork}
+TABLES, TEACHER, STUDENT = range(3)  # paths of the parts' seeds
 
 
 @tf_keras.utils.register_keras_serializable(package="qianmo")
@@ -191,6 +193,7 @@ def teacher(
     interactions: Mapping[str, Mapping[str, Any]],
     units: Sequence[int],
     dropout: float = 0.0,
+    seed: int | None = None,
 ) -> tuple[Bottom, Tower]:
     """The teacher's bottom and tower: h = [interactions(V) ; x], z = MLP(h)."""
     fields, flat = [], []
@@ -203,7 +206,7 @@ def teacher(
             known = sorted({*FIELD_INTERACTIONS, *FLAT_INTERACTIONS})
             raise ValueError(f"An interaction should be one of {known}. Received: {name!r}")
     bottom = Bottom(fields, flat, flat=True, name="teacher_bottom")
-    return bottom, Tower(len(schema.labels), units, dropout, name="teacher_tower")
+    return bottom, Tower(len(schema.labels), units, dropout, seed=seed, name="teacher_tower")
 
 
 def dual_dnn(
@@ -225,16 +228,25 @@ def dual_dnn(
       dropout: of the teacher's MLP, in training.
       **kwargs: arguments of `DualDNN` and `Ranker`.
     """
+    # Tables, teacher and student start the same whichever of them a model has.
+    seed = pick_seed(None)
     bottom, tower = None, None
     if interactions is not None:
-        bottom, tower = teacher(schema, interactions, teacher_units, dropout)
+        bottom, tower = teacher(
+            schema, interactions, teacher_units, dropout, derive_seed(seed, TEACHER)
+        )
     return DualDNN(
         schema,
         bottom,
         tower,
         Bottom(flat=True, name="student_bottom"),
-        Tower(len(schema.labels), student_units, name="student_tower"),
-        **kwargs,
+        Tower(
+            len(schema.labels),
+            student_units,
+            seed=derive_seed(seed, STUDENT),
+            name="student_tower",
+        ),
+        **{"embedding_seed": derive_seed(seed, TABLES), **kwargs},
     )
 
 
@@ -247,4 +259,9 @@ def teacher_alone(
     **kwargs: Any,
 ) -> Road:
     """The teacher of `dual_dnn` without a student, on the plain road."""
-    return Road(schema, *teacher(schema, interactions, teacher_units, dropout), **kwargs)
+    seed = pick_seed(None)  # as `dual_dnn` draws it
+    return Road(
+        schema,
+        *teacher(schema, interactions, teacher_units, dropout, derive_seed(seed, TEACHER)),
+        **{"embedding_seed": derive_seed(seed, TABLES), **kwargs},
+    )

@@ -27,6 +27,7 @@ class Ranker(tf_keras.Model):
       linear_dim: first-order columns of the tables.
       embedding_l2: weight of the L2 loss on the batch's vectors, see `Embed`.
       embedding_stddev: of the tables' initialisation.
+      embedding_seed: of the same. None draws one.
 
     Inputs: a mapping with exactly the names of `schema.input_names`.
     Outputs: a mapping head name -> logits [B, K], in the order of `schema.labels`.
@@ -42,13 +43,19 @@ class Ranker(tf_keras.Model):
         linear_dim: int = 0,
         embedding_l2: float = 0.0,
         embedding_stddev: float = 0.01,
+        embedding_seed: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.schema = schema if isinstance(schema, Schema) else Schema.from_config(schema)
         self.encode = Encode(self.schema, name="encode")
         self.embed = Embed(
-            self.schema, linear_dim, l2=embedding_l2, stddev=embedding_stddev, name="embed"
+            self.schema,
+            linear_dim,
+            l2=embedding_l2,
+            stddev=embedding_stddev,
+            seed=embedding_seed,
+            name="embed",
         )
         self.first_bad_step = tf.Variable(-1, dtype=tf.int64, trainable=False, name="bad_step")
 
@@ -129,4 +136,5 @@ class Ranker(tf_keras.Model):
             "linear_dim": self.embed.linear_dim,
             "embedding_l2": self.embed.l2,
             "embedding_stddev": self.embed.stddev,
+            "embedding_seed": self.embed.seed,
         }

@@ -87,6 +87,18 @@ def test_the_teacher_moves_as_if_alone_bit_for_bit():
     assert student < moved(start)  # the student learns too
 
 
+def test_a_student_starts_the_same_with_any_teacher_and_alone():
+    starts = []
+    for teacher in ({}, {"interactions": {"fm": {}}}, TEACHER):
+        tf_keras.utils.set_random_seed(3)
+        model = zoo.build(SCHEMA, {"name": "dual_dnn", **UNITS, **teacher})
+        model({k: tf.constant(v) for k, v in next(batches(1))[0].items()})
+        starts.append([v.numpy() for p in (model.embed, model.student_tower) for v in p.variables])
+    for other in starts[1:]:
+        for a, b in zip(starts[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_rocket_launching_lets_the_student_move_the_tables():
     first, _, _ = dual(kd_weight=0.0)
     second, _, _ = dual(kd_weight=0.0, embeddings_from="both")
@@ -159,7 +171,10 @@ def test_distances(distance, expected):
     ("config", "message"),
     [
         ({"name": "dual_dn"}, "`model.name` should be one of .*Received: 'dual_dn'"),
-        ({"name": "dual_dnn", "kd_wieght": 1.0}, "unknown argument `kd_wieght`; did you mean `kd_weight`"),
+        (
+            {"name": "dual_dnn", "kd_wieght": 1.0},
+            "unknown argument `kd_wieght`; did you mean `kd_weight`",
+        ),
         ({"name": "dual_dnn", "interactions": {"fmm": {}}}, "should be one of .*Received: 'fmm'"),
         ({"name": "dual_dnn", "distance": "l1"}, "`distance` should be one of"),
         ({"name": "dual_dnn", "embeddings_from": "nobody"}, "`embeddings_from` should be one of"),
