@@ -1,4 +1,4 @@
-"""CTR models beside DeepCTR's on MovieLens-1M: AUC, training and prediction speed, vocabulary cost."""
+"""CTR models beside DeepCTR's on MovieLens-1M: AUC, speed, and what a larger vocabulary costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The one door to the benchmarks:  python benchmarks/run.py NAME [--quick]
+"""The one door to the benchmarks.
+
+    python benchmarks/run.py NAME [--quick]
 
 Prints a table and writes benchmarks/results/NAME.json. With --quick the program shows that it runs,
 on fewer rows and seeds, and writes nothing.

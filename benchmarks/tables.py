@@ -3,8 +3,8 @@
     python benchmarks/tables.py --write   fills them in
     python benchmarks/tables.py --check   fails when a document differs
 
-In a document, a table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is a result, or
-`NAME.targets` for its targets.
+In a document, a table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is a
+result, or `NAME.targets` for its targets.
 """
 
 from __future__ import annotations

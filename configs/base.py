@@ -22,7 +22,7 @@ def base_config() -> ConfigDict:
                 "epochs": 3,
                 "optimizer": {"name": "adam", "learning_rate": 1e-3},
                 "table_optimizer": {"name": "sparse_adam", "learning_rate": 1e-3},
-                "monitor": "auc",  # the validation metric that early stopping watches, or "log_loss"
+                "monitor": "auc",  # the validation metric to stop by: auc, gauc or log_loss
                 "patience": 1,  # epochs without a better one before training stops
                 "checkpoint_every": 500,  # steps
                 "steps_per_call": 16,  # steps that run in the graph between two looks at the host

@@ -1,12 +1,14 @@
 """MovieLens-1M, liked or not, first 80 % by time for training: the zoo's CTR models."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from qianmo.configs import movielens_1m
 from qianmo.configs.base import base_config
 
 UNITS = (256, 128, 64)
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "lr": {},
     "mlp": {"units": UNITS},
     "wdl": {"units": UNITS},

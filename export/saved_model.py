@@ -1,8 +1,8 @@
-"""SavedModels that stock TensorFlow Serving loads: the whole graph, or the graph without embeddings.
+"""SavedModels that stock TensorFlow Serving loads: the whole graph, or it without embeddings.
 
-Rules that its batching sets, and that every signature here keeps: each input and output is [B, ...];
-rows are independent of each other; lists come with lengths, never masks; a row that cannot be read
-gets a status and its neighbours are untouched.
+Rules that its batching sets, and that every signature here keeps: each input and output is
+[B, ...]; rows are independent of each other; lists come with lengths, never masks; a row that
+cannot be read gets a status and its neighbours are untouched.
 """
 
 from __future__ import annotations
@@ -107,14 +107,13 @@ def _save(
 ) -> None:
     """Writes signatures with the variables and lookup tables that they use, and no others."""
     concrete = {
-        name: tf.function(f).get_concrete_function(**specs) for name, (f, specs) in functions.items()
+        name: tf.function(f).get_concrete_function(**specs)
+        for name, (f, specs) in functions.items()
     }
     module = tf.Module()
     module.used = list({v.ref(): v for f in concrete.values() for v in f.graph.variables}.values())
     module.lookups = [
-        lookup.lookup_table
-        for lookup in model.encode.lookups
-        if hasattr(lookup, "lookup_table")
+        lookup.lookup_table for lookup in model.encode.lookups if hasattr(lookup, "lookup_table")
     ]
     tf.saved_model.save(module, path, signatures=concrete)
 
@@ -172,7 +171,7 @@ def session(version_dir: str | os.PathLike[str]) -> Iterator[Callable[[str, Rows
             definition = meta.signature_def[signature]
             feed = {definition.inputs[k].name: v for k, v in rows.items()}
             fetch = {k: v.name for k, v in definition.outputs.items()}
-            return sess.run(fetch, feed)  # type: ignore[no-any-return]
+            return sess.run(fetch, feed)
 
         yield run
 
@@ -304,9 +303,10 @@ def export_fed(
     """Writes the graph without its embeddings, which then arrive as inputs.
 
     `<base_path>/<version>` scores: inputs are a vector for each categorical feature, float32
-    [B, dim + first-order columns], lists already pooled, and the raw dense features; outputs as for
-    `export_in_graph`. `<base_path>_lookup/<version>` makes the vectors: inputs are the raw categorical
-    features, outputs the vectors under the same names, and `status`. Both hold stock ops only.
+    [B, dim + first-order columns], lists already pooled, and the raw dense features; outputs as
+    for `export_in_graph`. `<base_path>_lookup/<version>` makes the vectors: inputs are the raw
+    categorical features, outputs the vectors under the same names, and `status`. Both hold stock
+    ops only.
 
     Args, returns and errors are those of `export_in_graph`.
     """

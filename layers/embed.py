@@ -167,9 +167,7 @@ class Embed(tf_keras.layers.Layer):
             columns.append(
                 (ids if feature.is_list else ids[:, None]) + self._first_row[feature.table]
             )
-        table = tf.cast(
-            tf.gather(self.tables[str(dim)], tf.concat(columns, 1)), self.compute_dtype
-        )
+        table = tf.cast(tf.gather(self.tables[str(dim)], tf.concat(columns, 1)), self.compute_dtype)
         if not any(f.is_list for f in features):
             return table
         pooled = []

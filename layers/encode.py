@@ -36,9 +36,7 @@ def _lookup(table: Categorical) -> tf_keras.layers.Layer | None:
         return None
     if table.hash_buckets:
         return tf_keras.layers.Hashing(table.hash_buckets, name=f"hash_{table.table}")
-    kind = (
-        tf_keras.layers.IntegerLookup if table.dtype == "int64" else tf_keras.layers.StringLookup
-    )
+    kind = tf_keras.layers.IntegerLookup if table.dtype == "int64" else tf_keras.layers.StringLookup
     vocabulary = table.vocabulary
     if not vocabulary:
         raise ValueError(

@@ -18,7 +18,7 @@ Keep = Literal["last", "first"]
 
 
 def from_mapping(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
-    """Builds dataclass `cls` from `values`; a key it does not have is an error that names a near one.
+    """Builds dataclass `cls` from `values`; for an unknown key the error names a near one.
 
     Raises:
       ValueError: an unknown key, or a missing one.
@@ -40,7 +40,9 @@ def from_mapping(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
 
 def _check_choice(where: str, key: str, value: object, choices: object) -> None:
     if value not in get_args(choices):
-        raise ValueError(f"{where}: `{key}` should be one of {get_args(choices)}. Received: {value!r}")
+        raise ValueError(
+            f"{where}: `{key}` should be one of {get_args(choices)}. Received: {value!r}"
+        )
 
 
 def _check_name(name: object) -> None:

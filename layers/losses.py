@@ -53,6 +53,5 @@ def distillation(
     if distance == "probability_mse":
         return temperature**2 * tf.reduce_sum(tf.square(tf.sigmoid(z_t) - tf.sigmoid(z_s)), 1)
     raise ValueError(
-        "`distance` should be soft_labels, logit_mse or probability_mse. "
-        f"Received: {distance!r}"
+        f"`distance` should be soft_labels, logit_mse or probability_mse. Received: {distance!r}"
     )

@@ -52,7 +52,7 @@ def deepfm(
 ) -> Road:
     """DeepFM: z = w_1 linear + w_2 FM(V) + w MLP(x) + b.
 
-    References: Guo et al. 2017, DeepFM. The weights of the terms are learned here; they are 1 there.
+    References: Guo et al. 2017, DeepFM, where the weights of the terms are 1; here they learn.
     """
     bottom = Bottom([FM()], [MLP(units, dropout=dropout)], linear=True, name="bottom")
     return _road(schema, bottom, ranker)

@@ -125,7 +125,7 @@ class DualDNN(Ranker):
     ) -> dict[str, TowerOutput]:
         """Computes "teacher" and "student", or one of them; the other leaves no trace."""
         found = {}
-        if "teacher" in names:
+        if "teacher" in names and self.teacher_bottom and self.teacher_tower:
             h = self.teacher_bottom(embedded, training=training)
             found["teacher"] = self.teacher_tower(h, training=training)
         if "student" in names:

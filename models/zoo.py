@@ -27,7 +27,8 @@ MODELS: dict[str, tuple[Callable[..., Ranker], tuple[type[Ranker], ...]]] = {
 def arguments(name: str) -> list[str]:
     """Names of the arguments that a recipe may give to a model."""
     function, classes = MODELS[name]
-    signatures = [inspect.signature(part) for part in (function, *(c.__init__ for c in classes))]
+    builders: list[Callable[..., Any]] = [function, *(c.__init__ for c in classes)]
+    signatures = [inspect.signature(builder) for builder in builders]
     return sorted(
         parameter.name
         for signature in signatures

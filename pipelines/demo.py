@@ -1,7 +1,9 @@
-"""The main job end to end on real data:  python -m qianmo.pipelines.demo
+"""The main job end to end on real data.
 
-prepare -> train a dual DNN on KuaiRand clicks, and its student alone -> evaluate -> export -> serve
--> score real rows by gRPC and by REST -> compare with the Keras scores -> a table.
+    python -m qianmo.pipelines.demo
+
+prepare -> train a dual DNN on KuaiRand clicks, and its student alone -> evaluate -> export ->
+serve -> score real rows by gRPC and by REST -> compare with the Keras scores -> a table.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A recipe: what to train, on what, how. Plain data from a config file, checked before work starts."""
+"""A recipe: what to train, on what, how. Plain data, checked before work starts."""
 
 from __future__ import annotations
 

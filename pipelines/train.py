@@ -1,7 +1,9 @@
-"""Trains a recipe:  python -m qianmo.pipelines.train --config=configs/<recipe>.py --model_dir=DIR
+"""Trains a recipe.
 
-Killed at any moment and started again with the same words, it goes on from the last checkpoint and
-ends with the weights that an uninterrupted run has.
+    python -m qianmo.pipelines.train --config=configs/<recipe>.py --model_dir=DIR
+
+Killed at any moment and started again with the same words, it goes on from the last checkpoint
+and ends with the weights that an uninterrupted run has.
 """
 
 from __future__ import annotations
@@ -198,9 +200,9 @@ class Run:
                     f"not finite {int((~np.isfinite(values.astype(np.float64))).sum())}"
                 )
         raise NotFiniteError(
-            f"The loss was not finite at step {step} (epoch {epoch + 1}, batch {batch}). The last "
-            f"checkpoint is older than that. A lower learning rate is the usual remedy. The batch's "
-            "columns:\n" + "\n".join(lines)
+            f"The loss was not finite at step {step} (epoch {epoch + 1}, batch {batch}). No checkpoint "
+            "holds what it did. A lower learning rate is the usual remedy. The batch's columns:\n"
+            + "\n".join(lines)
         )
 
     def _is_best(self) -> bool:
@@ -282,7 +284,11 @@ class Run:
             "recipe": self.recipe.to_config(),
             "data_sha256": {
                 name: readers.sha256(path)
-                for name, path in (("train", data.train), ("valid", data.valid), ("test", data.test))
+                for name, path in (
+                    ("train", data.train),
+                    ("valid", data.valid),
+                    ("test", data.test),
+                )
                 if path
             },
             "rows": {"train": self.rows},

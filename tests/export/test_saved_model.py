@@ -29,15 +29,82 @@ SCHEMA = Schema(
 )
 # Everything that the zoo's graphs may hold. A new op is a decision: does stock serving have it?
 STOCK_OPS = frozenset(
-    """
-    Add AddN AddV2 All AsString AssignVariableOp BatchMatMulV2 BiasAdd Bitcast BitwiseOr BroadcastTo Cast
-    ConcatV2 Const DisableCopyOnRead Einsum Equal ExpandDims Fill GatherV2 Greater GreaterEqual HashTableV2 Identity
-    IdentityN IsFinite Less LogicalAnd LookupTableFindV2 LookupTableImportV2 MatMul Max Maximum
-    MergeV2Checkpoints Minimum Mul Neg NoOp NotEqual Pack PartitionedCall Placeholder Pow Prod Range
-    ReadVariableOp RealDiv Relu Reshape ResourceGather RestoreV2 SaveV2 Select SelectV2 Shape
-    ShardedFilename Sigmoid Size Split SplitV Square StatefulPartitionedCall StaticRegexFullMatch StopGradient
-    StringJoin StridedSlice StringToHashBucketFast Sub Sum Tile Transpose Unpack VarHandleOp ZerosLike
-    """.split()
+    [
+        "Add",
+        "AddN",
+        "AddV2",
+        "All",
+        "AsString",
+        "AssignVariableOp",
+        "BatchMatMulV2",
+        "BiasAdd",
+        "Bitcast",
+        "BitwiseOr",
+        "BroadcastTo",
+        "Cast",
+        "ConcatV2",
+        "Const",
+        "DisableCopyOnRead",
+        "Einsum",
+        "Equal",
+        "ExpandDims",
+        "Fill",
+        "GatherV2",
+        "Greater",
+        "GreaterEqual",
+        "HashTableV2",
+        "Identity",
+        "IdentityN",
+        "IsFinite",
+        "Less",
+        "LogicalAnd",
+        "LookupTableFindV2",
+        "LookupTableImportV2",
+        "MatMul",
+        "Max",
+        "Maximum",
+        "MergeV2Checkpoints",
+        "Minimum",
+        "Mul",
+        "Neg",
+        "NoOp",
+        "NotEqual",
+        "Pack",
+        "PartitionedCall",
+        "Placeholder",
+        "Pow",
+        "Prod",
+        "Range",
+        "ReadVariableOp",
+        "RealDiv",
+        "Relu",
+        "Reshape",
+        "ResourceGather",
+        "RestoreV2",
+        "SaveV2",
+        "Select",
+        "SelectV2",
+        "Shape",
+        "ShardedFilename",
+        "Sigmoid",
+        "Size",
+        "Split",
+        "SplitV",
+        "Square",
+        "StatefulPartitionedCall",
+        "StaticRegexFullMatch",
+        "StopGradient",
+        "StringJoin",
+        "StridedSlice",
+        "StringToHashBucketFast",
+        "Sub",
+        "Sum",
+        "Tile",
+        "Transpose",
+        "Unpack",
+        "VarHandleOp",
+        "ZerosLike",
+    ]
 )
 MODELS = {
     "dual_dnn": {
@@ -132,7 +199,9 @@ def test_rows_do_not_depend_on_their_batch(tmp_path):
 
 
 def variables(folder):
-    return {name: shape for name, shape in tf.train.list_variables(str(folder / "variables/variables"))}
+    return {
+        name: shape for name, shape in tf.train.list_variables(str(folder / "variables/variables"))
+    }
 
 
 def test_a_student_ships_without_any_part_of_its_teacher(tmp_path):
@@ -142,8 +211,12 @@ def test_a_student_ships_without_any_part_of_its_teacher(tmp_path):
     proto = saved_model_pb2.SavedModel()
     proto.ParseFromString((student / "saved_model.pb").read_bytes())
     text = str(proto)
-    assert "teacher" not in text and "CIN" not in text and "cin" not in text.split('"')
-    assert "teacher" in str(saved_model_pb2.SavedModel.FromString((both / "saved_model.pb").read_bytes()))
+    assert "teacher" not in text
+    assert "CIN" not in text
+    assert "cin" not in text.split('"')
+    assert "teacher" in str(
+        saved_model_pb2.SavedModel.FromString((both / "saved_model.pb").read_bytes())
+    )
     shapes = sorted(tuple(s) for n, s in variables(student).items() if n.startswith("used"))
     tables = made.embed.tables["8"].shape
     width = sum(f.dim for f in SCHEMA.categorical) + 1
@@ -169,7 +242,9 @@ def test_fed_holds_no_tables(tmp_path):
 
 
 def test_each_signature_has_a_warm_up_record_that_runs(tmp_path):
-    folder, _ = export_in_graph(model("dual_dnn"), tmp_path / "m", rows(), heads=("student", "teacher"))
+    folder, _ = export_in_graph(
+        model("dual_dnn"), tmp_path / "m", rows(), heads=("student", "teacher")
+    )
     path = folder / "assets.extra/tf_serving_warmup_requests"
     records = list(tf.data.TFRecordDataset(str(path)))
     seen = []
@@ -185,7 +260,9 @@ def test_each_signature_has_a_warm_up_record_that_runs(tmp_path):
 
 def test_every_input_and_output_has_the_batch_as_its_first_dim(tmp_path):
     folder, _ = export_in_graph(model("dual_dnn"), tmp_path / "m", rows())
-    meta = saved_model_pb2.SavedModel.FromString((folder / "saved_model.pb").read_bytes()).meta_graphs[0]
+    meta = saved_model_pb2.SavedModel.FromString(
+        (folder / "saved_model.pb").read_bytes()
+    ).meta_graphs[0]
     tensors = [
         t
         for name, s in meta.signature_def.items()

@@ -41,7 +41,8 @@ def test_ids():
     assert encoded.ids["city"].numpy().tolist() == [2, 1, 0, 2]
     assert encoded.ids["age"].numpy().tolist() == [2, 1, 0, 2]
     tags = encoded.ids["tag"].numpy()
-    assert ((tags >= 1) & (tags <= 5)).all() and tags[0] == tags[3]
+    assert ((tags >= 1) & (tags <= 5)).all()
+    assert tags[0] == tags[3]
     np.testing.assert_allclose(encoded.dense.numpy()[:, 0], [0, 1, -1, 2])
     assert encoded.status.numpy().tolist() == [0, 0, 0, 0]
 
@@ -60,7 +61,9 @@ def test_unreadable_values_get_a_status_and_leave_neighbours_alone():
     assert encoded.ids["user"].numpy().tolist() == clean.ids["user"].numpy().tolist()
 
 
-@pytest.mark.parametrize(("keep", "kept"), [("last", [[3, 4], [1, 0]]), ("first", [[2, 3], [1, 9]])])
+@pytest.mark.parametrize(
+    ("keep", "kept"), [("last", [[3, 4], [1, 0]]), ("first", [[2, 3], [1, 9]])]
+)
 def test_lists_wider_than_declared_are_cut_at_the_declared_end(keep, kept):
     schema = Schema(
         features=(Categorical(name="a", num_ids=10, max_length=2, keep=keep),), labels=("y",)
@@ -68,7 +71,10 @@ def test_lists_wider_than_declared_are_cut_at_the_declared_end(keep, kept):
     encode = tf.function(
         Encode(schema).call,
         input_signature=[
-            {"a": tf.TensorSpec([None, None], tf.int64), "a_length": tf.TensorSpec([None], tf.int64)}
+            {
+                "a": tf.TensorSpec([None, None], tf.int64),
+                "a_length": tf.TensorSpec([None], tf.int64),
+            }
         ],
     )
     wide = {
@@ -82,9 +88,7 @@ def test_lists_wider_than_declared_are_cut_at_the_declared_end(keep, kept):
     assert ids[1, 0] == 1  # what lies behind the length is padding and of no account
     narrow = encode({"a": tf.constant([[5]], tf.int64), "a_length": tf.constant([1], tf.int64)})
     assert narrow.ids["a"].numpy().tolist() == [[6]]
-    empty = encode(
-        {"a": tf.zeros([1, 0], tf.int64), "a_length": tf.zeros([1], tf.int64)}
-    )
+    empty = encode({"a": tf.zeros([1, 0], tf.int64), "a_length": tf.zeros([1], tf.int64)})
     assert empty.lengths["a"].numpy().tolist() == [0]
 
 
@@ -110,9 +114,7 @@ def test_vectors_are_the_rows_of_the_fused_tables():
 
     user = table("user")
     seen = np.stack([user[1] + user[2], user[3], 0 * user[0], user[0] + user[2]])
-    expected = np.stack(
-        [user[[1, 3, 0, 0]], seen, table("city")[[2, 1, 0, 2]]], 1
-    )
+    expected = np.stack([user[[1, 3, 0, 0]], seen, table("city")[[2, 1, 0, 2]]], 1)
     np.testing.assert_allclose(embedded.fields[1], expected[:, :, :4], rtol=1e-6)
     linear = np.concatenate(
         [
@@ -165,10 +167,14 @@ def test_pooling(how):
     np.testing.assert_allclose(pooled, expected, rtol=1e-6)
     garbage = vectors.copy()
     garbage[1, 2:] = np.nan  # padding must not reach the result, whatever it holds
-    np.testing.assert_allclose(pool(tf.constant(garbage), tf.constant(lengths), how)[1], expected[1])
+    np.testing.assert_allclose(
+        pool(tf.constant(garbage), tf.constant(lengths), how)[1], expected[1]
+    )
 
 
 def test_interactions_refuse_fields_of_unequal_dims():
-    embedded = Embedded((tf.zeros([1, 2, 4]), tf.zeros([1, 1, 2])), tf.zeros([1, 3, 0]), tf.zeros([1, 0]))
+    embedded = Embedded(
+        (tf.zeros([1, 2, 4]), tf.zeros([1, 1, 2])), tf.zeros([1, 3, 0]), tf.zeros([1, 0])
+    )
     with pytest.raises(ValueError, match=r"one embedding `dim`. Received: \[4, 2\]"):
         _ = embedded.stacked

@@ -49,9 +49,7 @@ def test_completeness():
         (lambda: schema(Dense(name="a"), labels=("y", "y")), "label `y` is declared twice"),
         (lambda: schema(Dense(name="y")), "`y` is declared both as a label and as a feature"),
         (
-            lambda: schema(
-                Categorical(name="a", num_ids=2, max_length=3), Dense(name="a_length")
-            ),
+            lambda: schema(Categorical(name="a", num_ids=2, max_length=3), Dense(name="a_length")),
             "feature `a_length` is declared twice",
         ),
         (lambda: schema(), "at least one feature"),

@@ -156,7 +156,9 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(finished, data, 
         process = subprocess.Popen(started, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
-            done = [int(p.stem.split("-")[1]) for p in (tmp_path / "model").glob("checkpoints/*.index")]
+            done = [
+                int(p.stem.split("-")[1]) for p in (tmp_path / "model").glob("checkpoints/*.index")
+            ]
             if max(done, default=0) >= number:
                 os.kill(process.pid, signal.SIGKILL)
                 break
@@ -165,7 +167,8 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(finished, data, 
     assert kills == 2
     subprocess.run(started, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     expected, found = weights(finished[0]), weights(tmp_path / "model")
-    assert len(expected) > 5 and set(expected) == set(found)
+    assert len(expected) > 5
+    assert set(expected) == set(found)
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
@@ -177,7 +180,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_columns(data, tmp
     changed = config(tmp_path, data__valid="", data__test="")
     changed["schema"] = {
         **SCHEMA,
-        "features": [*SCHEMA["features"][:2], {"kind": "dense", "name": "price", "mean": 0.0, "variance": 1e-30}],
+        "features": [
+            *SCHEMA["features"][:2],
+            {"kind": "dense", "name": "price", "mean": 0.0, "variance": 1e-30},
+        ],
     }
     with pytest.raises(NotFiniteError) as caught:
         train(Recipe.from_config(changed), tmp_path / "model")
@@ -191,7 +197,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_columns(data, tmp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train__batchsize": 3}, r"config.train: unknown key `batchsize`; did you mean `batch_size`"),
+        (
+            {"train__batchsize": 3},
+            r"config.train: unknown key `batchsize`; did you mean `batch_size`",
+        ),
         ({"train__batch_size": 0}, r"`train.batch_size` should be >= 1"),
         ({"train__monitor": "ndcg"}, r"`train.monitor` should be"),
         ({"model__name": "deepfn"}, r"`model.name` should be one of"),
@@ -215,8 +224,10 @@ def test_the_program_takes_a_recipe_and_overrides(data, tmp_path):
     command += [f"--model_dir={tmp_path / 'model'}", "--config.train.epochs=1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "samples/s" in done.stderr and "valid student click AUC" in done.stdout
+    assert "samples/s" in done.stderr
+    assert "valid student click AUC" in done.stdout
     wrong = subprocess.run(
         [*command, "--config.train.epoks=1"], capture_output=True, text=True, check=False
     )
-    assert wrong.returncode != 0 and "epoks" in wrong.stderr
+    assert wrong.returncode != 0
+    assert "epoks" in wrong.stderr
