@@ -200,9 +200,9 @@ class Run:
                     f"not finite {int((~np.isfinite(values.astype(np.float64))).sum())}"
                 )
         raise NotFiniteError(
-            f"The loss was not finite at step {step} (epoch {epoch + 1}, batch {batch}). No checkpoint "
-            "holds what it did. A lower learning rate is the usual remedy. The batch's columns:\n"
-            + "\n".join(lines)
+            f"The loss was not finite at step {step} (epoch {epoch + 1}, batch {batch}). "
+            "No checkpoint holds what it did. A lower learning rate is the usual remedy. "
+            "The batch's columns:\n" + "\n".join(lines)
         )
 
     def _is_best(self) -> bool:
