@@ -31,6 +31,19 @@ class Encoded(NamedTuple):
     status: tf.Tensor
 
 
+def example(schema: Schema, rows: int = 1) -> dict[str, tf.Tensor]:
+    """A batch of the right names, shapes and dtypes, to build a model with."""
+    features: dict[str, tf.Tensor] = {}
+    for f in schema.categorical:
+        shape = (rows, f.max_length) if f.is_list else (rows,)
+        features[f.name] = tf.zeros(shape, tf.as_dtype(f.dtype))
+        if f.is_list:
+            features[f.length_name] = tf.zeros((rows,), tf.int64)
+    for d in schema.dense:
+        features[d.name] = tf.zeros((rows,), tf.float32)
+    return features
+
+
 def _lookup(table: Categorical) -> tf_keras.layers.Layer | None:
     if table.num_ids:
         return None

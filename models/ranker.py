@@ -9,13 +9,14 @@ import tensorflow as tf
 import tf_keras
 
 from qianmo.layers.embed import Embed, Embedded
-from qianmo.layers.encode import Encode
+from qianmo.layers.encode import Encode, example
 from qianmo.layers.features import Schema
 from qianmo.layers.tower import TowerOutput
 
 Targets = Mapping[str, tf.Tensor]
 
 
+@tf_keras.utils.register_keras_serializable(package="qianmo")
 class Ranker(tf_keras.Model):
     """A model on the road `encode -> embed -> heads`; each head is a bottom and a tower.
 
@@ -75,6 +76,13 @@ class Ranker(tf_keras.Model):
         embedded = self.embed(self.encode(inputs), training=training)
         heads = self.heads(embedded, self.head_names, training=training)
         return {name: head.logits for name, head in heads.items()}
+
+    def build(self, input_shape: Any = None) -> None:
+        """Makes all weights; the schema tells all shapes, so none is needed."""
+        if not self.built:
+            self.built = True
+            with tf.init_scope():
+                self(example(self.schema))
 
     def compile(self, optimizer: Any, table_optimizer: Any, **kwargs: Any) -> None:
         """Sets the optimisers: one for dense weights, one for the embedding tables."""

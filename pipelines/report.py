@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from qianmo.layers import metrics
+from qianmo.layers.encode import example
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines import run_dir
 
@@ -61,11 +62,11 @@ def head_function(model: Ranker, head: str) -> Any:
 
 def parameters(model: Ranker) -> dict[str, dict[str, int]]:
     """Weights that each head's graph reads: those of the tables, and the dense ones."""
-    example = run_dir.example(model.schema)
+    batch = example(model.schema)
     tables = {v.ref() for v in model.embed.variables}
     found = {}
     for head in model.head_names:
-        graph = head_function(model, head).get_concrete_function(example).graph
+        graph = head_function(model, head).get_concrete_function(batch).graph
         sizes = {v.ref(): int(np.prod(v.shape)) for v in graph.variables}
         found[head] = {
             "tables": sum(n for ref, n in sizes.items() if ref in tables),
@@ -83,7 +84,7 @@ def latency(
         predict = head_function(model, head)
         found[head] = {}
         for size in batch_sizes:
-            batch = run_dir.example(model.schema, size)
+            batch = example(model.schema, size)
             for _ in range(10):
                 predict(batch)
             times = []
@@ -117,7 +118,9 @@ def curves(history: list[Mapping[str, Any]]) -> Any:
     epochs = [entry["epoch"] for entry in history]
     for name in history[0]["train"]:
         left.plot(epochs, [e["train"][name] for e in history], marker="o", label=name)
-    left.set(title="Training loss and its parts", xlabel="epoch", ylabel="nats a row", ylim=(0, None))
+    left.set(
+        title="Training loss and its parts", xlabel="epoch", ylabel="nats a row", ylim=(0, None)
+    )
     left.legend(frameon=False)
     if "valid" in history[0]:
         for head, labels in history[0]["valid"].items():
@@ -140,9 +143,7 @@ def calibration(scored: Scored, label: int, name: str) -> Any:
     top = 0.0
     for head, probabilities in scored.probabilities.items():
         bins = metrics.calibration(scored.labels[:, label], probabilities[:, label], 20)
-        axis.plot(
-            bins.predicted, bins.observed, "o-", ms=4, color=_colour(head), label=head
-        )
+        axis.plot(bins.predicted, bins.observed, "o-", ms=4, color=_colour(head), label=head)
         top = max(top, float(np.nanmax(bins.predicted)), float(np.nanmax(bins.observed)))
     axis.plot([0, top], [0, top], "--", color="#999999", label="perfect")
     axis.set(title=f"Calibration, {name}", xlabel="predicted rate", ylabel="observed rate")
@@ -186,8 +187,10 @@ def size_and_latency(found: Mapping[str, Any]) -> Any:
 
 
 def _metrics_table(test: Mapping[str, Any]) -> str:
-    rows = ["<tr><th>head, label, rows of</th><th>rows</th><th>AUC</th><th>GAUC</th>"
-            "<th>log loss</th><th>PCOC</th></tr>"]
+    rows = [
+        "<tr><th>head, label, rows of</th><th>rows</th><th>AUC</th><th>GAUC</th>"
+        "<th>log loss</th><th>PCOC</th></tr>"
+    ]
     for head, labels in test.items():
         for label, parts in labels.items():
             named = [("all", parts["all"])]

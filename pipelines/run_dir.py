@@ -1,10 +1,10 @@
 """A model directory: what a training run leaves behind, and how to load it.
 
-    recipe.json     the recipe, schema completed from the training rows
-    history.json    one entry for each epoch
-    checkpoints/    where a killed run goes on
-    weights/        the weights of the best epoch
-    report.json, report.html, tensorboard/
+recipe.json     the recipe, schema completed from the training rows
+history.json    one entry for each epoch
+checkpoints/    where a killed run goes on
+weights/        the weights of the best epoch
+report.json, report.html, tensorboard/
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
-from qianmo.layers.features import Schema
 from qianmo.models import zoo
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines.recipe import Recipe
@@ -52,25 +51,12 @@ def read_json(path: pathlib.Path, default: Any) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
 
 
-def example(schema: Schema, rows: int = 1) -> dict[str, tf.Tensor]:
-    """A batch of the right names, shapes and dtypes, to build a model with."""
-    features: dict[str, tf.Tensor] = {}
-    for f in schema.categorical:
-        shape = (rows, f.max_length) if f.is_list else (rows,)
-        features[f.name] = tf.zeros(shape, tf.as_dtype(f.dtype))
-        if f.is_list:
-            features[f.length_name] = tf.zeros((rows,), tf.int64)
-    for d in schema.dense:
-        features[d.name] = tf.zeros((rows,), tf.float32)
-    return features
-
-
 def build(recipe: Recipe) -> Ranker:
     """Builds the recipe's model with its first weights, which depend on the seed alone."""
     tf_keras.utils.set_random_seed(recipe.train.seed)
     tf_keras.mixed_precision.set_global_policy(recipe.train.dtype_policy)
     model = zoo.build(recipe.schema, recipe.model)
-    model(example(recipe.schema))
+    model.build()
     return model
 
 

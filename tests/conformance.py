@@ -1,13 +1,14 @@
-"""One table of every public layer, for the tests that all layers share (`test_conformance.py`).
+"""One table of every public layer and model, for the tests they share (`test_conformance.py`).
 
-A new layer needs one row. `make` is called under several dtype policies and should give a small
-layer with fixed seeds; `inputs` gives what its call takes: an array, or any nesting of arrays in
-dicts, tuples and NamedTuples, with the batch on the first axis of each (float inputs as float32).
+A new layer or model needs one row. `make` is called under several dtype policies and should give a
+small layer with fixed seeds; `inputs` gives what its call takes: an array, or any nesting of arrays
+in dicts, tuples and NamedTuples, with the batch on the first axis of each (floats as float32).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,14 +27,15 @@ from qianmo.layers.fm import FM
 from qianmo.layers.fwfm import FwFM
 from qianmo.layers.mlp import MLP
 from qianmo.layers.tower import Tower
+from qianmo.models import zoo
 
 BATCH = 6
 
-# Packages whose layers should all be in the table.
-PACKAGES = ("qianmo.layers",)
+# Packages whose layers and models should all be in the table.
+PACKAGES = ("qianmo.layers", "qianmo.models")
 
 # Public layers that are not in the table: full class name -> reason.
-EXEMPT: dict[str, str] = {}
+EXEMPT: dict[str, str] = {"qianmo.models.ranker.Ranker": "abstract: says what its heads are"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,21 @@ def encoded() -> Encoded:
     )
 
 
+def model(**config: Any) -> Case:
+    """A model of the zoo; its logits are float32 under every policy."""
+    made = functools.partial(zoo.build, SCHEMA, {"embedding_stddev": 0.1, **config})
+    heads = 2 if config["name"] == "dual_dnn" else 1
+    return Case(make=made, inputs=raw, smooth=False, float32_outputs=tuple(range(heads)))
+
+
+DUAL_DNN = {
+    "name": "dual_dnn",
+    "interactions": {"cin": {"units": (4, 4)}, "bi_interaction": {}, "cross": {"num_layers": 1}},
+    "teacher_units": (6, 5),
+    "student_units": (4,),
+    "hint_weight": 0.1,
+}
+
 CASES: dict[str, Case] = {
     "MLP": Case(make=lambda: MLP((7, 3), l2=0.1, dropout=0.5, seed=1), inputs=floats(5)),
     "MLP identity": Case(make=lambda: MLP(()), inputs=floats(5)),
@@ -120,4 +137,10 @@ CASES: dict[str, Case] = {
     "Tower": Case(
         make=lambda: Tower(2, (4, 3)), inputs=floats(5), smooth=False, float32_outputs=(0,)
     ),
+    **{
+        f"model {name}": model(name=name)
+        for name in ("lr", "mlp", "wdl", "deepfm", "dcn", "xdeepfm")
+    },
+    "model dual_dnn": model(**DUAL_DNN),
+    "model teacher_alone": model(name="teacher_alone", interactions={"fwfm": {}}),
 }
