@@ -260,8 +260,10 @@ def teacher_alone(
 ) -> Road:
     """The teacher of `dual_dnn` without a student, on the plain road."""
     seed = pick_seed(None)  # as `dual_dnn` draws it
-    return Road(
-        schema,
-        *teacher(schema, interactions, teacher_units, dropout, derive_seed(seed, TEACHER)),
-        **{"embedding_seed": derive_seed(seed, TABLES), **kwargs},
+    bottom, tower = teacher(
+        schema, interactions, teacher_units, dropout, derive_seed(seed, TEACHER)
     )
+    road = Road(schema, bottom, tower, **{"embedding_seed": derive_seed(seed, TABLES), **kwargs})
+    # Under these names a dual DNN that starts from this model's weights finds its teacher.
+    road.teacher_bottom, road.teacher_tower = bottom, tower
+    return road

@@ -111,6 +111,23 @@ def test_two_stage_moves_the_student_alone():
     assert "teacher_bce" not in history
 
 
+def test_two_stage_starts_from_a_teacher_trained_alone(tmp_path):
+    alone, _, _ = trained(name="teacher_alone", **TEACHER, teacher_units=(16, 8))
+    path = tf.train.Checkpoint(model=alone).write(str(tmp_path / "teacher"))
+    tf_keras.utils.set_random_seed(3)
+    model = zoo.build(SCHEMA, {"name": "dual_dnn", **TEACHER, **UNITS, "teacher_frozen": True})
+    features, _ = next(batches(1))
+    features = {k: tf.constant(v) for k, v in features.items()}
+    model(features)
+    student = model.student_tower.get_weights()
+    tf.train.Checkpoint(model=model).restore(path).expect_partial()
+    for a, b in zip(teacher_weights(alone), teacher_weights(model), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(model(features)["teacher"], alone(features)["model"])
+    for a, b in zip(student, model.student_tower.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_student_alone_learns_its_own_tables():
     model, start, _ = trained(name="dual_dnn", student_units=(8,))
     assert model.head_names == ("student",)
