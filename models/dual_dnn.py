@@ -33,8 +33,9 @@ TABLES, TEACHER, STUDENT = range(3)  # paths of the parts' seeds
 class DualDNN(Ranker):
     """Two networks on one embedding; the teacher's has an interaction layer, the student's not.
 
-        L = BCE(y, z_T) + BCE(y, z_S) + kd_weight * D(sg(z_T), z_S)
+        L = BCE(y, z_T) + BCE(y, z_S) + w * D(sg(z_T), z_S)
             + hint_weight * sum_l ||sg(a_T^l) - R_l a_S^l||^2
+        w = kd_weight * min(1, step / kd_warmup_steps)
 
     a^l are the towers' hidden layers, paired from the last one back; R_l is a learned projection
     where their widths differ and the identity where they agree. The student reads sg(embedding), so
@@ -52,6 +53,8 @@ class DualDNN(Ranker):
       teacher_bottom, teacher_tower: the teacher, or None for a student alone.
       student_bottom, student_tower: the student.
       kd_weight, distance, temperature: see `distillation`.
+      kd_warmup_steps: steps over which w grows to kd_weight, as an untrained teacher has little to
+        say; 0 for none.
       hint_weight: weight of the hidden layers' distances.
       embeddings_from: whose gradient the tables take, "teacher" or "both".
       teacher_frozen: whether teacher and tables stay as they are.
@@ -73,6 +76,7 @@ class DualDNN(Ranker):
         student_tower: Tower,
         *,
         kd_weight: float = 1.0,
+        kd_warmup_steps: int = 0,
         distance: Distance = "probability_mse",
         temperature: float = 1.0,
         hint_weight: float = 0.0,
@@ -90,6 +94,8 @@ class DualDNN(Ranker):
                 f"`embeddings_from` should be one of {get_args(EmbeddingsFrom)}. "
                 f"Received: {embeddings_from!r}"
             )
+        if kd_warmup_steps < 0:
+            raise ValueError(f"`kd_warmup_steps` should be >= 0. Received: {kd_warmup_steps}")
         if (teacher_bottom is None) != (teacher_tower is None):
             raise ValueError("Give `teacher_bottom` and `teacher_tower`, or neither.")
         self.teacher_bottom = teacher_bottom
@@ -97,6 +103,7 @@ class DualDNN(Ranker):
         self.student_bottom = student_bottom
         self.student_tower = student_tower
         self.kd_weight = kd_weight
+        self.kd_warmup_steps = kd_warmup_steps
         self.distance = distance
         self.temperature = temperature
         self.hint_weight = hint_weight
@@ -145,7 +152,11 @@ class DualDNN(Ranker):
         if not self.teacher_frozen:
             terms["teacher_bce"] = binary_cross_entropy(labels, teacher.logits)
         if self.kd_weight:
-            terms["kd"] = self.kd_weight * distillation(
+            weight = self.kd_weight
+            if self.kd_warmup_steps:
+                step = tf.cast(self.optimizer.iterations, tf.float32)
+                weight *= tf.minimum(1.0, step / self.kd_warmup_steps)
+            terms["kd"] = weight * distillation(
                 teacher.logits, student.logits, self.distance, self.temperature
             )
         if self.hint_weight:
@@ -168,14 +179,14 @@ class DualDNN(Ranker):
     def get_config(self) -> dict[str, Any]:
         """The model's arguments, its layers serialised."""
         layers = ("teacher_bottom", "teacher_tower", "student_bottom", "student_tower")
-        values = ("kd_weight", "distance", "temperature", "hint_weight", "embeddings_from")
+        values = ("kd_weight", "kd_warmup_steps", "distance", "temperature", "hint_weight")
         return {
             **self.ranker_config(),
             **{
                 k: v and tf_keras.layers.serialize(v)
                 for k, v in ((k, getattr(self, k)) for k in layers)
             },
-            **{k: getattr(self, k) for k in (*values, "teacher_frozen")},
+            **{k: getattr(self, k) for k in (*values, "embeddings_from", "teacher_frozen")},
         }
 
     @classmethod

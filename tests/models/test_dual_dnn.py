@@ -159,6 +159,18 @@ def test_loss_terms_are_those_of_the_equation():
     np.testing.assert_allclose(terms["hint"], 0.25 * (last.numpy() ** 2).sum(1), rtol=1e-5)
 
 
+def test_distillation_grows_over_the_warm_up():
+    model, _, _ = dual(steps=1, kd_weight=2.0, kd_warmup_steps=4)
+    features, targets = next(batches(1))
+    embedded = model.embed(model.encode({k: tf.constant(v) for k, v in features.items()}))
+    heads = model.heads(embedded, model.head_names)
+    whole = 2.0 * distillation(heads["teacher"].logits, heads["student"].logits, model.distance)
+    for step, factor in ((0, 0.0), (1, 0.25), (4, 1.0), (9, 1.0)):
+        model.optimizer.iterations.assign(step)
+        found = model.loss_terms(heads, tf.constant(targets["labels"]))["kd"]
+        np.testing.assert_allclose(found, factor * whole, rtol=1e-6)
+
+
 def test_hints_project_where_widths_differ():
     model, _, history = dual(hint_weight=1.0, student_units=(5,))
     assert [p.kernel.shape.as_list() for p in model.hint_projections] == [[5, 8]]
@@ -194,6 +206,7 @@ def test_distances(distance, expected):
         ),
         ({"name": "dual_dnn", "interactions": {"fmm": {}}}, "should be one of .*Received: 'fmm'"),
         ({"name": "dual_dnn", "distance": "l1"}, "`distance` should be one of"),
+        ({"name": "dual_dnn", "kd_warmup_steps": -1}, "`kd_warmup_steps` should be >= 0"),
         ({"name": "dual_dnn", "embeddings_from": "nobody"}, "`embeddings_from` should be one of"),
         ({"name": "deepfm", "linear_dim": 3}, "unknown argument `linear_dim`"),
     ],
