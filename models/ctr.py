@@ -62,15 +62,18 @@ def dcn(
     schema: Schema,
     *,
     num_cross_layers: int = 2,
+    projection_dim: int | None = None,
     units: Sequence[int] = UNITS,
     dropout: float = 0.0,
     **ranker: Any,
 ) -> Road:
-    """Deep and cross: z = w [Cross(x) ; MLP(x)] + b, with full-rank cross layers.
+    """Deep and cross: z = w [Cross(x) ; MLP(x)] + b.
+
+    With `projection_dim` the cross layers' matrices are products of two of that rank.
 
     References: Wang et al. 2021, DCN V2.
     """
-    networks = [CrossNetwork(num_cross_layers), MLP(units, dropout=dropout)]
+    networks = [CrossNetwork(num_cross_layers, projection_dim), MLP(units, dropout=dropout)]
     return _road(schema, Bottom(networks=networks, name="bottom"), ranker)
 
 
