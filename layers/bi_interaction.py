@@ -10,6 +10,23 @@ import tf_keras
 from qianmo.layers.shapes import field_shape
 
 
+@tf.custom_gradient
+def pairwise_products(v: tf.Tensor) -> tuple[tf.Tensor, Any]:
+    """Sum of the elementwise products of all pairs: [B, F, D] -> [B, D].
+
+    h = 1/2 [ (sum_i v_i)^2 - sum_i v_i^2 ],   dh/dv_i = sum_j v_j - v_i
+
+    The gradient is written out because the automatic one copies three tensors of v's size.
+    """
+    total = tf.reduce_sum(v, 1)
+    h = 0.5 * (tf.square(total) - tf.reduce_sum(tf.square(v), 1))
+
+    def gradient(upstream: tf.Tensor) -> tf.Tensor:
+        return upstream[:, None, :] * (total[:, None, :] - v)
+
+    return h, gradient
+
+
 @tf_keras.utils.register_keras_serializable(package="qianmo")
 class BiInteraction(tf_keras.layers.Layer):
     """Sum of the elementwise products of all pairs of fields.
@@ -39,4 +56,4 @@ class BiInteraction(tf_keras.layers.Layer):
 
     def call(self, v: tf.Tensor) -> tf.Tensor:
         """Computes the pooled interactions."""
-        return 0.5 * (tf.square(tf.reduce_sum(v, 1)) - tf.reduce_sum(tf.square(v), 1))
+        return pairwise_products(v)

@@ -113,8 +113,10 @@ class Embed(tf_keras.layers.Layer):
         self._first_row: dict[str, int] = {}
 
     def features_of(self, dim: int) -> list[Categorical]:
-        """The features with that embedding dim, in the order of `Embedded.fields`."""
-        return [f for f in self.schema.categorical if f.dim == dim]
+        """The features with that embedding dim, in the order of `Embedded.fields`: lists last."""
+        # So that the others' vectors come out of one gather and are copied once.
+        features = [f for f in self.schema.categorical if f.dim == dim]
+        return sorted(features, key=lambda f: f.is_list)
 
     def build(self, input_shape: Any) -> None:
         """Makes one variable for each dim."""
@@ -160,25 +162,18 @@ class Embed(tf_keras.layers.Layer):
         return found
 
     def _gather(self, dim: int, features: list[Categorical], encoded: Encoded) -> tf.Tensor:
-        """Looks up all features of one dim at once: [B, F, dim + linear_dim]."""
-        columns = []
-        for feature in features:
-            ids = encoded.ids[feature.name]
-            columns.append(
-                (ids if feature.is_list else ids[:, None]) + self._first_row[feature.table]
-            )
-        table = tf.cast(tf.gather(self.tables[str(dim)], tf.concat(columns, 1)), self.compute_dtype)
-        if not any(f.is_list for f in features):
-            return table
-        pooled = []
-        parts = tf.split(table, [tf.shape(c)[1] for c in columns], axis=1)
-        for feature, part in zip(features, parts, strict=True):
-            if feature.is_list:
-                part = pool(part, encoded.lengths[feature.name], feature.pooling)[:, None]
-            pooled.append(part)
-        stacked = tf.concat(pooled, 1)
-        stacked.set_shape([None, len(features), dim + self.linear_dim])
-        return stacked
+        """Looks up all features of one dim: [B, F, dim + linear_dim]."""
+        table = self.tables[str(dim)]
+        ids = {f.name: encoded.ids[f.name] + self._first_row[f.table] for f in features}
+        parts = []
+        singles = [ids[f.name] for f in features if not f.is_list]
+        if singles:
+            parts.append(tf.gather(table, tf.stack(singles, 1)))
+        for f in features:
+            if f.is_list:
+                vectors = tf.gather(table, ids[f.name])
+                parts.append(pool(vectors, encoded.lengths[f.name], f.pooling)[:, None])
+        return tf.cast(tf.concat(parts, 1), self.compute_dtype)
 
     def assemble(self, vectors: Mapping[str, tf.Tensor], dense: tf.Tensor) -> Embedded:
         """Makes `Embedded` of the vectors that crossed the seam (see `vectors`)."""
@@ -188,9 +183,14 @@ class Embed(tf_keras.layers.Layer):
         return self._embedded(stacks, dense)
 
     def _embedded(self, stacks: list[tf.Tensor], dense: tf.Tensor) -> Embedded:
-        fields = tuple(s[:, :, :dim] for s, dim in zip(stacks, self.dims, strict=True))
+        # A split's gradient is one concatenation; that of a slice would first fill zeros.
+        parts = [
+            tf.split(s, [dim, self.linear_dim], axis=2)
+            for s, dim in zip(stacks, self.dims, strict=True)
+        ]
+        fields = tuple(part[0] for part in parts)
         if stacks:
-            linear = tf.concat([s[:, :, s.shape[2] - self.linear_dim :] for s in stacks], 1)
+            linear = tf.concat([part[1] for part in parts], 1)
         else:
             linear = tf.zeros([tf.shape(dense)[0], 0, self.linear_dim], dense.dtype)
         return Embedded(fields, linear, dense)

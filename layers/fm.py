@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
+from qianmo.layers.bi_interaction import pairwise_products
 from qianmo.layers.shapes import field_shape
 
 
@@ -39,6 +40,4 @@ class FM(tf_keras.layers.Layer):
 
     def call(self, v: tf.Tensor) -> tf.Tensor:
         """Computes the logit."""
-        square_of_sum = tf.square(tf.reduce_sum(v, 1))
-        sum_of_squares = tf.reduce_sum(tf.square(v), 1)
-        return 0.5 * tf.reduce_sum(square_of_sum - sum_of_squares, 1, keepdims=True)
+        return tf.reduce_sum(pairwise_products(v), 1, keepdims=True)

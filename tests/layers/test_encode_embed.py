@@ -114,7 +114,7 @@ def test_vectors_are_the_rows_of_the_fused_tables():
 
     user = table("user")
     seen = np.stack([user[1] + user[2], user[3], 0 * user[0], user[0] + user[2]])
-    expected = np.stack([user[[1, 3, 0, 0]], seen, table("city")[[2, 1, 0, 2]]], 1)
+    expected = np.stack([user[[1, 3, 0, 0]], table("city")[[2, 1, 0, 2]], seen], 1)
     np.testing.assert_allclose(embedded.fields[1], expected[:, :, :4], rtol=1e-6)
     linear = np.concatenate(
         [
