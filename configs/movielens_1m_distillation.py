@@ -18,7 +18,7 @@ VARIANTS = {
     "dual": DUAL,
     "hints": {"kd_weight": 0.0, "hint_weight": 0.01},
     "dual_hints": {**DUAL, "hint_weight": 0.001},
-    "rocket": {"kd_weight": 0.1, "distance": "logit_mse", "embeddings_from": "both"},
+    "rocket": {"kd_weight": 0.03, "distance": "logit_mse", "embeddings_from": "both"},
     # Needs --config.train.start_from=<the model directory of teacher_alone>.
     "two_stage": {"kd_weight": 10.0, "distance": "probability_mse", "teacher_frozen": True},
 }
