@@ -112,9 +112,9 @@ def _save(
     }
     module = tf.Module()
     module.used = list({v.ref(): v for f in concrete.values() for v in f.graph.variables}.values())
-    module.lookups = [
-        lookup.lookup_table for lookup in model.encode.lookups if hasattr(lookup, "lookup_table")
-    ]
+    captured = {id(x) for f in concrete.values() for x, _ in f.graph.captures}
+    tables = [x.lookup_table for x in model.encode.lookups if hasattr(x, "lookup_table")]
+    module.lookups = [table for table in tables if id(table.resource_handle) in captured]
     tf.saved_model.save(module, path, signatures=concrete)
 
 
@@ -312,6 +312,8 @@ def export_fed(
     """
     signatures = _signatures(model, heads or (model.serving_head,))
     schema = model.schema
+    if not schema.categorical:
+        raise ExportError("A model without categorical features has no embeddings to cut off.")
     specs = vector_specs(model)
     functions = {name: (_fed_scorer(model, head), specs) for name, head in signatures.items()}
     dense_names = {d.name for d in schema.dense}
@@ -322,7 +324,8 @@ def export_fed(
     base = pathlib.Path(base_path)
     lookup_base = base.with_name(base.name + "_lookup")
     version = version or max(next_version(base), next_version(lookup_base))
-    with _publishing(lookup_base, version) as lookup, _publishing(base, version) as folder:
+    # Left in reverse: a graph never stands there without what makes its inputs.
+    with _publishing(base, version) as folder, _publishing(lookup_base, version) as lookup:
         _save(model, {"serving_default": (_lookup(model), lookup_specs)}, str(lookup))
         _save(model, functions, str(folder))
         _check_ops(lookup)

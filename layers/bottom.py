@@ -26,6 +26,7 @@ class Bottom(tf_keras.layers.Layer):
       networks: layers G on the flat row, [B, N] -> [B, *], such as `MLP` or `CrossNetwork`.
       linear: whether the sum of first-order terms takes part; `Embed` must have made them.
       flat: whether x itself takes part.
+      dense: whether the dense features, which x holds too, take part by themselves.
 
     Inputs: `Embedded`.
     Outputs: h, [B, H].
@@ -40,6 +41,7 @@ class Bottom(tf_keras.layers.Layer):
         networks: Layers = (),
         linear: bool = False,
         flat: bool = False,
+        dense: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -47,7 +49,8 @@ class Bottom(tf_keras.layers.Layer):
         self.networks = list(networks)
         self.linear = linear
         self.flat = flat
-        if not (self.interactions or self.networks or linear or flat):
+        self.dense = dense
+        if not (self.interactions or self.networks or linear or flat or dense):
             raise ValueError("A `Bottom` should have at least one part.")
 
     def call(self, embedded: Embedded, training: bool = False) -> tf.Tensor:
@@ -56,6 +59,8 @@ class Bottom(tf_keras.layers.Layer):
         if self.linear:
             parts.append(tf.reduce_sum(embedded.linear, 1))
         parts += [layer(embedded.stacked, training=training) for layer in self.interactions]
+        if self.dense:
+            parts.append(embedded.dense)
         if self.networks or self.flat:
             flat = embedded.flat
             parts += [layer(flat, training=training) for layer in self.networks]
@@ -72,6 +77,7 @@ class Bottom(tf_keras.layers.Layer):
             "networks": [serialize(layer) for layer in self.networks],
             "linear": self.linear,
             "flat": self.flat,
+            "dense": self.dense,
         }
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 import tf_keras
 
@@ -49,14 +50,19 @@ def _lookup(table: Categorical) -> tf_keras.layers.Layer | None:
         return None
     if table.hash_buckets:
         return tf_keras.layers.Hashing(table.hash_buckets, name=f"hash_{table.table}")
-    kind = tf_keras.layers.IntegerLookup if table.dtype == "int64" else tf_keras.layers.StringLookup
     vocabulary = table.vocabulary
     if not vocabulary:
         raise ValueError(
             f"table `{table.table}`: `vocabulary` should hold at least one value. Received: "
             f"{vocabulary!r}. Count it from the training rows, or use hash_buckets or num_ids."
         )
-    return kind(vocabulary=list(vocabulary), num_oov_indices=1, name=f"lookup_{table.table}")
+    # Keras takes a vocabulary's first value for its own mark of unknown values when they are equal,
+    # as -1 and "[UNK]" may be: so a mark that no data holds.
+    values, name = list(vocabulary), f"lookup_{table.table}"
+    if table.dtype == "int64":
+        lowest = int(np.iinfo(np.int64).min)
+        return tf_keras.layers.IntegerLookup(vocabulary=values, oov_token=lowest, name=name)
+    return tf_keras.layers.StringLookup(vocabulary=values, oov_token="\0unknown", name=name)
 
 
 def _truncate(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import keyword
+import re
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, cast, get_args
@@ -45,9 +47,14 @@ def _check_choice(where: str, key: str, value: object, choices: object) -> None:
         )
 
 
-def _check_name(name: object) -> None:
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"A feature's `name` should be an identifier. Received: {name!r}")
+def _check_name(name: Any) -> None:
+    """Names become arguments of the served functions, next to the output `status`."""
+    fits = isinstance(name, str) and re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name)
+    if not fits or keyword.iskeyword(name) or name in ("self", "status"):
+        raise ValueError(
+            "A name should be letters, digits and underscores, begin with a letter, and be no "
+            f"Python keyword, nor `self` or `status`. Received: {name!r}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,6 +219,8 @@ class Schema:
     def __post_init__(self) -> None:
         if not self.features:
             raise ValueError("A schema should have at least one feature.")
+        if isinstance(self.labels, str):
+            raise ValueError(f"`labels` should be a list of names. Received: {self.labels!r}")
         if not self.labels:
             raise ValueError("A schema should have at least one label.")
         for kind, names in (
@@ -224,6 +233,7 @@ class Schema:
                     raise ValueError(f"{kind} `{name}` is declared twice.")
                 seen.add(name)
         for label in self.labels:
+            _check_name(label)
             if label in self.input_names:
                 raise ValueError(f"`{label}` is declared both as a label and as a feature.")
         tables: dict[str, Categorical] = {}

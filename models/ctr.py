@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from qianmo.layers.bottom import Bottom
 from qianmo.layers.cin import CIN
 from qianmo.layers.cross import CrossNetwork
-from qianmo.layers.features import Schema
+from qianmo.layers.features import Categorical, Schema
 from qianmo.layers.fm import FM
 from qianmo.layers.mlp import MLP
 from qianmo.layers.tower import Tower
@@ -24,8 +25,13 @@ def _road(schema: Schema, bottom: Bottom, ranker: dict[str, Any]) -> Road:
 
 
 def lr(schema: Schema, **ranker: Any) -> Road:
-    """Logistic regression on the features' first-order terms and the dense features."""
-    return _road(schema, Bottom(linear=True, networks=[], name="bottom"), ranker)
+    """Logistic regression: z = w_1 linear + w_2 dense + b."""
+    # It reads no vectors, so they take as little room as they can.
+    features = [
+        dataclasses.replace(f, dim=1) if isinstance(f, Categorical) else f for f in schema.features
+    ]
+    bottom = Bottom(linear=True, dense=bool(schema.dense), name="bottom")
+    return _road(schema.with_features(features), bottom, ranker)
 
 
 def mlp(

@@ -96,10 +96,13 @@ class DualDNN(Ranker):
             )
         if kd_warmup_steps < 0:
             raise ValueError(f"`kd_warmup_steps` should be >= 0. Received: {kd_warmup_steps}")
+        if not temperature > 0:
+            raise ValueError(f"`temperature` should be > 0. Received: {temperature}")
         if (teacher_bottom is None) != (teacher_tower is None):
             raise ValueError("Give `teacher_bottom` and `teacher_tower`, or neither.")
-        self.teacher_bottom = teacher_bottom
-        self.teacher_tower = teacher_tower
+        # The teacher stands where a plain road has its own, so that one trained alone can start it.
+        self.bottom = teacher_bottom
+        self.tower = teacher_tower
         self.student_bottom = student_bottom
         self.student_tower = student_tower
         self.kd_weight = kd_weight
@@ -117,15 +120,48 @@ class DualDNN(Ranker):
                 teacher_bottom.trainable = False  # type: ignore[union-attr]
                 teacher_tower.trainable = False
             if hint_weight:
-                widths = zip(
-                    reversed(teacher_tower.mlp.units),
-                    reversed(student_tower.mlp.units),
-                    strict=False,
-                )
+                if not (teacher_tower.mlp.units and student_tower.mlp.units):
+                    raise ValueError("`hint_weight` needs hidden layers in teacher and student.")
                 self.hint_projections = [
-                    None if t == s else tf_keras.layers.Dense(t, use_bias=False, name=f"hint_{i}")
-                    for i, (t, s) in enumerate(widths)
+                    None
+                    if t == s
+                    else tf_keras.layers.Dense(
+                        t,
+                        use_bias=False,
+                        kernel_initializer=tf_keras.initializers.GlorotUniform(
+                            derive_seed(student_tower.seed, 2, i)
+                        ),
+                        name=f"hint_{i}",
+                    )
+                    for i, (t, s) in enumerate(self._hint_widths())
                 ]
+
+    @property
+    def teacher_bottom(self) -> tf_keras.layers.Layer | None:
+        """The teacher's bottom, if there is a teacher."""
+        return self.bottom
+
+    @property
+    def teacher_tower(self) -> Tower | None:
+        """The teacher's tower, if there is a teacher."""
+        return self.tower
+
+    def _hint_widths(self) -> list[tuple[int, int]]:
+        teacher = self.teacher_tower.mlp.units if self.teacher_tower else ()
+        return list(zip(reversed(teacher), reversed(self.student_tower.mlp.units), strict=False))
+
+    def build(self, input_shape: Any = None) -> None:
+        """Makes all weights; those of the projections, which only training calls, too."""
+        super().build(input_shape)
+        if self.hint_projections:
+            for project, (_, width) in zip(self.hint_projections, self._hint_widths(), strict=True):
+                if project is not None and not project.built:
+                    project.build((None, width))
+
+    @property
+    def starts_trained(self) -> bool:
+        """A frozen teacher must have learned before."""
+        return self.teacher_frozen
 
     def heads(
         self, embedded: Embedded, names: Sequence[str], training: bool = False
@@ -133,8 +169,9 @@ class DualDNN(Ranker):
         """Computes "teacher" and "student", or one of them; the other leaves no trace."""
         found = {}
         if "teacher" in names and self.teacher_bottom and self.teacher_tower:
-            h = self.teacher_bottom(embedded, training=training)
-            found["teacher"] = self.teacher_tower(h, training=training)
+            learns = training and not self.teacher_frozen  # a frozen teacher drops nothing out
+            h = self.teacher_bottom(embedded, training=learns)
+            found["teacher"] = self.teacher_tower(h, training=learns)
         if "student" in names:
             if self.teacher_tower is not None and self.embeddings_from == "teacher":
                 embedded = tf.nest.map_structure(tf.stop_gradient, embedded)
@@ -274,7 +311,4 @@ def teacher_alone(
     bottom, tower = teacher(
         schema, interactions, teacher_units, dropout, derive_seed(seed, TEACHER)
     )
-    road = Road(schema, bottom, tower, **{"embedding_seed": derive_seed(seed, TABLES), **kwargs})
-    # Under these names a dual DNN that starts from this model's weights finds its teacher.
-    road.teacher_bottom, road.teacher_tower = bottom, tower
-    return road
+    return Road(schema, bottom, tower, **{"embedding_seed": derive_seed(seed, TABLES), **kwargs})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -79,7 +80,7 @@ class Ranker(tf_keras.Model):
 
     def build(self, input_shape: Any = None) -> None:
         """Makes all weights; the schema tells all shapes, so none is needed."""
-        if not self.built:
+        if not getattr(self, "built", False):
             self.built = True
             with tf.init_scope():
                 self(example(self.schema))
@@ -93,7 +94,7 @@ class Ranker(tf_keras.Model):
     def train_step(self, data: tuple[Mapping[str, tf.Tensor], Targets]) -> dict[str, tf.Tensor]:
         """One step; notes in `first_bad_step` the first step whose loss was not finite."""
         features, targets = data
-        weight = targets["weight"] / tf.reduce_sum(targets["weight"])
+        weight = tf.math.divide_no_nan(targets["weight"], tf.reduce_sum(targets["weight"]))
         inputs = {name: features[name] for name in self.schema.input_names}
         with tf.GradientTape() as tape:
             embedded = self.embed(self.encode(inputs), training=True)
@@ -130,6 +131,16 @@ class Ranker(tf_keras.Model):
     def metrics(self) -> list[tf_keras.metrics.Metric]:
         """Running means of the loss and its terms, reset by `fit` at each epoch."""
         return list(getattr(self, "_means", {}).values())
+
+    @property
+    def starts_trained(self) -> bool:
+        """Whether its first weights must come from a trained model."""
+        return False
+
+    @functools.cached_property
+    def probabilities(self) -> Any:
+        """`predict_step` as one graph, traced once for all batch sizes."""
+        return tf.function(self.predict_step, reduce_retracing=True)
 
     def predict_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Probabilities of every head, [B, K] each."""

@@ -41,6 +41,21 @@ def build(schema: Schema, config: Mapping[str, Any]) -> Ranker:
     """Builds the model that `config["name"]` names, with the other entries as its arguments.
 
     Raises:
+      ValueError: an unknown model or argument, with the nearest known one; a wrong value.
+    """
+    check(config)
+    values = dict(config)
+    name = values.pop("name")
+    try:
+        return MODELS[name][0](schema, **values)
+    except TypeError as error:  # a missing argument, or a wrong one of an interaction
+        raise ValueError(f"model `{name}`: {error}") from error
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Looks at the names in a model's config, before any work is done for it.
+
+    Raises:
       ValueError: an unknown model or argument, with the nearest known one.
     """
     values = dict(config)
@@ -53,4 +68,3 @@ def build(schema: Schema, config: Mapping[str, Any]) -> Ranker:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}."
             raise ValueError(f"model `{name}`: unknown argument `{key}`; {hint}")
-    return MODELS[name][0](schema, **values)

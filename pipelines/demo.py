@@ -71,6 +71,8 @@ def size_of(folder: pathlib.Path) -> int:
 def run(output: pathlib.Path, epochs: int) -> None:
     """Runs the demo in a folder, which is emptied first."""
     if output.exists():
+        if any(output.iterdir()) and not (output / "data").is_dir():
+            raise SystemExit(f"{output} holds something else than a demo; give another --output.")
         shutil.rmtree(output)
     begin = time.perf_counter()
     data = output / "data"
@@ -98,7 +100,9 @@ def run(output: pathlib.Path, epochs: int) -> None:
 
     step(4, f"Serve, and score {ROWS:,} real rows by gRPC and by REST")
     table: list[dict[str, Any]] = []
-    with ModelServer({name: str(path.parent) for name, path in folders.items()}) as server:
+    with ModelServer(
+        {name: str(path.parent) for name, path in folders.items()}, port=0, rest_api_port=0
+    ) as server:
         print(f"  gRPC 127.0.0.1:{server.port}, REST 127.0.0.1:{server.rest_port}")
         for name, (model, head) in shipped.items():
             client = Client(f"127.0.0.1:{server.port}", name)

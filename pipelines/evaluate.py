@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
-from absl import app, flags
+from absl import app, flags, logging
 from tqdm import tqdm
 
 from qianmo.layers import metrics
@@ -31,14 +30,14 @@ class Scored:
 
 def score(model: Ranker, path: str, batch_size: int = 8192, *, progress: bool = False) -> Scored:
     """Scores every row of `path`, in file order."""
-    predict = tf.function(model.predict_step, reduce_retracing=True)
     probabilities: dict[str, list[np.ndarray]] = {name: [] for name in model.head_names}
     columns: dict[str, list[np.ndarray]] = {}
     data = readers.dataset(model.schema, path, batch_size=batch_size)
     total = readers.count_rows(model.schema, path)
-    with tqdm(total=total, unit=" rows", disable=not progress, desc="evaluate") as bar:
+    bar = tqdm(total=total, unit=" rows", disable=not progress, desc="evaluate")
+    with bar, readers.own_errors():
         for features, targets in data:
-            for name, value in predict(features).items():
+            for name, value in model.probabilities(features).items():
                 probabilities[name].append(value.numpy())
             for name, value in targets.items():
                 columns.setdefault(name, []).append(value.numpy())
@@ -55,15 +54,16 @@ def measure(
     labels: np.ndarray, probabilities: np.ndarray, task_id: np.ndarray | None
 ) -> dict[str, float]:
     """AUC, GAUC, log loss and PCOC of one label on some rows, with the counts behind them."""
+    is_binary = bool(np.isin(labels, (0, 1)).all())  # ranks of other labels have no AUC
     found = {
         "rows": len(labels),
         "positives": float(labels.sum()),
-        "auc": metrics.auc(labels, probabilities),
+        "auc": metrics.auc(labels, probabilities) if is_binary else float("nan"),
         "log_loss": metrics.log_loss(labels, probabilities),
         "pcoc": metrics.pcoc(labels, probabilities),
     }
     if task_id is not None:
-        found["gauc"] = metrics.gauc(labels, probabilities, task_id)
+        found["gauc"] = metrics.gauc(labels, probabilities, task_id) if is_binary else float("nan")
     return found
 
 
@@ -124,9 +124,15 @@ def define_flags() -> None:
 def run(_: list[str]) -> None:
     """Prints the table, and writes the JSON where asked."""
     values = flags.FLAGS
-    model, recipe = run_dir.load(values.model_dir)
-    path = values.data or recipe.data.test
-    report = evaluate(score(model, path, progress=True), model.schema)
+    try:
+        model, recipe = run_dir.load(values.model_dir)
+        path = values.data or recipe.data.test
+        if not path:
+            raise ValueError("The recipe names no test rows; give --data.")
+        report = evaluate(score(model, path, progress=True), model.schema)
+    except ValueError as error:
+        logging.error("%s", error)
+        raise SystemExit(1) from None
     if values.output:
         run_dir.write_json(pathlib.Path(values.output), report)
     print(table(report))

@@ -30,11 +30,15 @@ def define_flags() -> None:
     """Defines this program's flags."""
     flags.DEFINE_string("model_dir", None, "Directory of a trained model.", required=True)
     flags.DEFINE_string(
-        "model_base_path", None, "Where the versions go; its last part names the model.",
+        "model_base_path",
+        None,
+        "Where the versions go; its last part names the model.",
         required=True,
     )
     flags.DEFINE_enum(
-        "form", "in_graph", sorted(FORMS),
+        "form",
+        "in_graph",
+        sorted(FORMS),
         "in_graph: everything in one SavedModel. fed: the graph takes vectors as inputs, and a "
         "second SavedModel, <model_base_path>_lookup, makes them. Stock ops in both.",
     )

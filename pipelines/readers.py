@@ -24,6 +24,7 @@ import io
 import math
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -212,6 +213,22 @@ def dataset(
     )
     rows = tf.data.Dataset.from_generator(generate, output_signature=signature)
     return rows.rebatch(batch_size, drop_remainder=drop_remainder).prefetch(tf.data.AUTOTUNE)
+
+
+@contextlib.contextmanager
+def own_errors() -> Iterator[None]:
+    """Raises a `DataError` that was met inside a `dataset` as itself, out of TensorFlow's wrapping.
+
+    Raises:
+      DataError: as met.
+    """
+    try:
+        yield
+    except tf.errors.InvalidArgumentError as error:
+        found = re.search(r"DataError: (.*)", error.message)
+        if found is None:
+            raise
+        raise DataError(found[1]) from None
 
 
 def count_rows(schema: Schema, path: PathLike) -> int:

@@ -50,7 +50,7 @@ class Train:
     start_from: str
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "epochs", "checkpoint_every", "steps_per_call"):
+        for key in ("batch_size", "epochs", "patience", "checkpoint_every", "steps_per_call"):
             if getattr(self, key) < 1:
                 raise ValueError(f"`train.{key}` should be >= 1. Received: {getattr(self, key)}")
         if self.monitor not in ("auc", "gauc", "log_loss"):
@@ -76,12 +76,15 @@ class Recipe:
           ValueError: an unknown or missing key, a wrong value.
         """
         raw = from_mapping(_Sections, config, "config")
-        return cls(
+        recipe = cls(
             data=from_mapping(Data, raw.data, "config.data"),
             schema=Schema.from_config(raw.schema),
             model=dict(raw.model),
             train=from_mapping(Train, raw.train, "config.train"),
         )
+        if recipe.train.monitor == "gauc" and not recipe.schema.task_id:
+            raise ValueError("`train.monitor` gauc needs `schema.task_id`, whose rows it groups.")
+        return recipe
 
     def to_config(self) -> dict[str, Any]:
         """Plain data that `from_config` takes."""

@@ -125,7 +125,7 @@ def curves(history: list[Mapping[str, Any]]) -> Any:
     if "valid" in history[0]:
         for head, labels in history[0]["valid"].items():
             for label in labels:
-                values = [e["valid"][head][label]["auc"] for e in history]
+                values = np.array([e["valid"][head][label]["auc"] for e in history], float)
                 right.plot(
                     epochs, values, marker="o", color=_colour(head), label=f"{head}, {label}"
                 )

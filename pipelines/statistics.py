@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qianmo.layers.features import Categorical, Feature, Schema
+from qianmo.layers.features import Categorical, Dense, Feature, Schema
 from qianmo.pipelines import readers
 
 
@@ -44,6 +44,25 @@ class _Moments:
         variance = self.squares / self.count
         # Below this the spread is the rounding of float32 inputs.
         return variance if variance > (1e-7 * self.mean) ** 2 else 1.0
+
+
+def inherit(schema: Schema, start: Schema) -> Schema:
+    """Takes what is not counted yet from another schema's features of the same names."""
+    known = {feature.name: feature for feature in start.features}
+    features: list[Feature] = []
+    for feature in schema.features:
+        other = known.get(feature.name)
+        if isinstance(feature, Dense) and isinstance(other, Dense) and feature.mean is None:
+            feature = dataclasses.replace(feature, mean=other.mean, variance=other.variance)
+        elif (
+            isinstance(feature, Categorical)
+            and isinstance(other, Categorical)
+            and feature.vocabulary is None
+            and not (feature.num_ids or feature.hash_buckets)
+        ):
+            feature = dataclasses.replace(feature, vocabulary=other.vocabulary)
+        features.append(feature)
+    return schema.with_features(features)
 
 
 def complete(schema: Schema, path: readers.PathLike) -> Schema:

@@ -23,10 +23,13 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
+from qianmo.models import zoo
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines import readers, report, run_dir, runtime, statistics
 from qianmo.pipelines.evaluate import evaluate, score, table
 from qianmo.pipelines.recipe import Recipe, optimizer
+
+ASKED = "asked.json"  # the recipe as given, before anything was counted
 
 
 class NotFiniteError(ArithmeticError):
@@ -104,17 +107,23 @@ class Run:
     def __init__(self, recipe: Recipe, model_dir: str | pathlib.Path) -> None:
         runtime.settle()
         self.dir = pathlib.Path(model_dir)
-        self.recipe = self._settle(recipe)
-        train = self.recipe.train
+        train = recipe.train
+        optimizers = (
+            optimizer(train.optimizer, "train.optimizer"),
+            optimizer(train.table_optimizer, "train.table_optimizer"),
+        )
+        zoo.check(recipe.model)
+        for path in (recipe.data.valid, recipe.data.test):
+            if path:
+                readers.count_rows(recipe.schema, path)
+        self.recipe = self._known(recipe) or self._completed(recipe)
         self.model: Ranker = run_dir.build(self.recipe)
         if train.start_from:
             status = run_dir.restore(self.model, train.start_from)
             status.assert_nontrivial_match().expect_partial()
-        self.model.compile(
-            optimizer(train.optimizer, "train.optimizer"),
-            optimizer(train.table_optimizer, "train.table_optimizer"),
-            steps_per_execution=train.steps_per_call,
-        )
+        elif self.model.starts_trained:
+            raise ValueError("`model.teacher_frozen` needs `train.start_from`, a trained teacher.")
+        self.model.compile(*optimizers, steps_per_execution=train.steps_per_call)
         tables = self.model.embed.trainable_variables
         names = {v.ref() for v in tables}
         self.model.table_optimizer.build(tables)
@@ -144,29 +153,43 @@ class Run:
                 "Going on after epoch %d, batch %d.", self.position.epoch, self.position.batch
             )
         self.rows = readers.count_rows(self.recipe.schema, self.recipe.data.train)
+        if not (self.dir / run_dir.RECIPE).exists():  # all that can be refused has been looked at
+            run_dir.write_json(self.dir / ASKED, recipe.to_config())
+            run_dir.write_json(self.dir / run_dir.RECIPE, self.recipe.to_config())
 
-    def _settle(self, recipe: Recipe) -> Recipe:
-        if (self.dir / run_dir.RECIPE).exists():
-            there = run_dir.read_recipe(self.dir)
-            asked = run_dir.read_json(self.dir / "asked.json", {})
-            differs = sorted(
-                f"{section}.{key}"
-                for section, values in recipe.to_config().items()
-                for key, value in values.items()
-                if run_dir.plain(value) != asked.get(section, {}).get(key)
+    def _known(self, recipe: Recipe) -> Recipe | None:
+        """The completed recipe of the run that the directory holds, if any."""
+        if not (self.dir / run_dir.RECIPE).exists():
+            return None
+        before = run_dir.read_json(self.dir / ASKED, {})
+        now = run_dir.plain(recipe.to_config())
+        differs = sorted(
+            f"{section}.{key}"
+            for section in now
+            for key in now[section].keys() | before.get(section, {}).keys()
+            if now[section].get(key) != before.get(section, {}).get(key)
+        )
+        if differs:
+            raise ValueError(
+                f"{self.dir} holds a run of another recipe; they differ in {', '.join(differs)}. "
+                "Give another --model_dir, or the same recipe."
             )
+        return run_dir.read_recipe(self.dir)
+
+    def _completed(self, recipe: Recipe) -> Recipe:
+        """The recipe with what is counted: by the model it starts from, or the training rows."""
+        schema = recipe.schema
+        if recipe.train.start_from:
+            start = run_dir.read_recipe(recipe.train.start_from).schema
+            schema = statistics.inherit(schema, start)
+            differs = [n for n, t in schema.tables.items() if start.tables.get(n) != t]
             if differs:
                 raise ValueError(
-                    f"{self.dir} holds a run of another recipe; they differ in "
-                    f"{', '.join(differs)}. Give another --model_dir, or the same recipe."
+                    f"tables {differs} are not those of {recipe.train.start_from}: their weights "
+                    "would land on other rows. Declare the same features, or start afresh."
                 )
-            return there
-        asked = recipe.to_config()
-        whole = statistics.complete(recipe.schema, recipe.data.train)
-        recipe = dataclasses.replace(recipe, schema=whole)
-        run_dir.write_json(self.dir / "asked.json", asked)
-        run_dir.write_json(self.dir / run_dir.RECIPE, recipe.to_config())
-        return recipe
+        schema = statistics.complete(schema, recipe.data.train)
+        return dataclasses.replace(recipe, schema=schema)
 
     def _dataset(self, epoch: int, skip: int) -> tf.data.Dataset:
         data, train = self.recipe.data, self.recipe.train
@@ -205,14 +228,12 @@ class Run:
             "The batch's columns:\n" + "\n".join(lines)
         )
 
-    def _is_best(self) -> bool:
-        """Whether the newest entry of the history has the best monitored value."""
-        monitor = self.recipe.train.monitor
+    def _best(self) -> int:
+        """Index of the epoch with the best monitored value; the newest where none has one."""
         values = [entry["monitor"] for entry in self.history]
-        if values[-1] is None:
-            return True
-        better = min if monitor == "log_loss" else max
-        return bool(better(values) == values[-1] and values.index(values[-1]) == len(values) - 1)
+        known = [i for i, value in enumerate(values) if value is not None]
+        sign = -1 if self.recipe.train.monitor == "log_loss" else 1
+        return max(known, key=lambda i: sign * values[i], default=len(values) - 1)
 
     def _epoch(self, epoch: int) -> None:
         train, data = self.recipe.train, self.recipe.data
@@ -242,10 +263,11 @@ class Run:
                 ).items()
             }
             found = entry["valid"][self.model.serving_head]
-            entry["monitor"] = float(np.mean([m[train.monitor] for m in found.values()]))
+            mean = float(np.mean([m[train.monitor] for m in found.values()]))
+            entry["monitor"] = mean if math.isfinite(mean) else None  # one class has no AUC
         self.history.append(entry)
         self._tensorboard(entry)
-        if self._is_best():
+        if self._best() == len(self.history) - 1:
             self.best.save()
         run_dir.write_json(self.dir / "history.json", self.history)
         self.position.epoch.assign(epoch + 1)
@@ -265,23 +287,19 @@ class Run:
         writer.close()
 
     def _is_over(self) -> bool:
-        train = self.recipe.train
-        if len(self.history) >= train.epochs:
-            return True
-        if not self.history or self.history[-1]["monitor"] is None:
-            return False
-        values = [entry["monitor"] for entry in self.history]
-        best = (np.argmin if train.monitor == "log_loss" else np.argmax)(values)
-        return len(values) - 1 - int(best) >= train.patience
+        done = len(self.history)
+        patient = done - 1 - self._best() < self.recipe.train.patience if done else True
+        return done >= self.recipe.train.epochs or not patient
 
     def train(self) -> dict[str, Any]:
         """Trains to the end, evaluates, writes the reports; returns what report.json holds."""
-        while not self._is_over():
-            self._epoch(len(self.history))
+        with readers.own_errors():
+            while not self._is_over():
+                self._epoch(len(self.history))
         self.best.restore_or_initialize()
         data = self.recipe.data
         found: dict[str, Any] = {
-            "recipe": self.recipe.to_config(),
+            "recipe": run_dir.read_json(self.dir / ASKED, {}),
             "data_sha256": {
                 name: readers.sha256(path)
                 for name, path in (

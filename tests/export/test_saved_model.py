@@ -226,6 +226,7 @@ def test_a_student_ships_without_any_part_of_its_teacher(tmp_path):
 def test_fed_holds_no_tables(tmp_path):
     made = model("dual_dnn")
     folder, _ = export_fed(made, tmp_path / "m", rows())
+    assert not {op for op in op_types(folder) if op.startswith("HashTable")}
     tables = tuple(made.embed.tables["8"].shape)
     assert tables not in {tuple(s) for s in variables(folder).values()}
     assert tables in {tuple(s) for s in variables(tmp_path / "m_lookup" / "1").values()}

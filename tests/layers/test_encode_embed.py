@@ -178,3 +178,13 @@ def test_interactions_refuse_fields_of_unequal_dims():
     )
     with pytest.raises(ValueError, match=r"one embedding `dim`. Received: \[4, 2\]"):
         _ = embedded.stacked
+
+
+@pytest.mark.parametrize(("dtype", "values"), [("int64", (-1, 5)), ("string", ("[UNK]", "a"))])
+def test_a_vocabulary_may_hold_what_keras_takes_for_unknown(dtype, values):
+    schema = Schema(
+        features=(Categorical(name="a", dtype=dtype, vocabulary=values),), labels=("y",)
+    )
+    other = {"int64": 7, "string": "b"}[dtype]
+    ids = Encode(schema)({"a": tf.constant([*values, other], dtype)}).ids["a"]
+    assert ids.numpy().tolist() == [1, 2, 0]

@@ -216,3 +216,23 @@ def test_refusals(config, message):
         zoo.build(SCHEMA, config)
     with pytest.raises(ValueError, match="`temperature` should be > 0"):
         distillation(tf.zeros([1, 1]), tf.zeros([1, 1]), "logit_mse", 0.0)
+
+
+def test_a_frozen_teacher_is_steady():
+    model, _, _ = dual(teacher_frozen=True, dropout=0.5)
+    features, _ = next(batches(1))
+    embedded = model.embed(model.encode({k: tf.constant(v) for k, v in features.items()}))
+    twice = [model.heads(embedded, ("teacher",), training=True)["teacher"] for _ in range(2)]
+    np.testing.assert_array_equal(twice[0].logits, twice[1].logits)
+
+
+def test_lr_reads_dense_features():
+    model, _, _ = trained(name="lr")
+    features, _ = next(batches(1))
+    dearer = {**features, "price": features["price"] + 1}
+    low, high = (
+        model({k: tf.constant(v) for k, v in f.items()})["model"] for f in (features, dearer)
+    )
+    steps = high.numpy() - low.numpy()
+    assert np.abs(steps).min() > 0
+    np.testing.assert_allclose(steps, np.broadcast_to(steps[:1], steps.shape), rtol=1e-3)

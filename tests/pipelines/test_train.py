@@ -215,6 +215,51 @@ def test_refusals(data, tmp_path, changes, message):
         train(Recipe.from_config(config(data, **changes)), tmp_path / "model")
 
 
+def test_a_mistake_leaves_nothing_that_stands_in_the_way(data, tmp_path):
+    with pytest.raises(ValueError, match="unknown argument"):
+        train(Recipe.from_config(config(data, model__student_unit=[4])), tmp_path / "model")
+    with pytest.raises(ValueError, match=r"nowhere\.csv"):
+        train(Recipe.from_config(config(data, data__valid="nowhere.csv")), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_run_starts_from_another_with_its_vocabularies(finished, data, tmp_path):
+    folder, _ = finished
+    write_rows(tmp_path / "train.parquet", 2000, 9)
+    for name in ("valid", "test"):
+        (tmp_path / f"{name}.parquet").symlink_to(data / f"{name}.parquet")
+    frozen = {"train__start_from": str(folder), "model__teacher_frozen": True, "train__epochs": 1}
+    train(Recipe.from_config(config(tmp_path, **frozen)), tmp_path / "model")
+    before, after = (run_dir.load(f)[0] for f in (folder, tmp_path / "model"))
+    assert after.schema == before.schema
+    np.testing.assert_array_equal(after.embed.tables["4"], before.embed.tables["4"])
+    alone = {**frozen, "train__start_from": ""}
+    with pytest.raises(ValueError, match=r"needs `train\.start_from`"):
+        train(Recipe.from_config(config(tmp_path, **alone)), tmp_path / "other")
+    other = config(tmp_path, **frozen)
+    other["schema"] = {
+        **SCHEMA,
+        "features": [
+            {**f, "dim": 4, "num_ids": 61} if f["name"] == "item" else f for f in SCHEMA["features"]
+        ],
+    }
+    with pytest.raises(ValueError, match=r"tables \['item'\] are not those of"):
+        train(Recipe.from_config(other), tmp_path / "other")
+
+
+def test_one_class_in_the_validation_rows_and_hints_of_other_widths(data, tmp_path):
+    one = pq.read_table(data / "valid.parquet").slice(0, 50)
+    one = one.set_column(one.schema.get_field_index("click"), "click", pa.array([1] * 50))
+    pq.write_table(one, tmp_path / "valid.parquet")
+    write_rows(tmp_path / "train.parquet", 2000, 9)
+    changed = config(tmp_path, data__test="", model__hint_weight=0.1, train__epochs=3)
+    found = train(Recipe.from_config(changed), tmp_path / "model")
+    assert [e["monitor"] for e in found["history"]] == [None] * 3
+    assert "hint" in found["history"][0]["train"]
+    json.loads((tmp_path / "model" / "report.json").read_text(), parse_constant=pytest.fail)
+    run_dir.load(tmp_path / "model")
+
+
 def test_the_program_takes_a_recipe_and_overrides(data, tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
