@@ -14,12 +14,12 @@ import time
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from qianmo.configs import kuairand_dual_dnn
 from qianmo.export.saved_model import export_in_graph
 from qianmo.models.ranker import Ranker
-from qianmo.pipelines import prepare, report, run_dir
+from qianmo.pipelines import prepare, program, report, run_dir
 from qianmo.pipelines.export import first_rows
 from qianmo.pipelines.predict import Client, RestClient
 from qianmo.pipelines.recipe import Recipe
@@ -153,11 +153,15 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def define_flags() -> None:
+    """Defines this program's flags."""
+    flags.DEFINE_string("output", "runs/demo", "Folder for everything; emptied first.")
+    flags.DEFINE_integer("epochs", 3, "Passes over the training rows.", lower_bound=1)
+
+
 def main() -> None:
     """Entry of `make demo`."""
-    flags.DEFINE_string("output", "runs/demo", "Folder for everything; emptied first.")
-    flags.DEFINE_integer("epochs", 3, "Passes over the training rows.")
-    app.run(lambda _: run(pathlib.Path(flags.FLAGS.output), flags.FLAGS.epochs))
+    program.start(define_flags, lambda _: run(pathlib.Path(flags.FLAGS.output), flags.FLAGS.epochs))
 
 
 if __name__ == "__main__":

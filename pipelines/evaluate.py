@@ -1,20 +1,24 @@
-"""Metrics of a trained model on a file of rows: per head, label, domain and group of users."""
+"""Metrics of a trained model on rows: per head, label, domain and group of users.
+
+python -m qianmo.pipelines.evaluate --model_dir=DIR [--data=rows.parquet] [--output=metrics.json]
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from tqdm import tqdm
 
 from qianmo.layers import metrics
 from qianmo.layers.features import Schema
 from qianmo.models.ranker import Ranker
-from qianmo.pipelines import readers, run_dir
+from qianmo.pipelines import program, readers, run_dir
 
 METRICS = ("auc", "gauc", "log_loss", "pcoc")
 
@@ -131,8 +135,7 @@ def run(_: list[str]) -> None:
             raise ValueError("The recipe names no test rows; give --data.")
         report = evaluate(score(model, path, progress=True), model.schema)
     except ValueError as error:
-        logging.error("%s", error)
-        raise SystemExit(1) from None
+        sys.exit(f"error: {error}")
     if values.output:
         run_dir.write_json(pathlib.Path(values.output), report)
     print(table(report))
@@ -140,8 +143,7 @@ def run(_: list[str]) -> None:
 
 def main() -> None:
     """Entry of `qianmo-evaluate`."""
-    define_flags()
-    app.run(run)
+    program.start(define_flags, run)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ compared with the Keras model, and only then published by a rename.
 from __future__ import annotations
 
 import pathlib
+import sys
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 
 from qianmo.export.saved_model import ExportError, export_fed, export_in_graph
 from qianmo.layers.features import Schema
-from qianmo.pipelines import readers, run_dir
+from qianmo.pipelines import program, readers, run_dir
 
 FORMS = {"in_graph": export_in_graph, "fed": export_fed}
 
@@ -65,16 +66,14 @@ def run(_: list[str]) -> None:
             version=values.version,
         )
     except (ExportError, ValueError) as error:
-        logging.error("%s", error)
-        raise SystemExit(1) from None
+        sys.exit(f"error: {error}")
     size = sum(p.stat().st_size for p in pathlib.Path(folder).rglob("*") if p.is_file())
     print(f"{folder}: {size:,} bytes; largest difference to the Keras model {worst:.1e}")
 
 
 def main() -> None:
     """Entry of `qianmo-export`."""
-    define_flags()
-    app.run(run)
+    program.start(define_flags, run)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Asks a model server for the scores of rows in a file, and the clients for doing so.
+r"""Asks a model server for the scores of rows in a file, and the clients for doing so.
 
     python -m qianmo.pipelines.predict --server=127.0.0.1:8500 --model_name=ranker \
-        --data=test.parquet --schema=schema.json --rows=1000 --output=scores.jsonl
+        --data=test.parquet --schema=MODEL_DIR/recipe.json --rows=1000 --output=scores.jsonl
 
 The clients speak to any TensorFlow Serving, over gRPC by the stubs of tensorflow-serving-api.
 """
@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import grpc
 import numpy as np
-from absl import app, flags
+from absl import flags
 from google.protobuf import json_format
 from tensorflow.core.protobuf import meta_graph_pb2
 from tensorflow_serving.apis import (
@@ -28,7 +28,7 @@ from tensorflow_serving.apis import (
 )
 
 from qianmo.layers.features import Schema
-from qianmo.pipelines import readers
+from qianmo.pipelines import program, readers
 from qianmo.pipelines.serving_tensors import (
     MAX_MESSAGE_BYTES,
     Array,
@@ -215,7 +215,12 @@ def define_flags() -> None:
     flags.DEFINE_string("model_name", "model", "Name of the model on the server.")
     flags.DEFINE_string("signature_name", "serving_default", "What to ask of the model.")
     flags.DEFINE_string("data", None, "Rows to score: a file, folder or glob.", required=True)
-    flags.DEFINE_string("schema", None, "JSON file of the rows' schema.", required=True)
+    flags.DEFINE_string(
+        "schema",
+        None,
+        "JSON of the rows' schema, or a model directory's recipe.json.",
+        required=True,
+    )
     flags.DEFINE_integer("rows", 0, "Score the first rows only; 0 for all.", lower_bound=0)
     flags.DEFINE_integer("batch_size", 256, "Rows of a request.", lower_bound=1)
     flags.DEFINE_bool("rest", False, "Ask over REST instead of gRPC.")
@@ -231,7 +236,8 @@ def write_predictions(values: Any) -> None:
     """
     try:
         text = pathlib.Path(values.schema).read_text(encoding="utf-8")
-        schema = Schema.from_config(json.loads(text))
+        config = json.loads(text)
+        schema = Schema.from_config(config.get("schema", config))
     except (OSError, ValueError) as error:
         raise ValueError(f"{values.schema} should be the JSON of a schema: {error}") from error
     kind = RestClient if values.rest else Client
@@ -243,13 +249,26 @@ def write_predictions(values: Any) -> None:
                 f"the model has no signature `{values.signature_name}`. Its signatures: {known}"
             )
         names = signatures[values.signature_name].inputs
-        found = batches(readers.blocks(schema, values.data), names, values.rows, values.batch_size)
-        with contextlib.ExitStack() as stack:
-            file = sys.stdout
-            if values.output != "-":
-                file = stack.enter_context(open(values.output, "w", encoding="utf-8"))
-            for inputs in found:
-                write_scores(file, client.predict(inputs, values.signature_name))
+        found = batches(
+            readers.blocks(schema, values.data, targets=False),
+            names,
+            values.rows,
+            values.batch_size,
+        )
+        scores = (client.predict(inputs, values.signature_name) for inputs in found)
+        if values.output == "-":
+            for answer in scores:
+                write_scores(sys.stdout, answer)
+            return
+        # Under its own name only when it is whole.
+        temporary = pathlib.Path(f"{values.output}.writing")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                for answer in scores:
+                    write_scores(file, answer)
+            temporary.replace(values.output)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def run(_: list[str]) -> None:
@@ -267,8 +286,7 @@ def run(_: list[str]) -> None:
 
 def main() -> None:
     """Entry of `qianmo-predict`."""
-    define_flags()
-    app.run(run)
+    program.start(define_flags, run)
 
 
 if __name__ == "__main__":

@@ -101,6 +101,7 @@ def blocks(
     epoch: int = 0,
     shuffle_rows: int = 2**18,
     shard: tuple[int, int] = (0, 1),
+    targets: bool = True,
 ) -> Iterator[Block]:
     """Reads the schema's columns as NumPy blocks of many rows.
 
@@ -116,6 +117,8 @@ def blocks(
       shuffle_rows: rows of the shuffle buffer.
       shard: `(index, count)`: this worker's share of the rows among `count` workers. It is every
         count-th file if there are that many files, else row group, else row.
+      targets: whether to read labels, weight, timestamp, task_id, domain and group, which rows to
+        be scored need not have.
 
     Yields:
       Arrays by column name: features int64 `[n]`, bytes (UTF-8, as objects) `[n]` or float32
@@ -129,7 +132,7 @@ def blocks(
     """
     if shuffle_rows < 1:
         raise ValueError(f"`shuffle_rows` should be >= 1. Received: {shuffle_rows}")
-    columns = _columns(schema)
+    columns = _columns(schema, targets)
     return _blocks(columns, _plan(columns, path, shard), path, seed, epoch, shuffle_rows)
 
 
@@ -254,8 +257,8 @@ def sha256(path: PathLike) -> str:
     return digest.hexdigest()
 
 
-def _columns(schema: Schema) -> dict[str, _Column]:
-    """The columns that the schema's features and roles ask for."""
+def _columns(schema: Schema, targets: bool = True) -> dict[str, _Column]:
+    """The columns that the schema's features and, with `targets`, its other roles ask for."""
     found: dict[str, _Column] = {}
 
     def add(column: _Column, role: str) -> None:
@@ -279,6 +282,8 @@ def _columns(schema: Schema) -> dict[str, _Column]:
                 keep=feature.keep,
             )
             add(column, "feature")
+    if not targets:
+        return found
     for label in schema.labels:
         add(_Column(name=label, dtype="float32", low=0.0, high=1.0), "label")
     if schema.weight:

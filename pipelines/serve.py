@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 
 from absl import app, flags, logging
 
+from qianmo.pipelines import program
+
 SERVER_VARIABLE = "QIANMO_MODEL_SERVER"
 SERVER_PROGRAM = "tensorflow_model_server"
 BATCHING_FILE = "batching_parameters.txt"
@@ -214,8 +216,7 @@ def run(argv: Sequence[str]) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    define_flags()
-    app.run(run)
+    program.start(define_flags, run)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import dataclasses
 import math
 import pathlib
 import resource
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -19,13 +20,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 import tf_keras
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
 from qianmo.models import zoo
 from qianmo.models.ranker import Ranker
-from qianmo.pipelines import readers, report, run_dir, runtime, statistics
+from qianmo.pipelines import program, readers, report, run_dir, runtime, statistics
 from qianmo.pipelines.evaluate import evaluate, score, table
 from qianmo.pipelines.recipe import Recipe, optimizer
 
@@ -332,33 +333,32 @@ def train(recipe: Recipe, model_dir: str | pathlib.Path) -> dict[str, Any]:
     return Run(recipe, model_dir).train()
 
 
-def define_flags() -> Any:
-    """Defines this program's flags; returns the config's."""
+def define_flags() -> None:
+    """Defines this program's flags."""
     flags.DEFINE_string(
         "model_dir", None, "Where the run lives; the same words continue it.", required=True
     )
-    return config_flags.DEFINE_config_file(
+    config_flags.DEFINE_config_file(
         "config",
         None,
-        "A recipe of configs/. Any key can be set: --config.train.epochs=1 "
-        "--config.data.train=rows/",
+        "A recipe, such as those in configs/; after a colon its variant. Any key of it can be set: "
+        "--config.train.epochs=1 --config.data.train=rows/",
     )
+    flags.mark_flag_as_required("config")  # type: ignore[no-untyped-call]
+
+
+def run(_: list[str]) -> None:
+    """Trains what the flags name."""
+    values = flags.FLAGS
+    try:
+        train(Recipe.from_config(values.config.to_dict()), values.model_dir)
+    except (ValueError, NotFiniteError) as error:
+        sys.exit(f"error: {error}")
 
 
 def main() -> None:
     """Entry of `qianmo-train`."""
-    config = define_flags()
-
-    def run(_: list[str]) -> None:
-        if config.value is None:
-            raise app.UsageError("--config=configs/<recipe>.py is needed.")
-        try:
-            train(Recipe.from_config(config.value.to_dict()), flags.FLAGS.model_dir)
-        except (ValueError, NotFiniteError) as error:  # the user's to mend; no traceback needed
-            logging.error("%s", error)
-            raise SystemExit(1) from None
-
-    app.run(run)
+    program.start(define_flags, run)
 
 
 if __name__ == "__main__":

@@ -592,3 +592,15 @@ def test_arguments_out_of_range(tmp_path: pathlib.Path) -> None:
         readers.blocks(SMALL, file, seed=1, shuffle_rows=0)
     with pytest.raises(ValueError, match=r"`batch_size` should be >= 1\. Received: 0"):
         readers.dataset(SMALL, file, batch_size=0)
+
+
+def test_rows_without_targets_can_be_read_for_scoring(tmp_path: pathlib.Path) -> None:
+    schema = Schema.from_config(
+        {"features": [{"name": "user", "num_ids": 9}], "labels": ["click"], "weight": "w"}
+    )
+    pq.write_table(pa.table({"user": [3, 4]}), tmp_path / "new.parquet")
+    (block,) = readers.blocks(schema, tmp_path / "new.parquet", targets=False)
+    assert set(block) == {"user"}
+    np.testing.assert_array_equal(block["user"], [3, 4])
+    with pytest.raises(readers.DataError, match="click"):
+        list(readers.blocks(schema, tmp_path / "new.parquet"))
