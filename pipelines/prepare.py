@@ -35,10 +35,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
-from qianmo.pipelines import readers
+from qianmo.pipelines import program, readers
 
 SAMPLE = pathlib.Path(__file__).resolve().parent / "sample"
 DATASETS = ("kuairand", "movielens_1m", "kuairand_sample")
@@ -75,6 +75,10 @@ _USER_COLUMNS = (
 _VIDEO_COLUMNS = ("author_id", "music_id", "music_type", "video_type", "upload_type", "tag")
 _DURATION_SECONDS = (7, 18, 30, 60, 120, 240)  # 7 and 18 decide the publisher's labels
 _HISTORY_GROUPS = ("0", "1-5", "6-20", ">20")
+# Rates are smoothed towards those of the training days, with the weight of so many rows.
+_CLICK_RATE, _LONG_VIEW_RATE = 0.45, 0.32
+_TAB_CLICK_RATES = {0: 0.08, 1: 0.50, 2: 0.47, 4: 0.60, 6: 0.14}
+_USER_ROWS, _VIDEO_ROWS = 5, 20
 
 Tables = Mapping[str, pa.Table]
 
@@ -85,7 +89,8 @@ def kuairand_sample(
     """Cuts the shipped tables from KuaiRand-Pure's.
 
     Exact duplicates among the impressions are left out (180,384 of 185,061 rows stay), and so are
-    the outcomes and attributes that no recipe uses. Of each user's history the last 20 videos stay.
+    the outcomes and attributes that no recipe uses. Of each user's history the last 20 videos stay,
+    and of its last 50 (all that is published) the counts: by user, and, over all users, by video.
 
     Args:
       source: folder with interactions, users, videos_basic and user_history_before_20220425.
@@ -105,13 +110,33 @@ def kuairand_sample(
     users = _table(folder / "users.parquet").select(["user_id", *_USER_COLUMNS])
     videos = _table(folder / "videos_basic.parquet").select(["video_id", *_VIDEO_COLUMNS])
     history = _table(folder / "user_history_before_20220425.parquet")
-    last = {
-        name: pa.array([ids[-HISTORY_LENGTH:] for ids in history[column].to_pylist()])
-        for name, column in (("watched", "watch_seq"), ("liked", "like_seq"))
+    last: dict[str, list[Any]] = {
+        name: [ids[-HISTORY_LENGTH:] for ids in history[column].to_pylist()]
+        for name, column in (
+            ("watched", "watch_seq"),
+            ("liked", "like_seq"),
+            ("long_watched", "long_watch_seq"),
+        )
     }
+    views: collections.Counter[int] = collections.Counter()
+    long_views: collections.Counter[int] = collections.Counter()
+    last["recent_views"], last["recent_long_views"] = [], []
+    for watched, long_watched in zip(
+        *(history[name].to_pylist() for name in ("watch_seq", "long_watch_seq")), strict=True
+    ):
+        seen = collections.Counter(watched)
+        # The long views' list may reach further back than the other.
+        long = seen & collections.Counter(long_watched)
+        views += seen
+        long_views += long
+        last["recent_views"].append(seen.total())
+        last["recent_long_views"].append(long.total())
+    for name, counts in (("recent_views", views), ("recent_long_views", long_views)):
+        counted = pa.array([counts[video] for video in videos["video_id"].to_pylist()])
+        videos = videos.append_column(name, counted)
     history = history.select(["user_id", "history_len"])
-    for name, ids in last.items():
-        history = history.append_column(name, ids)
+    for name, values in last.items():
+        history = history.append_column(name, pa.array(values))
     tables = {"interactions": log, "users": users, "videos": videos, "history": history}
     tables = {name: _narrowed(table) for name, table in tables.items()}
     notices = [file for file in (SAMPLE / "ATTRIBUTION.md", SAMPLE / "LICENSE") if file.exists()]
@@ -123,9 +148,15 @@ def kuairand(
 ) -> dict[str, Any]:
     """Makes KuaiRand's rows: one an impression, features known before it, and its outcomes.
 
-    `watched` and `liked` hold the user's last 20 videos, oldest first: those of the days before
-    the log, then those of the log's rows with an earlier time. Rows of the same time do not see
-    each other. Outcomes of the row itself are labels, never features.
+    `watched` holds the user's last 20 videos, oldest first: those of the days before the log, then
+    those of the log's rows with an earlier time. Rows of the same time do not see each other.
+
+    Outcomes of a row (clicks, long views, likes) are labels of its own day and become features on
+    the next: `liked`, `long_watched` and the rates of users and videos hold rows of earlier days
+    alone, so no label of a day is in any feature of that day. A rate is (k + w r) / (n + w): k of n
+    rows had the outcome, r is the training days' rate, w is 5 rows for users and 20 for videos.
+    Long views are counted in the published histories too, clicks in the log only. Tabs differ in
+    what a click is, so a lift counts clicks above the rate that the row's tab had in training.
 
     Args:
       source: folder made by `kuairand_sample`; None takes the shipped one.
@@ -140,7 +171,8 @@ def kuairand(
     log = log.take(np.argsort(log["time_ms"].to_numpy(), kind="stable"))
     users = _rows_of(_table(folder / "users.parquet"), "user_id", log["user_id"])
     videos = _rows_of(_table(folder / "videos.parquet"), "video_id", log["video_id"])
-    past = _past(log, _table(folder / "history.parquet"))
+    history = _table(folder / "history.parquet")
+    past = _past(log, history)
 
     tags = pc.fill_null(videos["tag"], "-1")
     tags = pc.split_pattern(tags, ",").combine_chunks().cast(pa.list_(pa.int64()))
@@ -159,6 +191,8 @@ def kuairand(
         "log_duration": np.log1p(seconds).astype(np.float32),
         **past,
         "log_num_history": np.log1p(past["num_history"]).astype(np.float32),
+        **_rates(log, "user", history, _USER_ROWS),
+        **_rates(log, "video", _table(folder / "videos.parquet"), _VIDEO_ROWS),
         **{name: log[name] for name in _LABELS},
         "time_ms": log["time_ms"],
         "date": log["date"],
@@ -283,50 +317,98 @@ def _rows_of(table: pa.Table, key: str, wanted: pa.ChunkedArray) -> pa.Table:
 
 def _past(log: pa.Table, history: pa.Table) -> dict[str, Any]:
     """For each row of the log, which is sorted by time, what its user did before it."""
-    watched: dict[int, collections.deque[int]] = {}
-    liked: dict[int, collections.deque[int]] = {}
-    total: collections.Counter[int] = collections.Counter()
+    columns = ("watched", "liked", "long_watched")
+    lists: dict[str, dict[int, collections.deque[int]]] = {
+        name: collections.defaultdict(lambda: collections.deque(maxlen=HISTORY_LENGTH))
+        for name in columns
+    }
+    users = history["user_id"].to_pylist()
+    for name in columns:
+        for user, ids in zip(users, history[name].to_pylist(), strict=True):
+            lists[name][user].extend(ids)
+    total = collections.Counter(dict(zip(users, history["history_len"].to_pylist(), strict=True)))
     in_training: collections.Counter[int] = collections.Counter()
     # A user's rows of one time, which the user's later rows see and they themselves do not.
-    pending: dict[int, list[tuple[int, int, bool]]] = collections.defaultdict(list)
+    pending: dict[int, list[tuple[int, int]]] = collections.defaultdict(list)
     pending_time: dict[int, int] = {}
-    for user, length, watched_ids, liked_ids in zip(
-        *(history[name].to_pylist() for name in ("user_id", "history_len", "watched", "liked")),
-        strict=True,
-    ):
-        total[user] = length
-        watched[user] = collections.deque(watched_ids, maxlen=HISTORY_LENGTH)
-        liked[user] = collections.deque(liked_ids, maxlen=HISTORY_LENGTH)
 
-    names = ("user_id", "video_id", "time_ms", "date", "is_like")
+    # A user's outcomes, which the user's rows of later days see. Not all dates agree with the
+    # times, so the days do not follow each other strictly.
+    outcomes: dict[int, list[tuple[int, int, bool, bool]]] = collections.defaultdict(list)
+
+    names = ("user_id", "video_id", "time_ms", "date", "is_like", "long_view")
     rows = zip(*(log[name].to_pylist() for name in names), strict=True)
-    past: dict[str, list[Any]] = {
-        name: [] for name in ("watched", "liked", "num_history", "history_group")
-    }
-    for user, video, time, date, is_like in tqdm(rows, "histories", len(log), unit="row"):
-        seen = watched.setdefault(user, collections.deque(maxlen=HISTORY_LENGTH))
-        likes = liked.setdefault(user, collections.deque(maxlen=HISTORY_LENGTH))
+    past: dict[str, list[Any]] = {name: [] for name in (*columns, "num_history", "history_group")}
+    for user, video, time, date, is_like, long_view in tqdm(
+        rows, "histories", len(log), unit="row"
+    ):
         if pending_time.get(user, time) < time:
-            for earlier, day, was_liked in pending.pop(user):
-                seen.append(earlier)
-                if was_liked:
-                    likes.append(earlier)
+            for earlier, day in pending.pop(user):
+                lists["watched"][user].append(earlier)
                 total[user] += 1
                 in_training[user] += day <= LAST_TRAIN_DAY
-        past["watched"].append([*seen])
-        past["liked"].append([*likes])
+        for day, earlier, was_liked, was_long in outcomes[user]:
+            if day < date and was_liked:
+                lists["liked"][user].append(earlier)
+            if day < date and was_long:
+                lists["long_watched"][user].append(earlier)
+        outcomes[user] = [outcome for outcome in outcomes[user] if outcome[0] >= date]
+        for name in columns:
+            past[name].append([*lists[name][user]])
         past["num_history"].append(total[user])
         group = bisect.bisect((1, 6, 21), in_training[user])
         past["history_group"].append(_HISTORY_GROUPS[group])
-        pending[user].append((video, date, bool(is_like)))
+        pending[user].append((video, date))
         pending_time[user] = time
+        outcomes[user].append((date, video, bool(is_like), bool(long_view)))
     ids = pa.list_(pa.int16())
     return {
-        "watched": pa.array(past["watched"], ids),
-        "liked": pa.array(past["liked"], ids),
+        **{name: pa.array(past[name], ids) for name in columns},
         "num_history": pa.array(past["num_history"], pa.int32()),
         "history_group": pa.array(past["history_group"]),
     }
+
+
+def _rates(log: pa.Table, whose: str, before: pa.Table, weight: int) -> dict[str, Any]:
+    """For each row of the log, the rates of its user or video over rows of earlier days.
+
+    Args:
+      log: the impressions.
+      whose: "user" or "video".
+      before: table with `recent_views` and `recent_long_views` of the days before the log.
+      weight: of the training days' rate, in rows.
+    """
+    key = f"{whose}_id"
+    ids = np.concatenate([before[key].to_numpy(), log[key].to_numpy()])
+    keys, codes = np.unique(ids, return_inverse=True)
+    here, days = codes[len(before) :], log["date"].to_numpy()
+
+    def earlier(values: Any, start: str = "") -> Any:
+        """Sums values over earlier days' rows of the same key, from a start."""
+        total = np.zeros(len(keys))
+        if start:
+            total[codes[: len(before)]] = before[start].to_numpy()
+        found = np.empty(len(log))
+        for day in np.unique(days):
+            rows = days == day
+            found[rows] = total[here[rows]]
+            total += np.bincount(here[rows], values[rows], len(keys))
+        return found
+
+    rows = earlier(np.ones(len(log)))
+    clicks = earlier(log["is_click"].to_numpy())
+    tabs = log["tab"].to_pylist()
+    expected = earlier(np.array([_TAB_CLICK_RATES.get(tab, _CLICK_RATE) for tab in tabs]))
+    views = earlier(np.ones(len(log)), "recent_views")
+    long_views = earlier(log["long_view"].to_numpy(), "recent_long_views")
+    columns = {
+        f"{whose}_click_rate": (clicks + weight * _CLICK_RATE) / (rows + weight),
+        f"{whose}_click_lift": (clicks - expected) / (rows + weight),
+        f"{whose}_long_view_rate": (long_views + weight * _LONG_VIEW_RATE) / (views + weight),
+        f"log_{whose}_rows": np.log1p(rows),
+        f"log_{whose}_views": np.log1p(views),
+    }
+    return {name: values.astype(np.float32) for name, values in columns.items()}
 
 
 def _movielens_tables(source: pathlib.Path) -> Tables:
@@ -432,10 +514,6 @@ def define_flags() -> None:
     flags.DEFINE_enum("split", "time", ("time", "random"), "How movielens_1m is split.")
     flags.DEFINE_integer("seed", 0, "Of movielens_1m's random split.", lower_bound=0)
     flags.DEFINE_bool("overwrite", False, "Replace an existing output.")
-    # A console script is a main module of its own; --help should be the same there.
-    sys.modules["__main__"].__doc__ = __doc__
-    for name in ("dataset", "source", "output", "split", "seed", "overwrite"):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
 
 def run(_: list[str]) -> None:
@@ -461,8 +539,7 @@ def run(_: list[str]) -> None:
 
 def main() -> None:
     """Entry of `qianmo-prepare`."""
-    define_flags()
-    app.run(run)
+    program.start(define_flags, run)
 
 
 if __name__ == "__main__":

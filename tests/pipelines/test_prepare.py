@@ -66,7 +66,8 @@ def test_no_row_knows_of_its_own_or_later_ones(made: pathlib.Path) -> None:
     for row in log:
         by_user.setdefault(row["user_id"], []).append(row)
     history = {row["user_id"]: row for row in rows_of(prepare.SAMPLE / "history.parquet")}
-    columns = ["user_id", "time_ms", "watched", "liked", "num_history", "history_group"]
+    columns = ["user_id", "time_ms", "date", "watched", "liked", "long_watched", "num_history"]
+    columns.append("history_group")
     parts = [rows_of(made / f"{part}.parquet", columns) for part in ("train", "valid", "test")]
     rows = [row for part in parts for row in part]
     assert len(rows) == len(log)
@@ -81,11 +82,15 @@ def test_no_row_knows_of_its_own_or_later_ones(made: pathlib.Path) -> None:
     for row in rows:
         if row["user_id"] not in chosen:
             continue
-        none = {"watched": [], "liked": [], "history_len": 0}
+        none = {"watched": [], "liked": [], "long_watched": [], "history_len": 0}
         before = history.get(row["user_id"], none)
         earlier = [r for r in by_user[row["user_id"]] if r["time_ms"] < row["time_ms"]]
         watched = before["watched"] + [r["video_id"] for r in earlier]
-        liked = before["liked"] + [r["video_id"] for r in earlier if r["is_like"]]
+        # Outcomes are seen from the next day on.
+        of_earlier_days = [r for r in earlier if r["date"] < row["date"]]
+        liked = before["liked"] + [r["video_id"] for r in of_earlier_days if r["is_like"]]
+        long_watched = [r["video_id"] for r in of_earlier_days if r["long_view"]]
+        long_watched = before["long_watched"] + long_watched
         in_training = sum(r["date"] <= 20220503 for r in earlier)
         group = next(
             name
@@ -94,10 +99,71 @@ def test_no_row_knows_of_its_own_or_later_ones(made: pathlib.Path) -> None:
         )
         assert row["watched"] == watched[-20:]
         assert row["liked"] == liked[-20:]
+        assert row["long_watched"] == long_watched[-20:]
         assert row["num_history"] == before["history_len"] + len(earlier)
         assert row["history_group"] == group
         checked += 1
     assert checked > 1000
+
+
+@pytest.mark.parametrize(
+    ("whose", "table", "weight"), [("user", "history", 5), ("video", "videos", 20)]
+)
+def test_rates_are_of_earlier_days(made: pathlib.Path, whose: str, table: str, weight: int) -> None:
+    """Counts the rows of earlier days one by one, for every 600th row."""
+    key = f"{whose}_id"
+    by_key: dict[int, list[dict[str, Any]]] = {}
+    for row in rows_of(prepare.SAMPLE / "interactions.parquet"):
+        by_key.setdefault(row[key], []).append(row)
+    before = {row[key]: row for row in rows_of(prepare.SAMPLE / f"{table}.parquet")}
+    names = ("click_rate", "click_lift", "long_view_rate")
+    columns = [*(f"{whose}_{name}" for name in names), f"log_{whose}_rows", f"log_{whose}_views"]
+    parts = [rows_of(made / f"{p}.parquet", [key, "date", *columns]) for p in ("train", "test")]
+    tab_rates = {0: 0.08, 1: 0.5, 2: 0.47, 4: 0.6, 6: 0.14}
+    for row in [row for part in parts for row in part][::600]:
+        earlier = [r for r in by_key[row[key]] if r["date"] < row["date"]]
+        history = before.get(row[key], {"recent_views": 0, "recent_long_views": 0})
+        count, views = len(earlier), len(earlier) + history["recent_views"]
+        clicks = sum(r["is_click"] for r in earlier)
+        expected = sum(tab_rates.get(r["tab"], 0.45) for r in earlier)
+        long_views = sum(r["long_view"] for r in earlier) + history["recent_long_views"]
+        want = (
+            (clicks + weight * 0.45) / (count + weight),
+            (clicks - expected) / (count + weight),
+            (long_views + weight * 0.32) / (views + weight),
+            np.log(1 + count),
+            np.log(1 + views),
+        )
+        assert [row[name] for name in columns] == pytest.approx(want, rel=1e-5, abs=1e-6)
+
+
+def test_no_feature_knows_of_a_label_of_its_day_or_a_later_one(
+    made: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Flips all labels of the validation day and of the test day."""
+    log = pq.read_table(prepare.SAMPLE / "interactions.parquet")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("users", "videos", "history"):
+        os.link(prepare.SAMPLE / f"{name}.parquet", source / f"{name}.parquet")
+    flip = log["date"].to_numpy() >= 20220504
+    for name in OUTCOMES:
+        values = log[name].to_numpy()
+        flipped = pa.array(np.where(flip, 1 - values, values))
+        log = log.set_column(log.schema.get_field_index(name), name, flipped)
+    pq.write_table(log, source / "interactions.parquet")
+    prepare.kuairand(source, tmp_path / "flipped")
+    differing = {}
+    for part in ("train", "valid", "test"):
+        was = pq.read_table(made / f"{part}.parquet")
+        now = pq.read_table(tmp_path / "flipped" / f"{part}.parquet")
+        differing[part] = {c for c in was.column_names if not now[c].equals(was[c])}
+    assert differing["train"] == set()
+    assert differing["valid"] == OUTCOMES
+    # The test day sees the flipped labels of the day before it, in these features alone.
+    rates = ("click_rate", "click_lift", "long_view_rate")
+    seen = {f"{whose}_{rate}" for whose in ("user", "video") for rate in rates}
+    assert differing["test"] == OUTCOMES | seen | {"liked", "long_watched"}
 
 
 def test_later_rows_change_nothing_in_earlier_ones(
@@ -151,7 +217,7 @@ def test_kuairand_values(made: pathlib.Path) -> None:
 
 def test_the_shipped_sample_is_small_and_without_outcomes_beyond_the_labels() -> None:
     files = list(prepare.SAMPLE.iterdir())
-    assert sum(file.stat().st_size for file in files) <= 4.5e6
+    assert sum(file.stat().st_size for file in files) <= 4.8e6
     names = set(pq.read_schema(prepare.SAMPLE / "interactions.parquet").names)
     assert names >= OUTCOMES
     assert not {"play_time_ms", "profile_stay_time", "comment_stay_time"} & names
@@ -178,6 +244,7 @@ def published_tables(folder: pathlib.Path) -> None:
         "history_len": [70],
         "watch_seq": [[*range(50)]],
         "like_seq": [[4, 5]],
+        "long_watch_seq": [[7, 1, 1, 60]],
     }
     pq.write_table(pa.table(history), folder / "user_history_before_20220425.parquet")
 
@@ -191,8 +258,18 @@ def test_the_sample_is_cut_from_the_published_tables(tmp_path: pathlib.Path) -> 
     for name in prepare._LOG_COLUMNS:
         assert log[name].to_pylist() == source[name].to_pylist()
     assert rows_of(tmp_path / "sample" / "history.parquet") == [
-        {"user_id": 1, "history_len": 70, "watched": [*range(30, 50)], "liked": [4, 5]}
+        {
+            "user_id": 1,
+            "history_len": 70,
+            "watched": [*range(30, 50)],
+            "liked": [4, 5],
+            "long_watched": [7, 1, 1, 60],
+            "recent_views": 50,
+            "recent_long_views": 2,
+        }
     ]
+    videos = rows_of(tmp_path / "sample" / "videos.parquet")
+    assert [(v["recent_views"], v["recent_long_views"]) for v in videos] == [(1, 0), (1, 1)]
     assert rows_of(tmp_path / "sample" / "users.parquet")[0]["onehot_feat4"] is None
     assert (tmp_path / "sample" / "LICENSE").exists()
 
