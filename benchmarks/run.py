@@ -27,6 +27,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 NAMES = {
     "ctr": "CTR models against DeepCTR on MovieLens-1M",
     "distillation": "the dual DNN and its relatives on MovieLens-1M",
+    "distillation_speed": "a student in serving against its teachers",
     "kuairand": "KuaiRand clicks",
     "serving": "the embedded server against a direct session.run",
 }
@@ -50,7 +51,7 @@ def environment() -> dict[str, object]:
 
 def main() -> None:
     """Runs one benchmark."""
-    listing = "\n".join(f"  {name:<14}{what}" for name, what in NAMES.items())
+    listing = "\n".join(f"  {name:<20}{what}" for name, what in NAMES.items())
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=f"names:\n{listing}",
