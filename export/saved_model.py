@@ -11,7 +11,7 @@ import contextlib
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -103,19 +103,21 @@ def _lookup(model: Ranker) -> Signature:
 
 
 def _save(
-    model: Ranker, functions: Mapping[str, tuple[Signature, dict[str, tf.TensorSpec]]], path: str
+    folder: pathlib.Path,
+    model: Ranker,
+    functions: Mapping[str, Signature],
+    specs: Mapping[str, tf.TensorSpec],
 ) -> None:
     """Writes signatures with the variables and lookup tables that they use, and no others."""
     concrete = {
-        name: tf.function(f).get_concrete_function(**specs)
-        for name, (f, specs) in functions.items()
+        name: tf.function(f).get_concrete_function(**specs) for name, f in functions.items()
     }
     module = tf.Module()
     module.used = list({v.ref(): v for f in concrete.values() for v in f.graph.variables}.values())
     captured = {id(x) for f in concrete.values() for x, _ in f.graph.captures}
     tables = [x.lookup_table for x in model.encode.lookups if hasattr(x, "lookup_table")]
     module.lookups = [table for table in tables if id(table.resource_handle) in captured]
-    tf.saved_model.save(module, path, signatures=concrete)
+    tf.saved_model.save(module, str(folder), signatures=concrete)
 
 
 def op_types(version_dir: str | os.PathLike[str]) -> set[str]:
@@ -139,7 +141,7 @@ def _check_ops(version_dir: pathlib.Path) -> None:
 
 
 def _write_warmup(
-    version_dir: pathlib.Path, name: str, signatures: Sequence[str], inputs: Mapping[str, Rows]
+    version_dir: pathlib.Path, name: str, signatures: Iterable[str], inputs: Rows
 ) -> None:
     """One record for each signature: a version that cannot answer then fails at load."""
     folder = version_dir / "assets.extra"
@@ -149,7 +151,7 @@ def _write_warmup(
             request = predict_pb2.PredictRequest(
                 model_spec=model_pb2.ModelSpec(name=name, signature_name=signature)
             )
-            for key, value in inputs[signature].items():
+            for key, value in inputs.items():
                 request.inputs[key].CopyFrom(tf.make_tensor_proto(value[:1]))
             log = prediction_log_pb2.PredictionLog(
                 predict_log=prediction_log_pb2.PredictLog(request=request)
@@ -231,9 +233,31 @@ def _publishing(base_path: pathlib.Path, version: int) -> Iterator[pathlib.Path]
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _expected(model: Ranker, rows: Rows, head: str) -> np.ndarray:
-    tensors = {k: tf.constant(v) for k, v in rows.items()}
-    return np.asarray(tf.sigmoid(tf.cast(model(tensors)[head], tf.float32)))
+def _fill(
+    folder: pathlib.Path,
+    name: str,
+    model: Ranker,
+    functions: Mapping[str, Signature],
+    specs: Mapping[str, tf.TensorSpec],
+    inputs: Rows,
+) -> None:
+    """Makes a version of stock ops, with its warm-up records."""
+    _save(folder, model, functions, specs)
+    _check_ops(folder)
+    _write_warmup(folder, name, functions, inputs)
+
+
+def _replay(
+    folder: pathlib.Path, model: Ranker, signatures: Mapping[str, str], inputs: Rows, rows: Rows
+) -> float:
+    """Largest difference between the signatures, given `inputs`, and Keras, given raw `rows`."""
+    logits = model({k: tf.constant(v) for k, v in rows.items()})
+    keras = {head: tf.sigmoid(tf.cast(z, tf.float32)).numpy() for head, z in logits.items()}
+    with session(folder) as run:
+        return max(
+            check_parity(run(name, inputs), keras[head], model.schema, rows, name)
+            for name, head in signatures.items()
+        )
 
 
 def _signatures(model: Ranker, heads: Sequence[str]) -> dict[str, str]:
@@ -273,21 +297,14 @@ def export_in_graph(
       ExportError: foreign ops, scores that differ, a version that exists. Nothing is left behind.
     """
     signatures = _signatures(model, heads or (model.serving_head,))
+    functions = {name: _scorer(model, head) for name, head in signatures.items()}
     specs = raw_specs(model.schema)
-    functions = {name: (_scorer(model, head), specs) for name, head in signatures.items()}
     inputs = _cast(rows, specs)
-    expected = {head: _expected(model, inputs, head) for head in signatures.values()}
     base = pathlib.Path(base_path)
     version = version or next_version(base)
     with _publishing(base, version) as folder:
-        _save(model, functions, str(folder))
-        _check_ops(folder)
-        _write_warmup(folder, base.name, list(signatures), dict.fromkeys(signatures, inputs))
-        with session(folder) as run:
-            worst = max(
-                check_parity(run(name, inputs), expected[head], model.schema, inputs, name)
-                for name, head in signatures.items()
-            )
+        _fill(folder, base.name, model, functions, specs, inputs)
+        worst = _replay(folder, model, signatures, inputs, inputs)
     write_serving_files(base, any(f.is_list for f in model.schema.categorical))
     return base / str(version), worst
 
@@ -314,34 +331,23 @@ def export_fed(
     schema = model.schema
     if not schema.categorical:
         raise ExportError("A model without categorical features has no embeddings to cut off.")
-    specs = vector_specs(model)
-    functions = {name: (_fed_scorer(model, head), specs) for name, head in signatures.items()}
-    dense_names = {d.name for d in schema.dense}
+    functions = {name: _fed_scorer(model, head) for name, head in signatures.items()}
     raw = raw_specs(schema)
-    lookup_specs = {k: v for k, v in raw.items() if k not in dense_names}
-    inputs = _cast(rows, raw)
-    expected = {head: _expected(model, inputs, head) for head in signatures.values()}
+    dense = {d.name: raw.pop(d.name) for d in schema.dense}
+    ids = _cast(rows, raw)
+    numbers = _cast(rows, dense)
     base = pathlib.Path(base_path)
     lookup_base = base.with_name(base.name + "_lookup")
     version = version or max(next_version(base), next_version(lookup_base))
     # Left in reverse: a graph never stands there without what makes its inputs.
     with _publishing(base, version) as folder, _publishing(lookup_base, version) as lookup:
-        _save(model, {"serving_default": (_lookup(model), lookup_specs)}, str(lookup))
-        _save(model, functions, str(folder))
-        _check_ops(lookup)
-        _check_ops(folder)
-        ids = {k: inputs[k] for k in lookup_specs}
+        _fill(lookup, lookup_base.name, model, {"serving_default": _lookup(model)}, raw, ids)
         with session(lookup) as run:
             vectors = dict(run("serving_default", ids))
         del vectors[STATUS]
-        fed = {**vectors, **{name: inputs[name] for name in dense_names}}
-        _write_warmup(lookup, lookup_base.name, ["serving_default"], {"serving_default": ids})
-        _write_warmup(folder, base.name, list(signatures), dict.fromkeys(signatures, fed))
-        with session(folder) as run:
-            worst = max(
-                check_parity(run(name, fed), expected[head], schema, inputs, name)
-                for name, head in signatures.items()
-            )
+        fed = {**vectors, **numbers}
+        _fill(folder, base.name, model, functions, vector_specs(model), fed)
+        worst = _replay(folder, model, signatures, fed, {**ids, **numbers})
     write_serving_files(base, lists=False)
     write_serving_files(lookup_base, any(f.is_list for f in schema.categorical))
     return base / str(version), worst
