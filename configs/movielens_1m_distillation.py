@@ -1,5 +1,7 @@
 """MovieLens-1M, random split, one pass: a dual DNN and its relatives on the same data."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from qianmo.configs import movielens_1m
@@ -7,7 +9,7 @@ from qianmo.configs.base import base_config
 
 # Weights are those with the best mean AUC of two or three seeds on the validation rows.
 DUAL = {"kd_weight": 40.0, "kd_warmup_steps": 2310, "distance": "probability_mse"}
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "teacher_alone": {},
     "student_alone": {},
     "deepfm": {},
@@ -22,7 +24,7 @@ VARIANTS = {
     # Needs --config.train.start_from=<the model directory of teacher_alone>.
     "two_stage": {"kd_weight": 10.0, "distance": "probability_mse", "teacher_frozen": True},
 }
-TEACHERS = {
+TEACHERS: dict[str, dict[str, Any]] = {
     "bi": {"bi_interaction": {}, "fm": {}},
     "cin": {"cin": {"units": (64, 64)}},
 }
@@ -43,6 +45,7 @@ def get_config(
     for part in ("train", "test"):
         config.data[part] = f"runs/movielens_1m_random/{part}.parquet"
     teachers = {"interactions": TEACHERS[teacher], "teacher_units": (256, 128, 64)}
+    model: dict[str, Any]
     if variant == "teacher_alone":
         model = {"name": "teacher_alone", **teachers}
     elif variant == "deepfm":  # no teacher: a fast model with an interaction of its own
