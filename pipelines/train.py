@@ -225,7 +225,7 @@ class Run:
                 )
         raise NotFiniteError(
             f"The loss was not finite at step {step} (epoch {epoch + 1}, batch {batch}). "
-            "No checkpoint holds what it did. A lower learning rate is the usual remedy. "
+            "A lower learning rate is the usual remedy. "
             "The batch's columns:\n" + "\n".join(lines)
         )
 
