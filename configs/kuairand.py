@@ -19,8 +19,6 @@ USERS: dict[str, dict[str, Any]] = {
 }
 ITEMS: dict[str, dict[str, Any]] = {
     "video_id": {"min_count": 10},
-    "author_id": {"min_count": 5},
-    "music_id": {"min_count": 5},
     "video_type": {"dtype": "string"},
     "upload_type": {"dtype": "string"},
     "tag": {},
@@ -33,14 +31,10 @@ DENSE = {
     "log_num_history": "user",
     "user_click_rate": "user",
     "user_click_lift": "user",
+    "user_tab_click_rate": "context",
     "user_long_view_rate": "user",
     "log_user_rows": "user",
     "log_duration": "item",
-    "video_click_rate": "item",
-    "video_click_lift": "item",
-    "video_long_view_rate": "item",
-    "log_video_rows": "item",
-    "log_video_views": "item",
 }
 
 

@@ -12,7 +12,7 @@ def get_config(variant: str = "dual") -> ConfigDict:
     config.schema = kuairand.schema()
     for part in ("train", "valid", "test"):
         config.data[part] = f"runs/kuairand/{part}.parquet"
-    teacher = {"interactions": {"cin": {"units": (64, 64)}}, "teacher_units": (128, 64)}
+    teacher = {"interactions": {"cin": {"units": (32, 32)}}, "teacher_units": (128, 64)}
     config.model = {
         "dual": {
             "name": "dual_dnn",
@@ -26,4 +26,7 @@ def get_config(variant: str = "dual") -> ConfigDict:
         "student_alone": {"name": "dual_dnn", "student_units": (64, 32), "embedding_l2": 3e-2},
         "teacher_alone": {"name": "teacher_alone", **teacher, "embedding_l2": 3e-2},
     }[variant]
+    config.train.batch_size = 512
+    config.train.optimizer.learning_rate = 5e-4
+    config.train.table_optimizer.learning_rate = 5e-4
     return config

@@ -78,7 +78,7 @@ _HISTORY_GROUPS = ("0", "1-5", "6-20", ">20")
 # Rates are smoothed towards those of the training days, with the weight of so many rows.
 _CLICK_RATE, _LONG_VIEW_RATE = 0.45, 0.32
 _TAB_CLICK_RATES = {0: 0.08, 1: 0.50, 2: 0.47, 4: 0.60, 6: 0.14}
-_USER_ROWS, _VIDEO_ROWS = 5, 20
+_USER_ROWS, _USER_TAB_ROWS = 5, 3
 
 Tables = Mapping[str, pa.Table]
 
@@ -90,7 +90,7 @@ def kuairand_sample(
 
     Exact duplicates among the impressions are left out (180,384 of 185,061 rows stay), and so are
     the outcomes and attributes that no recipe uses. Of each user's history the last 20 videos stay,
-    and of its last 50 (all that is published) the counts: by user, and, over all users, by video.
+    and of the last 50 (all that is published) the counts.
 
     Args:
       source: folder with interactions, users, videos_basic and user_history_before_20220425.
@@ -118,22 +118,14 @@ def kuairand_sample(
             ("long_watched", "long_watch_seq"),
         )
     }
-    views: collections.Counter[int] = collections.Counter()
-    long_views: collections.Counter[int] = collections.Counter()
     last["recent_views"], last["recent_long_views"] = [], []
     for watched, long_watched in zip(
         *(history[name].to_pylist() for name in ("watch_seq", "long_watch_seq")), strict=True
     ):
-        seen = collections.Counter(watched)
-        # The long views' list may reach further back than the other.
-        long = seen & collections.Counter(long_watched)
-        views += seen
-        long_views += long
-        last["recent_views"].append(seen.total())
-        last["recent_long_views"].append(long.total())
-    for name, counts in (("recent_views", views), ("recent_long_views", long_views)):
-        counted = pa.array([counts[video] for video in videos["video_id"].to_pylist()])
-        videos = videos.append_column(name, counted)
+        # The list of long views may reach further back than the other.
+        both = collections.Counter(watched) & collections.Counter(long_watched)
+        last["recent_views"].append(len(watched))
+        last["recent_long_views"].append(both.total())
     history = history.select(["user_id", "history_len"])
     for name, values in last.items():
         history = history.append_column(name, pa.array(values))
@@ -152,11 +144,11 @@ def kuairand(
     those of the log's rows with an earlier time. Rows of the same time do not see each other.
 
     Outcomes of a row (clicks, long views, likes) are labels of its own day and become features on
-    the next: `liked`, `long_watched` and the rates of users and videos hold rows of earlier days
-    alone, so no label of a day is in any feature of that day. A rate is (k + w r) / (n + w): k of n
-    rows had the outcome, r is the training days' rate, w is 5 rows for users and 20 for videos.
-    Long views are counted in the published histories too, clicks in the log only. Tabs differ in
-    what a click is, so a lift counts clicks above the rate that the row's tab had in training.
+    the next: `liked`, `long_watched` and the users' rates hold rows of earlier days alone, so no
+    label of a day is in any feature of that day. A rate is (k + w r) / (n + w): k of n rows had the
+    outcome, r is the training days' rate, w is 5 rows, or 3 for a user's rows of one tab. Long
+    views are counted in the published histories too, clicks in the log only. Tabs differ in what a
+    click is, so a lift counts clicks above the rate that the row's tab had in training.
 
     Args:
       source: folder made by `kuairand_sample`; None takes the shipped one.
@@ -191,8 +183,7 @@ def kuairand(
         "log_duration": np.log1p(seconds).astype(np.float32),
         **past,
         "log_num_history": np.log1p(past["num_history"]).astype(np.float32),
-        **_rates(log, "user", history, _USER_ROWS),
-        **_rates(log, "video", _table(folder / "videos.parquet"), _VIDEO_ROWS),
+        **_user_rates(log, history),
         **{name: log[name] for name in _LABELS},
         "time_ms": log["time_ms"],
         "date": log["date"],
@@ -369,44 +360,47 @@ def _past(log: pa.Table, history: pa.Table) -> dict[str, Any]:
     }
 
 
-def _rates(log: pa.Table, whose: str, before: pa.Table, weight: int) -> dict[str, Any]:
-    """For each row of the log, the rates of its user or video over rows of earlier days.
+def _user_rates(log: pa.Table, history: pa.Table) -> dict[str, Any]:
+    """For each row of the log, the rates of its user over rows of earlier days."""
+    ids, days = log["user_id"].to_numpy(), log["date"].to_numpy()
+    everyone = np.concatenate([history["user_id"].to_numpy(), ids])
+    users, codes = np.unique(everyone, return_inverse=True)
+    before, here = codes[: len(history)], codes[len(history) :]
+    pairs, in_tab = np.unique(
+        ids.astype(np.int64) * 100 + log["tab"].to_numpy(), return_inverse=True
+    )
+    tabs = log["tab"].to_pylist()
+    tab_rate = np.array([_TAB_CLICK_RATES.get(tab, _CLICK_RATE) for tab in tabs])
+    one, click = np.ones(len(log)), log["is_click"].to_numpy()
 
-    Args:
-      log: the impressions.
-      whose: "user" or "video".
-      before: table with `recent_views` and `recent_long_views` of the days before the log.
-      weight: of the training days' rate, in rows.
-    """
-    key = f"{whose}_id"
-    ids = np.concatenate([before[key].to_numpy(), log[key].to_numpy()])
-    keys, codes = np.unique(ids, return_inverse=True)
-    here, days = codes[len(before) :], log["date"].to_numpy()
-
-    def earlier(values: Any, start: str = "") -> Any:
-        """Sums values over earlier days' rows of the same key, from a start."""
-        total = np.zeros(len(keys))
-        if start:
-            total[codes[: len(before)]] = before[start].to_numpy()
-        found = np.empty(len(log))
+    def earlier(values: Any, codes: Any, start: Any) -> Any:
+        """Sums values over earlier days' rows of the same code, from each code's start."""
+        total, found = start.copy(), np.empty(len(log))
         for day in np.unique(days):
             rows = days == day
-            found[rows] = total[here[rows]]
-            total += np.bincount(here[rows], values[rows], len(keys))
+            found[rows] = total[codes[rows]]
+            total += np.bincount(codes[rows], values[rows], len(total))
         return found
 
-    rows = earlier(np.ones(len(log)))
-    clicks = earlier(log["is_click"].to_numpy())
-    tabs = log["tab"].to_pylist()
-    expected = earlier(np.array([_TAB_CLICK_RATES.get(tab, _CLICK_RATE) for tab in tabs]))
-    views = earlier(np.ones(len(log)), "recent_views")
-    long_views = earlier(log["long_view"].to_numpy(), "recent_long_views")
+    def rate(count: Any, rows: Any, prior: Any, weight: int) -> Any:
+        return (count + weight * prior) / (rows + weight)
+
+    none = np.zeros(len(users))
+    views, long_views = none.copy(), none.copy()
+    views[before] = history["recent_views"].to_numpy()
+    long_views[before] = history["recent_long_views"].to_numpy()
+    rows, clicks = earlier(one, here, none), earlier(click, here, none)
+    views = earlier(one, here, views)
+    long_views = earlier(log["long_view"].to_numpy(), here, long_views)
+    none_in_tab = np.zeros(len(pairs))
+    tab_rows = earlier(one, in_tab, none_in_tab)
+    tab_clicks = earlier(click, in_tab, none_in_tab)
     columns = {
-        f"{whose}_click_rate": (clicks + weight * _CLICK_RATE) / (rows + weight),
-        f"{whose}_click_lift": (clicks - expected) / (rows + weight),
-        f"{whose}_long_view_rate": (long_views + weight * _LONG_VIEW_RATE) / (views + weight),
-        f"log_{whose}_rows": np.log1p(rows),
-        f"log_{whose}_views": np.log1p(views),
+        "user_click_rate": rate(clicks, rows, _CLICK_RATE, _USER_ROWS),
+        "user_click_lift": rate(clicks - earlier(tab_rate, here, none), rows, 0.0, _USER_ROWS),
+        "user_long_view_rate": rate(long_views, views, _LONG_VIEW_RATE, _USER_ROWS),
+        "user_tab_click_rate": rate(tab_clicks, tab_rows, tab_rate, _USER_TAB_ROWS),
+        "log_user_rows": np.log1p(rows),
     }
     return {name: values.astype(np.float32) for name, values in columns.items()}
 

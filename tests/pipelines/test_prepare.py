@@ -106,33 +106,31 @@ def test_no_row_knows_of_its_own_or_later_ones(made: pathlib.Path) -> None:
     assert checked > 1000
 
 
-@pytest.mark.parametrize(
-    ("whose", "table", "weight"), [("user", "history", 5), ("video", "videos", 20)]
-)
-def test_rates_are_of_earlier_days(made: pathlib.Path, whose: str, table: str, weight: int) -> None:
-    """Counts the rows of earlier days one by one, for every 600th row."""
-    key = f"{whose}_id"
-    by_key: dict[int, list[dict[str, Any]]] = {}
+def test_rates_are_of_earlier_days(made: pathlib.Path) -> None:
+    """Counts the rows of earlier days one by one, for every 40th row."""
+    by_user: dict[int, list[dict[str, Any]]] = {}
     for row in rows_of(prepare.SAMPLE / "interactions.parquet"):
-        by_key.setdefault(row[key], []).append(row)
-    before = {row[key]: row for row in rows_of(prepare.SAMPLE / f"{table}.parquet")}
-    names = ("click_rate", "click_lift", "long_view_rate")
-    columns = [*(f"{whose}_{name}" for name in names), f"log_{whose}_rows", f"log_{whose}_views"]
-    parts = [rows_of(made / f"{p}.parquet", [key, "date", *columns]) for p in ("train", "test")]
+        by_user.setdefault(row["user_id"], []).append(row)
+    history = {row["user_id"]: row for row in rows_of(prepare.SAMPLE / "history.parquet")}
+    columns = ["user_click_rate", "user_click_lift", "user_long_view_rate", "user_tab_click_rate"]
+    columns.append("log_user_rows")
+    read = ["user_id", "date", "tab", *columns]
+    parts = [rows_of(made / f"{part}.parquet", read) for part in ("train", "valid", "test")]
     tab_rates = {0: 0.08, 1: 0.5, 2: 0.47, 4: 0.6, 6: 0.14}
-    for row in [row for part in parts for row in part][::600]:
-        earlier = [r for r in by_key[row[key]] if r["date"] < row["date"]]
-        history = before.get(row[key], {"recent_views": 0, "recent_long_views": 0})
-        count, views = len(earlier), len(earlier) + history["recent_views"]
+    for row in [row for part in parts for row in part][::40]:
+        earlier = [r for r in by_user[row["user_id"]] if r["date"] < row["date"]]
+        before = history.get(row["user_id"], {"recent_views": 0, "recent_long_views": 0})
+        count, views = len(earlier), len(earlier) + before["recent_views"]
         clicks = sum(r["is_click"] for r in earlier)
         expected = sum(tab_rates.get(r["tab"], 0.45) for r in earlier)
-        long_views = sum(r["long_view"] for r in earlier) + history["recent_long_views"]
+        long_views = sum(r["long_view"] for r in earlier) + before["recent_long_views"]
+        of_tab = [r["is_click"] for r in earlier if r["tab"] == row["tab"]]
         want = (
-            (clicks + weight * 0.45) / (count + weight),
-            (clicks - expected) / (count + weight),
-            (long_views + weight * 0.32) / (views + weight),
+            (clicks + 5 * 0.45) / (count + 5),
+            (clicks - expected) / (count + 5),
+            (long_views + 5 * 0.32) / (views + 5),
+            (sum(of_tab) + 3 * tab_rates.get(row["tab"], 0.45)) / (len(of_tab) + 3),
             np.log(1 + count),
-            np.log(1 + views),
         )
         assert [row[name] for name in columns] == pytest.approx(want, rel=1e-5, abs=1e-6)
 
@@ -161,8 +159,7 @@ def test_no_feature_knows_of_a_label_of_its_day_or_a_later_one(
     assert differing["train"] == set()
     assert differing["valid"] == OUTCOMES
     # The test day sees the flipped labels of the day before it, in these features alone.
-    rates = ("click_rate", "click_lift", "long_view_rate")
-    seen = {f"{whose}_{rate}" for whose in ("user", "video") for rate in rates}
+    seen = {"user_click_rate", "user_click_lift", "user_long_view_rate", "user_tab_click_rate"}
     assert differing["test"] == OUTCOMES | seen | {"liked", "long_watched"}
 
 
@@ -268,8 +265,6 @@ def test_the_sample_is_cut_from_the_published_tables(tmp_path: pathlib.Path) -> 
             "recent_long_views": 2,
         }
     ]
-    videos = rows_of(tmp_path / "sample" / "videos.parquet")
-    assert [(v["recent_views"], v["recent_long_views"]) for v in videos] == [(1, 0), (1, 1)]
     assert rows_of(tmp_path / "sample" / "users.parquet")[0]["onehot_feat4"] is None
     assert (tmp_path / "sample" / "LICENSE").exists()
 
