@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 
 
 def start(define_flags: Callable[[], object], run: Callable[[list[str]], None]) -> None:
@@ -19,4 +19,10 @@ def start(define_flags: Callable[[], object], run: Callable[[list[str]], None]) 
     define_flags()
     for name in set(flags.FLAGS) - before:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
-    app.run(run)
+
+    def quietly(argv: list[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # TensorFlow tells of each file that it saves
+        run(argv)
+
+    app.run(quietly)

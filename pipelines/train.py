@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 import tf_keras
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -150,9 +150,8 @@ class Run:
             self.history = run_dir.read_json(self.dir / "history.json", [])
             # An epoch may have been written down just before the kill, and its checkpoint not.
             self.history = self.history[: int(self.position.epoch)]
-            logging.info(
-                "Going on after epoch %d, batch %d.", self.position.epoch, self.position.batch
-            )
+            epoch, batch = int(self.position.epoch), int(self.position.batch)
+            print(f"Going on after {epoch} epochs and {batch} batches.")
         self.rows = readers.count_rows(self.recipe.schema, self.recipe.data.train)
         if not (self.dir / run_dir.RECIPE).exists():  # all that can be refused has been looked at
             run_dir.write_json(self.dir / ASKED, recipe.to_config())
