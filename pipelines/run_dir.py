@@ -82,7 +82,7 @@ def read_recipe(model_dir: str | pathlib.Path) -> Recipe:
     return Recipe.from_config(json.loads(path.read_text(encoding="utf-8")))
 
 
-def restore(model: Ranker, model_dir: str | pathlib.Path) -> Any:
+def restore(model: Any, model_dir: str | pathlib.Path) -> Any:
     """Puts the best epoch's weights into a model; returns the load status.
 
     Raises:

@@ -120,7 +120,13 @@ class Run:
         self.recipe = self._known(recipe) or self._completed(recipe)
         self.model: Ranker = run_dir.build(self.recipe)
         if train.start_from:
-            status = run_dir.restore(self.model, train.start_from)
+            # The layers alone: a checkpoint of the model would hand on its optimisers' state too.
+            layers = {
+                name: part
+                for name, part in vars(self.model).items()
+                if isinstance(part, tf_keras.layers.Layer)
+            }
+            status = run_dir.restore(tf.train.Checkpoint(**layers), train.start_from)
             status.assert_nontrivial_match().expect_partial()
         elif self.model.starts_trained:
             raise ValueError("`model.teacher_frozen` needs `train.start_from`, a trained teacher.")

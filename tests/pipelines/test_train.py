@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from qianmo.pipelines import run_dir
 from qianmo.pipelines.recipe import Recipe
-from qianmo.pipelines.train import NotFiniteError, train
+from qianmo.pipelines.train import NotFiniteError, Run, train
 
 SCHEMA = {
     "features": [
@@ -229,6 +229,11 @@ def test_a_run_starts_from_another_with_its_vocabularies(finished, data, tmp_pat
     for name in ("valid", "test"):
         (tmp_path / f"{name}.parquet").symlink_to(data / f"{name}.parquet")
     frozen = {"train__start_from": str(folder), "model__teacher_frozen": True, "train__epochs": 1}
+    fresh = Run(Recipe.from_config(config(tmp_path, **frozen)), tmp_path / "fresh")
+    assert int(fresh.model.optimizer.iterations) == 0  # weights are taken over, moments are not
+    np.testing.assert_array_equal(
+        fresh.model.student_tower.head.kernel, run_dir.load(folder)[0].student_tower.head.kernel
+    )
     train(Recipe.from_config(config(tmp_path, **frozen)), tmp_path / "model")
     before, after = (run_dir.load(f)[0] for f in (folder, tmp_path / "model"))
     assert after.schema == before.schema
