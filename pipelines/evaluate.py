@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,6 @@ from qianmo.layers import metrics
 from qianmo.layers.features import Schema
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines import program, readers, run_dir
-
-METRICS = ("auc", "gauc", "log_loss", "pcoc")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,20 +97,25 @@ def evaluate(scored: Scored, schema: Schema) -> dict[str, Any]:
     return report
 
 
+def parts_of(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Mapping[str, float]]]:
+    """Head, label, name of the rows and their metrics, for each line of a table."""
+    for head, labels in report.items():
+        for label, parts in labels.items():
+            yield head, label, "all", parts["all"]
+            for column in ("domain", "group"):
+                for value, found in parts.get(column, {}).items():
+                    yield head, label, f"{column} {value}", found
+
+
 def table(report: Mapping[str, Any]) -> str:
     """The metrics as text, a line for each head, label and part."""
     header = f"{'head':<10}{'label':<14}{'rows of':<22}{'rows':>9}{'AUC':>9}{'GAUC':>9}"
     lines = [header + f"{'log loss':>10}{'PCOC':>8}"]
-    for head, labels in report.items():
-        for label, parts in labels.items():
-            rows = [("all", parts["all"])]
-            for column in ("domain", "group"):
-                rows += [(f"{column} {k}", v) for k, v in parts.get(column, {}).items()]
-            for name, m in rows:
-                lines.append(
-                    f"{head:<10}{label:<14}{name:<22}{m['rows']:>9,}{m['auc']:>9.4f}"
-                    f"{m.get('gauc', float('nan')):>9.4f}{m['log_loss']:>10.4f}{m['pcoc']:>8.3f}"
-                )
+    for head, label, name, m in parts_of(report):
+        lines.append(
+            f"{head:<10}{label:<14}{name:<22}{m['rows']:>9,}{m['auc']:>9.4f}"
+            f"{m.get('gauc', float('nan')):>9.4f}{m['log_loss']:>10.4f}{m['pcoc']:>8.3f}"
+        )
     return "\n".join(lines)
 
 

@@ -23,7 +23,8 @@ FORMS = {"in_graph": export_in_graph, "fed": export_fed}
 
 def first_rows(schema: Schema, path: str, count: int) -> dict[str, np.ndarray]:
     """The first rows of a file, as the model's inputs."""
-    batch, _ = next(iter(readers.dataset(schema, path, batch_size=count)))
+    with readers.own_errors():
+        batch, _ = next(iter(readers.dataset(schema, path, batch_size=count)))
     return {name: column.numpy() for name, column in batch.items()}
 
 

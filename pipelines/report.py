@@ -9,7 +9,7 @@ import json
 import pathlib
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 
@@ -23,9 +23,7 @@ from qianmo.layers import metrics
 from qianmo.layers.encode import example
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines import run_dir
-
-if TYPE_CHECKING:
-    from qianmo.pipelines.evaluate import Scored
+from qianmo.pipelines.evaluate import Scored, parts_of
 
 COLOURS = {"student": "#0b6e99", "teacher": "#d9822b", "model": "#0b6e99"}
 STYLE = """
@@ -191,17 +189,12 @@ def _metrics_table(test: Mapping[str, Any]) -> str:
         "<tr><th>head, label, rows of</th><th>rows</th><th>AUC</th><th>GAUC</th>"
         "<th>log loss</th><th>PCOC</th></tr>"
     ]
-    for head, labels in test.items():
-        for label, parts in labels.items():
-            named = [("all", parts["all"])]
-            for column in ("domain", "group"):
-                named += [(f"{column} {k}", v) for k, v in parts.get(column, {}).items()]
-            for name, m in named:
-                rows.append(
-                    f"<tr><td>{html.escape(f'{head}, {label}, {name}')}</td><td>{m['rows']:,}</td>"
-                    f"<td>{m['auc']:.4f}</td><td>{m.get('gauc', float('nan')):.4f}</td>"
-                    f"<td>{m['log_loss']:.4f}</td><td>{m['pcoc']:.3f}</td></tr>"
-                )
+    for head, label, name, m in parts_of(test):
+        rows.append(
+            f"<tr><td>{html.escape(f'{head}, {label}, {name}')}</td><td>{m['rows']:,}</td>"
+            f"<td>{m['auc']:.4f}</td><td>{m.get('gauc', float('nan')):.4f}</td>"
+            f"<td>{m['log_loss']:.4f}</td><td>{m['pcoc']:.3f}</td></tr>"
+        )
     return f"<table>{''.join(rows)}</table>"
 
 
@@ -209,7 +202,7 @@ def write_html(path: pathlib.Path, found: Mapping[str, Any], scored: Scored | No
     """Writes the report of a run: `found` is what report.json holds."""
     recipe = found["recipe"]
     name = recipe["model"]["name"]
-    speed = found["history"][-1]["samples_per_second"] if found["history"] else float("nan")
+    speed = found["history"][-1]["samples_per_second"] or float("nan")  # null in a short run
     body = [
         f"<h1>{html.escape(name)} on {html.escape(', '.join(recipe['schema']['labels']))}</h1>",
         f"<p>{found['rows']['train']:,} training rows, {len(found['history'])} epochs, "

@@ -1,5 +1,6 @@
 """A model directory: what a training run leaves behind, and how to load it.
 
+asked.json      the recipe as given
 recipe.json     the recipe, schema completed from the training rows
 history.json    one entry for each epoch
 checkpoints/    where a killed run goes on

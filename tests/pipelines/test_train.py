@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 
-from qianmo.pipelines import run_dir
+from qianmo.pipelines import readers, run_dir
 from qianmo.pipelines.recipe import Recipe
 from qianmo.pipelines.train import NotFiniteError, Run, train
 
@@ -263,6 +263,38 @@ def test_one_class_in_the_validation_rows_and_hints_of_other_widths(data, tmp_pa
     assert "hint" in found["history"][0]["train"]
     json.loads((tmp_path / "model" / "report.json").read_text(), parse_constant=pytest.fail)
     run_dir.load(tmp_path / "model")
+
+
+def test_a_bad_row_met_while_training_names_file_column_and_row(data, tmp_path):
+    write_rows(tmp_path / "train.parquet", 600, 1)
+    rows = pq.read_table(tmp_path / "train.parquet")
+    labels = rows.column("click").to_numpy().astype(np.float32)
+    labels[417] = np.nan
+    place = rows.schema.get_field_index("click")
+    pq.write_table(
+        rows.set_column(place, "click", pa.array(labels, from_pandas=False)),
+        tmp_path / "train.parquet",
+    )
+    changed = config(tmp_path, data__valid="", data__test="", train__epochs=1)
+    # Nothing is to be counted, so that the row is first met in the middle of training.
+    changed["schema"] = {
+        "features": [
+            {"name": "user", "num_ids": 60, "dim": 4},
+            {"name": "item", "num_ids": 60, "dim": 4},
+        ],
+        "labels": ["click"],
+    }
+    with pytest.raises(readers.DataError, match=r"train\.parquet.*click.*417") as caught:
+        train(Recipe.from_config(changed), tmp_path / "model")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_short_run_can_be_asked_for_again(data, tmp_path):
+    write_rows(tmp_path / "train.parquet", 100, 1)
+    short = config(tmp_path, data__valid="", data__test="", train__epochs=1)
+    train(Recipe.from_config(short), tmp_path / "model")  # too short for a speed: null in the JSON
+    again = train(Recipe.from_config(short), tmp_path / "model")
+    assert again["history"][0]["samples_per_second"] is None
 
 
 def test_the_program_takes_a_recipe_and_overrides(data, tmp_path):
