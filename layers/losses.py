@@ -28,8 +28,8 @@ def distillation(
         logit_mse        sum_k (z_T - z_S)^2 / t^2
         probability_mse  t^2 * sum_k (p - q)^2
 
-    No gradient reaches the teacher. The factors keep the gradient's size when t grows, to first
-    order.
+    No gradient reaches the teacher. The factors t^2 keep the gradient's size when t grows, to first
+    order; in logit_mse t only scales.
 
     Args:
       teacher: logits z_T.
