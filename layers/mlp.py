@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 import tf_keras
 
 from qianmo.layers.seeding import derive_seed, pick_seed
+
+# (number of a dense layer, what enters it) -> what is added to its output before the activation.
+Correction = Callable[[int, tf.Tensor], tf.Tensor]
 
 
 @tf_keras.utils.register_keras_serializable(package="qianmo")
@@ -63,10 +66,10 @@ class MLP(tf_keras.layers.Layer):
         self.dropout = dropout
         self.l2 = l2
         self.seed = pick_seed(seed)
+        self._act = tf_keras.activations.get(activation)
         self._layers = [
             tf_keras.layers.Dense(
                 width,
-                activation=activation,
                 kernel_initializer=tf_keras.initializers.GlorotUniform(
                     derive_seed(self.seed, index)
                 ),
@@ -95,7 +98,9 @@ class MLP(tf_keras.layers.Layer):
             )
         super().build(input_shape)
 
-    def hidden(self, x: tf.Tensor, training: bool = False) -> list[tf.Tensor]:
+    def hidden(
+        self, x: tf.Tensor, training: bool = False, correction: Correction | None = None
+    ) -> list[tf.Tensor]:
         """Outputs of all layers, each [B, units[l]], as the layer after it receives them."""
         if not self.built:
             self.build(x.shape)
@@ -105,7 +110,8 @@ class MLP(tf_keras.layers.Layer):
             self._calls.assign_add(1)
         outputs = []
         for index, layer in enumerate(self._layers):
-            x = layer(x)
+            z = layer(x)
+            x = self._act(z if correction is None else z + correction(index, x))
             if drops:
                 # Paths of one number are the kernels' seeds, so masks take two.
                 seed = tf.stack([tf.constant(derive_seed(self.seed, index, 1), tf.int64), call])

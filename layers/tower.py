@@ -8,15 +8,24 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 import tf_keras
 
-from qianmo.layers.mlp import MLP
+from qianmo.layers.mlp import MLP, Correction
 from qianmo.layers.seeding import derive_seed, pick_seed
 
 
 class TowerOutput(NamedTuple):
-    """A tower's logits [B, K] and the outputs of its hidden layers, each [B, units]."""
+    """A tower's logits [B, K], the outputs of its hidden layers, each [B, units], and its input."""
 
     logits: tf.Tensor
     hidden: list[tf.Tensor]
+    h: tf.Tensor
+
+
+class DenseShape(NamedTuple):
+    """One dense layer of a tower: its widths, and whether it makes logits."""
+
+    num_inputs: int
+    num_outputs: int
+    is_last: bool
 
 
 @tf_keras.utils.register_keras_serializable(package="qianmo")
@@ -32,7 +41,7 @@ class Tower(tf_keras.layers.Layer):
       activation: of the hidden layers.
       seed: of first weights and dropout, as for `MLP`. None draws one.
 
-    Inputs: h, [B, H].
+    Inputs: h, [..., H].
     Outputs: `TowerOutput`; logits are float32 under every dtype policy.
     """
 
@@ -63,10 +72,28 @@ class Tower(tf_keras.layers.Layer):
             num_labels, kernel_initializer=glorot, dtype="float32", name="head"
         )
 
-    def call(self, h: tf.Tensor, training: bool = False) -> TowerOutput:
-        """Computes logits."""
-        hidden = self.mlp.hidden(h, training=training)
-        return TowerOutput(self.head(hidden[-1] if hidden else h), hidden)
+    def dense_shapes(self, h_dim: int) -> list[DenseShape]:
+        """Its dense layers, in the order in which a correction counts them."""
+        widths = [h_dim, *self.mlp.units, self.num_labels]
+        last = len(widths) - 2
+        return [DenseShape(widths[i], widths[i + 1], i == last) for i in range(last + 1)]
+
+    def call(
+        self, h: tf.Tensor, training: bool = False, correction: Correction | None = None
+    ) -> TowerOutput:
+        """Computes logits.
+
+        Args:
+          h: what crosses the tower seam.
+          training: whether dropout acts.
+          correction: what a task adds to each dense layer's output, see `InnerLoop`.
+        """
+        hidden = self.mlp.hidden(h, training=training, correction=correction)
+        a = hidden[-1] if hidden else h
+        logits = self.head(a)
+        if correction is not None:
+            logits += correction(len(hidden), a)
+        return TowerOutput(logits, hidden, h)
 
     def get_config(self) -> dict[str, Any]:
         """The layer's arguments."""
