@@ -3,51 +3,58 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 ROOMS := ops layers models export pipelines
-NATIVE := $(shell find ops -name '*.cc' -o -name '*.h' 2>/dev/null)
+NATIVE := $(shell find ops -name '*.cc' -o -name '*.h')
+LIBRARY := ops/_qianmo_ops.so
+READY := $(STAMP) $(LIBRARY)
 TENSORFLOW := $(shell sed -n 's/^ *"\(tensorflow[<>=][^"]*\)".*/\1/p' pyproject.toml)
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench wheel clean
+.PHONY: help venv native demo test lint format bench wheel clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):[^#]*## */\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
 	  printf '  make %-8s %s\n' "$$name" "$$text"; done
 
-venv: $(STAMP)  ## install everything into .venv (again only when the requirements change)
+venv: $(READY)  ## install everything into .venv (again only when the requirements change)
 
 # The ops compile against the TensorFlow that will load them, hence no isolated build.
-$(STAMP): setup.py pyproject.toml $(NATIVE)
+$(STAMP): setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || { \
 	  echo 'TensorFlow 2.21 needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is none. Name one: make venv PYTHON=python3.12' >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo 'Python has no venv module. On Debian or Ubuntu: apt-get install python3-venv' >&2; exit 1; }
-	@$(if $(NATIVE),command -v g++ >/dev/null,true) || { \
+	@command -v g++ >/dev/null || { \
 	  echo 'A C++17 compiler is needed as g++. On Debian or Ubuntu: apt-get install g++' >&2; exit 1; }
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77' $(if $(NATIVE),'$(TENSORFLOW)')
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77' '$(TENSORFLOW)'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## train, export, serve and query on the shipped sample of real data
+native: $(LIBRARY)  ## compile the custom ops (again only when their sources change)
+
+$(LIBRARY): setup.py $(NATIVE) | $(STAMP)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+demo: $(READY)  ## train, export, serve and query on the shipped sample of real data
 	$(BIN)/python -m qianmo.pipelines.demo
 
 test: lint  ## lint, check the types, run the tests and the examples in the docstrings
 	$(BIN)/python -m pytest -q -n 2 --doctest-modules --pyargs tests/ $(ROOMS:%=qianmo.%)
 
-lint: $(STAMP)  ## check the style and the types
+lint: $(READY)  ## check the style and the types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(if $(NATIVE),$(BIN)/clang-format --dry-run --Werror $(NATIVE))
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
 format: $(STAMP)  ## rewrite the files in the house style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(if $(NATIVE),$(BIN)/clang-format -i $(NATIVE))
+	$(BIN)/clang-format -i $(NATIVE)
 
-bench: $(STAMP)  ## measure: make bench NAME=ctr; without NAME, list what can be measured
+bench: $(READY)  ## measure: make bench NAME=ctr; without NAME, list what can be measured
 	$(if $(NAME),$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[peers]')
 	$(BIN)/python benchmarks/run.py $(or $(NAME),--help)
 
@@ -56,5 +63,5 @@ wheel: $(STAMP)  ## build dist/qianmo-*.whl
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w dist .
 
 clean:  ## remove what the other commands made, .venv included
-	rm -rf .venv .dev build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache ops/_qianmo_ops.so
+	rm -rf .venv .dev build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache $(LIBRARY)
 	find . -name __pycache__ -prune -exec rm -rf {} +

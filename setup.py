@@ -7,7 +7,7 @@ import pathlib
 import re
 import shutil
 import sys
-import tomllib
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -24,7 +24,8 @@ OP_SOURCES = sorted(
     for path in ROOT.glob("ops/cc/**/*.cc")
     if not path.name.endswith("_test.cc")
 )
-OP_HEADERS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("ops/cc/**/*.h"))
+# Besides the sources: what else makes them worth compiling again.
+DEPENDS = ["setup.py", *(str(path.relative_to(ROOT)) for path in ROOT.glob("ops/cc/**/*.h"))]
 
 
 def version() -> str:
@@ -58,12 +59,6 @@ def package_dir() -> dict[str, str]:
     return {"": ".dev"}
 
 
-def build_requirements() -> list[str]:
-    """The ops compile against TensorFlow's headers, so they need the same minor to be built."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [d for d in project["dependencies"] if re.match(r"tensorflow\W*[<>=]", d)]
-
-
 class BuildPackage(build_py):
     """Ships only ROOT_FILES from the root, and nothing that an earlier build left behind."""
 
@@ -90,16 +85,25 @@ class BuildOps(build_ext):
 
         # As system headers, TensorFlow's own do not drown the warnings on ours.
         flags = [re.sub("^-I", "-isystem", flag) for flag in tf.sysconfig.get_compile_flags()]
-        ext.extra_compile_args = [*flags, "-iquote", str(ROOT), "-O2", "-g0", "-Wall", "-Wextra"]
+        # -O3 vectorises loops of unknown length; a square root that sets errno could not be.
+        flags += ["-iquote", str(ROOT), "-O3", "-fno-math-errno", "-g0", "-Wall", "-Wextra"]
+        ext.extra_compile_args = flags
         ext.extra_link_args = tf.sysconfig.get_link_flags()
         super().build_extension(ext)
 
+    def copy_file(self, source: str, target: str, *args: Any, **options: Any) -> tuple[str, bool]:
+        """Puts the library in place by a rename: a running process may have the old one mapped."""
+        made = super().copy_file(source, f"{target}.new", *args, **options)
+        if not self.dry_run:
+            os.replace(f"{target}.new", target)
+        return target, made[1]
+
 
 class Wheel(bdist_wheel):
-    """Tags a wheel with ops py3-none-<platform>: they bind TensorFlow's ABI, not Python's."""
+    """Tags the wheel py3-none-<platform>: the ops bind TensorFlow's ABI, not Python's."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return ("py3", "none", super().get_tag()[2]) if OP_SOURCES else super().get_tag()
+        return ("py3", "none", super().get_tag()[2])
 
 
 setup(
@@ -108,12 +112,7 @@ setup(
     packages=packages(),
     include_package_data=False,
     package_data={"qianmo": ["py.typed"], "qianmo.pipelines": ["sample/*"]},
-    setup_requires=build_requirements() if OP_SOURCES else [],
-    ext_modules=[
-        Extension("qianmo.ops._qianmo_ops", OP_SOURCES, depends=OP_HEADERS, language="c++")
-    ]
-    if OP_SOURCES
-    else [],
+    ext_modules=[Extension("qianmo.ops._qianmo_ops", OP_SOURCES, depends=DEPENDS, language="c++")],
     cmdclass={"build_py": BuildPackage, "build_ext": BuildOps, "bdist_wheel": Wheel},
     zip_safe=False,
 )
