@@ -13,6 +13,10 @@ def base_config() -> ConfigDict:
                 "valid": "",  # empty: no early stopping
                 "test": "",
                 "shuffle_rows": 2**18,  # rows held in memory while shuffling
+                # Batches of chunks, which are consecutive rows of one task.
+                "chunk_rows": 0,  # rows of a chunk; 0: no chunks, batches of shuffled rows
+                "chunk_tasks": 100,  # chunks a batch
+                "chunks_beside": False,  # beside shuffled rows, which alone make the original loss
             },
             "schema": {},
             "model": {"name": ""},

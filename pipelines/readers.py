@@ -178,11 +178,6 @@ def dataset(
         raise ValueError(f"`batch_size` should be >= 1. Received: {batch_size}")
     columns = _columns(schema)
     plan = _plan(columns, path, shard)
-    roles = {
-        role: getattr(schema, role)
-        for role in ("task_id", "domain", "timestamp", "group")
-        if getattr(schema, role)
-    }
 
     def generate() -> Iterator[tuple[Block, Block]]:
         skip = skip_batches * batch_size
@@ -191,19 +186,31 @@ def dataset(
             skip -= skipped
             if skipped == _num_rows(block):
                 continue
-            block = {name: values[skipped:] for name, values in block.items()}
-            labels = np.stack([block[name] for name in schema.labels], axis=1)
-            weight = block[schema.weight] if schema.weight else np.ones(len(labels), np.float32)
-            targets = {role: block[name] for role, name in roles.items()}
-            features = {name: block[name] for name in schema.input_names}
-            yield features, {"labels": labels, "weight": weight, **targets}
+            yield batch(schema, {name: values[skipped:] for name, values in block.items()})
+
+    rows = tf.data.Dataset.from_generator(generate, output_signature=signature(schema))
+    return rows.rebatch(batch_size, drop_remainder=drop_remainder).prefetch(tf.data.AUTOTUNE)
+
+
+def batch(schema: Schema, block: Block) -> tuple[Block, Block]:
+    """The features and targets of a block, as `dataset` gives them."""
+    labels = np.stack([block[name] for name in schema.labels], axis=1)
+    weight = block[schema.weight] if schema.weight else np.ones(len(labels), np.float32)
+    features = {name: block[name] for name in schema.input_names}
+    targets = {role: block[name] for role, name in _roles(schema).items()}
+    return features, {"labels": labels, "weight": weight, **targets}
+
+
+def signature(schema: Schema) -> tuple[dict[str, tf.TensorSpec], dict[str, tf.TensorSpec]]:
+    """The types and shapes of `batch`, with any number of rows."""
+    columns = _columns(schema)
 
     def spec(column: _Column) -> tf.TensorSpec:
         shape = [None, column.max_length] if column.max_length else [None]
         return tf.TensorSpec(shape, tf.as_dtype(column.dtype))
 
     lengths = [f.length_name for f in schema.categorical if f.is_list]
-    signature = (
+    return (
         {
             **{feature.name: spec(columns[feature.name]) for feature in schema.features},
             **{name: tf.TensorSpec([None], tf.int64) for name in lengths},
@@ -211,11 +218,15 @@ def dataset(
         {
             "labels": tf.TensorSpec([None, len(schema.labels)], tf.float32),
             "weight": tf.TensorSpec([None], tf.float32),
-            **{role: spec(columns[name]) for role, name in roles.items()},
+            **{role: spec(columns[name]) for role, name in _roles(schema).items()},
         },
     )
-    rows = tf.data.Dataset.from_generator(generate, output_signature=signature)
-    return rows.rebatch(batch_size, drop_remainder=drop_remainder).prefetch(tf.data.AUTOTUNE)
+
+
+def _roles(schema: Schema) -> dict[str, str]:
+    """The columns that describe a row, where declared."""
+    roles = ("task_id", "domain", "timestamp", "group")
+    return {role: getattr(schema, role) for role in roles if getattr(schema, role)}
 
 
 @contextlib.contextmanager

@@ -31,6 +31,15 @@ class Data:
     valid: str
     test: str
     shuffle_rows: int
+    chunk_rows: int
+    chunk_tasks: int
+    chunks_beside: bool
+
+    def __post_init__(self) -> None:
+        if self.chunk_rows < 0:
+            raise ValueError(f"`data.chunk_rows` should be >= 0. Received: {self.chunk_rows}")
+        if self.chunk_tasks < 1:
+            raise ValueError(f"`data.chunk_tasks` should be >= 1. Received: {self.chunk_tasks}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +93,9 @@ class Recipe:
         )
         if recipe.train.monitor == "gauc" and not recipe.schema.task_id:
             raise ValueError("`train.monitor` gauc needs `schema.task_id`, whose rows it groups.")
+        for role in ("task_id", "timestamp") if recipe.data.chunk_rows else ():
+            if not getattr(recipe.schema, role):
+                raise ValueError(f"`data.chunk_rows` needs `schema.{role}`, to cut chunks by.")
         return recipe
 
     def to_config(self) -> dict[str, Any]:

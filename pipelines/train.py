@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from qianmo.models import zoo
 from qianmo.models.ranker import Ranker
-from qianmo.pipelines import program, readers, report, run_dir, runtime, statistics
+from qianmo.pipelines import chunks, program, readers, report, run_dir, runtime, statistics
 from qianmo.pipelines.evaluate import evaluate, score, table
 from qianmo.pipelines.recipe import Recipe, optimizer
 
@@ -57,7 +57,7 @@ class _Watch(tf_keras.callbacks.Callback):
         self.steady: tuple[float, int] | None = None  # time and batch after the first call
 
     def on_train_begin(self, logs: Any = None) -> None:
-        size = self.run.recipe.train.batch_size
+        size = self.run.batch_rows
         self.bar = tqdm(
             desc=f"epoch {int(self.run.position.epoch) + 1}/{self.run.recipe.train.epochs}",
             total=self.total * size,
@@ -74,7 +74,7 @@ class _Watch(tf_keras.callbacks.Callback):
         if bad >= 0:
             run.stop_at(bad)
         self.bar.set_postfix_str(f"loss {(logs or {}).get('loss', float('nan')):.4f}")
-        self.bar.update(done * run.recipe.train.batch_size - self.bar.n)
+        self.bar.update(done * run.batch_rows - self.bar.n)
         if self.steady is None:
             self.steady = (time.perf_counter(), done)
         every = run.recipe.train.checkpoint_every
@@ -90,7 +90,7 @@ class _Watch(tf_keras.callbacks.Callback):
         if self.steady is None or self.steady[1] >= self.total:
             return float("nan")
         seconds = time.perf_counter() - self.steady[0]
-        return (self.total - self.steady[1]) * self.run.recipe.train.batch_size / seconds
+        return (self.total - self.steady[1]) * self.run.batch_rows / seconds
 
 
 class Run:
@@ -159,6 +159,19 @@ class Run:
             epoch, batch = int(self.position.epoch), int(self.position.batch)
             print(f"Going on after {epoch} epochs and {batch} batches.")
         self.rows = readers.count_rows(self.recipe.schema, self.recipe.data.train)
+        self.batch_rows: float = train.batch_size  # on average, where chunks differ
+        self.batches = math.ceil(self.rows / train.batch_size)  # an epoch
+        data = self.recipe.data
+        self.chunks: chunks.ChunkReader | None = None
+        if data.chunk_rows:
+            self.chunks = chunks.ChunkReader(
+                self.recipe.schema, data.train, rows=data.chunk_rows, tasks=data.chunk_tasks
+            )
+            chunked_rows = self.rows / self.chunks.num_batches()
+            if data.chunks_beside:
+                self.batch_rows += chunked_rows
+            else:
+                self.batch_rows, self.batches = chunked_rows, self.chunks.num_batches()
         if not (self.dir / run_dir.RECIPE).exists():  # all that can be refused has been looked at
             run_dir.write_json(self.dir / ASKED, recipe.to_config())
             run_dir.write_json(self.dir / run_dir.RECIPE, self.recipe.to_config())
@@ -199,6 +212,13 @@ class Run:
 
     def _dataset(self, epoch: int, skip: int) -> tf.data.Dataset:
         data, train = self.recipe.data, self.recipe.train
+        if self.chunks is not None:
+            return self.chunks.dataset(
+                seed=train.seed,
+                epoch=epoch,
+                skip_batches=skip,
+                shuffled_rows=train.batch_size if data.chunks_beside else 0,
+            )
         return readers.dataset(
             self.recipe.schema,
             data.train,
@@ -215,8 +235,7 @@ class Run:
         Raises:
           NotFiniteError: always.
         """
-        per_epoch = math.ceil(self.rows / self.recipe.train.batch_size)
-        epoch, batch = divmod(step, per_epoch)
+        epoch, batch = divmod(step, self.batches)
         features, targets = next(iter(self._dataset(epoch, batch)))
         lines = []
         for name, column in {**features, **targets}.items():
@@ -243,7 +262,7 @@ class Run:
 
     def _epoch(self, epoch: int) -> None:
         train, data = self.recipe.train, self.recipe.data
-        total = math.ceil(self.rows / train.batch_size)
+        total = self.batches
         first = int(self.position.batch)
         watch = _Watch(self, first, total)
         start = time.perf_counter()
