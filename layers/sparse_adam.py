@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import tensorflow as tf
 import tf_keras
+
+from qianmo.ops.library import library
 
 
 @tf_keras.utils.register_keras_serializable(package="qianmo")
@@ -33,6 +35,8 @@ class SparseAdam(tf_keras.optimizers.Optimizer):
 
     Raises:
       ValueError: a decay outside [0, 1).
+      FileNotFoundError: at the first sparse gradient of a float32 variable on the CPU, which a
+        custom op applies: the ops were not compiled.
 
     Cost: one step on n distinct rows reads and writes 3 n rows, whatever the table's size. An L2
       penalty on a whole table makes its gradient dense and loses this.
@@ -69,15 +73,35 @@ class SparseAdam(tf_keras.optimizers.Optimizer):
         self._m = [self.add_variable_from_reference(w, "m") for w in var_list]
         self._v = [self.add_variable_from_reference(w, "v") for w in var_list]
 
+    def _deduplicate_sparse_grad(
+        self, grads: Iterable[tf.Tensor | tf.IndexedSlices]
+    ) -> list[tf.Tensor | tf.IndexedSlices]:
+        """Leaves duplicates to `update_step`: Keras' way of summing them costs more than the op."""
+        return list(grads)
+
     def update_step(self, gradient: tf.Tensor | tf.IndexedSlices, variable: tf.Variable) -> None:
-        """Moves one variable; Keras has summed a sparse gradient's duplicates before."""
+        """Moves one variable by a gradient that may name a row more than once."""
         index = self._index_dict[self._var_key(variable)]
         m, v = self._m[index], self._v[index]
+        if isinstance(gradient, tf.IndexedSlices) and _has_kernel(variable):
+            library().qianmo_sparse_adam(
+                variable.handle,
+                m.handle,
+                v.handle,
+                indices=tf.cast(gradient.indices, tf.int64),
+                gradients=gradient.values,
+                learning_rate=self.learning_rate,
+                step=self.iterations + 1,
+                beta_1=self.beta_1,
+                beta_2=self.beta_2,
+                epsilon=self.epsilon,
+            )
+            return
+
         rate = tf.cast(self.learning_rate, m.dtype)
         step = tf.cast(self.iterations + 1, m.dtype)
         beta_1_power = tf.pow(tf.cast(self.beta_1, m.dtype), step)
         beta_2_power = tf.pow(tf.cast(self.beta_2, m.dtype), step)
-
         if not isinstance(gradient, tf.IndexedSlices):
             tf.raw_ops.ResourceApplyAdam(
                 var=variable.handle,
@@ -93,6 +117,7 @@ class SparseAdam(tf_keras.optimizers.Optimizer):
             )
             return
 
+        (gradient,) = super()._deduplicate_sparse_grad([gradient])
         rows, g = gradient.indices, gradient.values
         m_rows, v_rows = tf.gather(m, rows), tf.gather(v, rows)
         m_rows += (1 - self.beta_1) * (g - m_rows)
@@ -113,3 +138,8 @@ class SparseAdam(tf_keras.optimizers.Optimizer):
             "beta_2": self.beta_2,
             "epsilon": self.epsilon,
         }
+
+
+def _has_kernel(variable: tf.Variable) -> bool:
+    """Whether the op `Qianmo>SparseAdam` can move the variable; elsewhere stock ops do."""
+    return variable.dtype == tf.float32 and "GPU" not in variable.device
