@@ -35,7 +35,7 @@ class SparseAdam(tf_keras.optimizers.Optimizer):
 
     Raises:
       ValueError: a decay outside [0, 1).
-      FileNotFoundError: at the first sparse gradient of a float32 variable on the CPU, which a
+      RuntimeError: at the first sparse gradient of a float32 variable on the CPU, which a
         custom op applies: the ops were not compiled.
 
     Cost: one step on n distinct rows reads and writes 3 n rows, whatever the table's size. An L2
@@ -100,8 +100,8 @@ class SparseAdam(tf_keras.optimizers.Optimizer):
 
         rate = tf.cast(self.learning_rate, m.dtype)
         step = tf.cast(self.iterations + 1, m.dtype)
-        beta_1_power = tf.pow(tf.cast(self.beta_1, m.dtype), step)
-        beta_2_power = tf.pow(tf.cast(self.beta_2, m.dtype), step)
+        beta_1_power = tf.pow(tf.constant(self.beta_1, m.dtype), step)
+        beta_2_power = tf.pow(tf.constant(self.beta_2, m.dtype), step)
         if not isinstance(gradient, tf.IndexedSlices):
             tf.raw_ops.ResourceApplyAdam(
                 var=variable.handle,

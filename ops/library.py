@@ -19,10 +19,10 @@ def library() -> types.ModuleType:
     be run by any process that has called this.
 
     Raises:
-      FileNotFoundError: the ops were not compiled.
+      RuntimeError: the ops were not compiled.
     """
     if not _FILE.is_file():
-        raise FileNotFoundError(
+        raise RuntimeError(
             f"The custom ops should be compiled as `{_FILE}`, and there is no such file. "
             "Compile them: in a checkout with `make native`, elsewhere by installing qianmo again."
         )

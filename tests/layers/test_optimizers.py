@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
+from qianmo.layers import sparse_adam
 from qianmo.layers.rowwise_adagrad import RowwiseAdagrad
 from qianmo.layers.sparse_adam import SparseAdam
 
@@ -88,6 +89,54 @@ def test_sparse_values(
         numpy_step(expected, ids, gradients)
     np.testing.assert_allclose(w, expected, rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(w[9:], table()[9:])
+
+
+def test_sparse_adam_of_other_types_needs_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse_adam, "library", None)
+    w, expected = tf.Variable(table().astype(np.float64)), table().astype(np.float64)
+    optimizer, numpy_step = SparseAdam(0.01), numpy_adam()
+    for ids, gradients in batches():
+        slices = tf.IndexedSlices(tf.constant(gradients), tf.constant(ids), [ROWS, DIM])
+        optimizer.apply_gradients([(slices, w)])
+        numpy_step(expected, ids, gradients)
+    # The rate is a float32 variable.
+    np.testing.assert_allclose(w, expected, rtol=1e-7, atol=1e-8)
+    np.testing.assert_array_equal(w[9:], table()[9:])
+
+
+def test_sparse_adam_needs_its_library_when_a_sparse_gradient_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing() -> None:
+        raise RuntimeError("compile them")
+
+    monkeypatch.setattr(sparse_adam, "library", missing)
+    optimizer, w = SparseAdam(0.01), tf.Variable(table())
+    optimizer.apply_gradients([(tf.ones([ROWS, DIM]), w)])
+    with pytest.raises(RuntimeError, match="compile them"):
+        apply(optimizer, w)(np.array([1]), np.ones([1, DIM]))
+
+
+def test_sparse_adam_in_a_strategy() -> None:
+    w, expected = table(), table().astype(np.float64)
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    with strategy.scope():
+        w = tf.Variable(table())
+        optimizer = SparseAdam(0.01)
+    step, numpy_step = apply(optimizer, w, in_graph=False), numpy_adam()
+    in_replicas = tf.function(lambda *batch: strategy.run(step, batch))
+    for ids, gradients in batches():
+        in_replicas(ids, gradients)
+        numpy_step(expected, ids, gradients)
+    np.testing.assert_allclose(w.numpy(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_saved_model_holds_no_op_of_its_optimizer(tmp_path: pathlib.Path) -> None:
+    model = tf_keras.Sequential([tf_keras.layers.Embedding(9, 2, input_length=1)])
+    model.compile(SparseAdam(0.1), "mse")
+    model.fit(np.arange(8)[:, None], np.ones([8, 1, 2]), verbose=0)
+    model.save(tmp_path / "model", save_format="tf")
+    assert b"Qianmo" not in (tmp_path / "model" / "saved_model.pb").read_bytes()
 
 
 def test_dense_adam_is_that_of_keras() -> None:
