@@ -121,7 +121,5 @@ def test_shapes_are_refused_when_a_graph_is_built(indices: list[int], gradients:
 
 def test_a_missing_library_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(module, "_FILE", tmp_path / "_qianmo_ops.so")
-    with pytest.raises(
-        RuntimeError, match=r"there is no such file\. Compile them: .*make nat"
-    ):
+    with pytest.raises(RuntimeError, match=r"there is no such file\. Compile them: .*make nat"):
         library.__wrapped__()
