@@ -38,8 +38,8 @@ def movielens_1m(split: str) -> pathlib.Path:
 def kuairand() -> pathlib.Path:
     """The shipped KuaiRand sample, prepared once."""
     folder = CACHE / "kuairand"
-    if not folder.exists():
-        prepare.kuairand(None, folder)
+    if not (folder / "test_support.parquet").exists():
+        prepare.kuairand(None, folder, overwrite=True)
     return folder
 
 

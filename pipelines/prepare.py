@@ -4,6 +4,8 @@ r"""Makes the training, validation and test rows of a public data set.
     qianmo-prepare --dataset=movielens_1m --source=ml-1m --output=runs/movielens_1m
     qianmo-prepare --dataset=movielens_1m --split=random --source=ml-1m \
         --output=runs/movielens_1m_random
+    qianmo-prepare --dataset=movielens_1m --split=new_users --source=ml-1m \
+        --output=runs/movielens_1m_new_users
 
 kuairand: video impressions on Kuaishou, 25 April to 5 May 2022, split by day: the last day is the
     test part, the day before it the validation part. Needs no --source: its tables come with this
@@ -15,7 +17,9 @@ kuairand_sample: how the tables of the first were cut from the published ones (P
     interactions, users, videos_basic and user_history_before_20220425 in --source).
 
 The output is a new folder with train, (valid,) and test.parquet and data.json, which holds the rows
-and sha256 of each. It appears only when it is whole.
+and sha256 of each. It appears only when it is whole. Beside test.parquet there may be
+test_support.parquet (and beside valid.parquet its own): of each user there, the last rows that were
+known by then, from which a model can adapt to the user.
 """
 
 from __future__ import annotations
@@ -38,12 +42,14 @@ import pyarrow.parquet as pq
 from absl import flags
 from tqdm import tqdm
 
-from qianmo.pipelines import program, readers
+from qianmo.pipelines import program, protocols, readers
 
 SAMPLE = pathlib.Path(__file__).resolve().parent / "sample"
 DATASETS = ("kuairand", "movielens_1m", "kuairand_sample")
 LAST_TRAIN_DAY, VALID_DAY, TEST_DAY = 20220503, 20220504, 20220505
 HISTORY_LENGTH = 20
+SPLITS = ("time", "random", "new_users", "all_users")
+Split = Literal["time", "random", "new_users", "all_users"]
 _ROW_GROUP = 2**16  # rows; the unit in which readers shuffle and share files
 
 _LOG_COLUMNS = (
@@ -150,6 +156,8 @@ def kuairand(
     views are counted in the published histories too, clicks in the log only. Tabs differ in what a
     click is, so a lift counts clicks above the rate that the row's tab had in training.
 
+    `valid_support` and `test_support` hold the last 20 impressions of each user before the day.
+
     Args:
       source: folder made by `kuairand_sample`; None takes the shipped one.
       output: folder to make.
@@ -195,6 +203,10 @@ def kuairand(
         "valid": table.filter(date == VALID_DAY),
         "test": table.filter(date == TEST_DAY),
     }
+    for part, day in (("valid", VALID_DAY), ("test", TEST_DAY)):
+        parts[f"{part}_support"] = protocols.support_before(
+            table.filter(date < day), parts[part], "user_id", "time_ms"
+        )
     notices = [folder / name for name in ("ATTRIBUTION.md", "LICENSE")]
     return _write(output, "kuairand", parts, overwrite, [n for n in notices if n.exists()])
 
@@ -203,7 +215,7 @@ def movielens_1m(
     source: readers.PathLike,
     output: readers.PathLike,
     *,
-    split: Literal["time", "random"] = "time",
+    split: Split = "time",
     seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -214,18 +226,24 @@ def movielens_1m(
         Parquet.
       output: folder to make.
       split: "time": the first 80 % by timestamp train, the rest test. "random": 80 % train, 10 %
-        valid, 10 % test.
-      seed: of the random split.
+        valid, 10 % test. "new_users" holds out 20 % of the users and tests on their rows after the
+        20th, "all_users" tests on the last 20 % of every user's rows; both with the 20 rows before
+        as test_support, see `protocols`.
+      seed: of the random split, and of the draw of new users.
       overwrite: whether an existing output is replaced.
 
     Returns:
       What data.json holds.
     """
-    if split not in ("time", "random"):
-        raise ValueError(f"`split` should be time or random. Received: {split!r}")
+    if split not in SPLITS:
+        raise ValueError(f"`split` should be one of {SPLITS}. Received: {split!r}")
     tables = _movielens_tables(pathlib.Path(source))
     ratings = tables["ratings"].filter(pc.not_equal(tables["ratings"]["rating"], 3))
-    ratings = ratings.take(np.argsort(ratings["timestamp"].to_numpy(), kind="stable"))
+    order = np.argsort(ratings["timestamp"].to_numpy(), kind="stable")
+    if split in ("new_users", "all_users") and "seq_pos" in ratings.column_names:
+        # A source whose times are partly estimated gives the order of a user's equal times apart.
+        order = np.lexsort((ratings["seq_pos"].to_numpy(), ratings["timestamp"].to_numpy()))
+    ratings = ratings.take(order)
     users = _rows_of(tables["users"], "user_id", ratings["user_id"])
     movies = _rows_of(tables["movies"], "movie_id", ratings["movie_id"])
     genres = pc.split_pattern(movies["genres"], "|").combine_chunks()
@@ -245,6 +263,10 @@ def movielens_1m(
     train = int(0.8 * count)
     if split == "time":
         parts = {"train": table.slice(0, train), "test": table.slice(train)}
+    elif split == "new_users":
+        parts = protocols.new_users(table, "user_id", seed=seed)
+    elif split == "all_users":
+        parts = protocols.all_users(table, "user_id")
     else:
         order = np.random.default_rng(seed).permutation(count)
         cuts = np.split(order, [train, int(0.9 * count)])
@@ -505,8 +527,8 @@ def define_flags() -> None:
     flags.DEFINE_enum("dataset", None, DATASETS, "The data set to prepare.", required=True)
     flags.DEFINE_string("source", None, "Folder of the published tables; kuairand needs none.")
     flags.DEFINE_string("output", None, "Folder to make.", required=True)
-    flags.DEFINE_enum("split", "time", ("time", "random"), "How movielens_1m is split.")
-    flags.DEFINE_integer("seed", 0, "Of movielens_1m's random split.", lower_bound=0)
+    flags.DEFINE_enum("split", "time", SPLITS, "How movielens_1m is split.")
+    flags.DEFINE_integer("seed", 0, "Of movielens_1m's random draws.", lower_bound=0)
     flags.DEFINE_bool("overwrite", False, "Replace an existing output.")
 
 

@@ -35,7 +35,8 @@ def rows_of(file: pathlib.Path, columns: list[str] | None = None) -> list[dict[s
 
 def test_kuairand_is_split_by_day(made: pathlib.Path) -> None:
     about = json.loads((made / "data.json").read_text())
-    assert about["rows"] == {"train": 150_055, "valid": 17_226, "test": 13_103}
+    assert list(about["rows"]) == ["train", "valid", "test", "valid_support", "test_support"]
+    assert list(about["rows"].values())[:3] == [150_055, 17_226, 13_103]
     days = {}
     for part in about["rows"]:
         table = pq.read_table(made / f"{part}.parquet", columns=["date", "time_ms"])
@@ -47,6 +48,33 @@ def test_kuairand_is_split_by_day(made: pathlib.Path) -> None:
     assert (days["valid"], days["test"]) == ({20220504}, {20220505})
     assert "ShareAlike" in (made / "LICENSE").read_text()
     assert "10.1145/3511808.3557624" in (made / "ATTRIBUTION.md").read_text()
+
+
+def test_support_is_the_last_rows_of_a_user_before_the_day(made: pathlib.Path) -> None:
+    about = json.loads((made / "data.json").read_text())
+    assert about["rows"]["valid_support"] == 69_834
+    assert about["rows"]["test_support"] == 61_420
+    columns = ["user_id", "video_id", "time_ms", "date", "tab", "is_click", "user_click_rate"]
+    parts = {
+        name: pq.read_table(made / f"{name}.parquet", columns=columns) for name in about["rows"]
+    }
+    before = pa.concat_tables([parts["train"], parts["valid"]])
+    for part, day, earlier in (("valid", 20220504, parts["train"]), ("test", 20220505, before)):
+        own: dict[int, list[Any]] = {}
+        for row in earlier.to_pylist():
+            own.setdefault(row["user_id"], []).append(row)
+        first: dict[int, int] = {}
+        for row in parts[part].to_pylist():
+            assert row["date"] == day
+            first.setdefault(row["user_id"], row["time_ms"])
+        support: dict[int, list[Any]] = {}
+        for row in parts[f"{part}_support"].to_pylist():
+            assert row["date"] < day
+            assert row["time_ms"] < first[row["user_id"]]
+            support.setdefault(row["user_id"], []).append(row)
+        for user in first:
+            older = [row for row in own.get(user, []) if row["time_ms"] < first[user]]
+            assert support.get(user, []) == older[-20:]
 
 
 def test_the_recipe_reads_every_row(made: pathlib.Path) -> None:
@@ -415,7 +443,7 @@ def test_the_program(
     assert run("--help") == 1  # as absl ends after help
     printed = capsys.readouterr().out
     assert "qianmo-prepare --dataset=kuairand --output=runs/kuairand" in printed
-    assert "--split: <time|random>: How movielens_1m is split." in printed
+    assert "--split: <time|random|new_users|all_users>: How movielens_1m is split." in printed
 
     output = f"--output={tmp_path / 'out'}"
     assert "needs --source; see --help" in run("--dataset=movielens_1m", output)

@@ -1,0 +1,95 @@
+"""Splits for models that learn a task from its own rows: rows to score, and the rows known by then.
+
+A part `test` comes with a part `test_support`. The support of a row of `test` are all rows of
+`test_support` that have its task; within a task they stand in order of time, the newest last, so
+that the k most recent are the last k. A task without support has no row there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+SUPPORT_ROWS = 20
+
+_Rows = npt.NDArray[Any]
+
+
+def new_users(table: pa.Table, task: str, *, seed: int, share: float = 0.2) -> dict[str, pa.Table]:
+    """Holds out a share of the tasks, to be met with their first 20 rows for support.
+
+    Args:
+      table: rows in order of time.
+      task: column of the task.
+      seed: of the draw of the tasks.
+      share: of the tasks to hold out.
+
+    Returns:
+      train: all rows of the other tasks; test: rows of held-out tasks after their 20th;
+      test_support: the 20 rows before those.
+    """
+    ids = table[task].to_numpy()
+    tasks = np.unique(ids)
+    drawn = np.random.default_rng(seed).permutation(tasks)[: int(share * len(tasks))]
+    held = np.isin(ids, drawn)
+    place, count = _places(ids)
+    is_test = held & (place >= SUPPORT_ROWS)
+    return {
+        "train": table.filter(~held),
+        "test": table.filter(is_test),
+        "test_support": table.filter(held & (place < SUPPORT_ROWS) & (count > SUPPORT_ROWS)),
+    }
+
+
+def all_users(table: pa.Table, task: str, *, share: float = 0.2) -> dict[str, pa.Table]:
+    """Cuts off the last rows of every task.
+
+    Args:
+      table: rows in order of time.
+      task: column of the task.
+      share: of each task's rows to cut off, rounded down.
+
+    Returns:
+      train: each task's first rows; test: its last ones; test_support: the last 20 of its rows in
+      train, of tasks that have rows in test.
+    """
+    place, count = _places(table[task].to_numpy())
+    first = count - (share * count).astype(np.int64)
+    is_support = (place < first) & (place >= first - SUPPORT_ROWS) & (first < count)
+    return {
+        "train": table.filter(place < first),
+        "test": table.filter(place >= first),
+        "test_support": table.filter(is_support),
+    }
+
+
+def support_before(table: pa.Table, query: pa.Table, task: str, time: str) -> pa.Table:
+    """The last 20 rows of each task that are older than the task's first row in `query`.
+
+    Args:
+      table: rows in order of time, none of which is in `query`.
+      query: rows to be scored.
+      task: column of the task.
+      time: column of the time.
+    """
+    asked, inverse = np.unique(query[task].to_numpy(), return_inverse=True)
+    first = np.full(len(asked), np.iinfo(np.int64).max)
+    np.minimum.at(first, inverse, query[time].to_numpy())
+    ids = table[task].to_numpy()
+    table = table.filter(np.isin(ids, asked))
+    at = np.searchsorted(asked, table[task].to_numpy())
+    table = table.filter(table[time].to_numpy() < first[at])
+    place, count = _places(table[task].to_numpy())
+    return table.filter(place >= count - SUPPORT_ROWS)
+
+
+def _places(ids: _Rows) -> tuple[_Rows, _Rows]:
+    """For each row, how many rows of its task are before it, and how many there are."""
+    _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    order = np.argsort(inverse, kind="stable")
+    place = np.empty(len(ids), np.int64)
+    place[order] = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return place, counts[inverse]

@@ -1,0 +1,124 @@
+"""Query rows and their support: who is held out, how many rows, and that support is older."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qianmo.pipelines import prepare, protocols
+
+MOVIELENS = pytest.mark.skipif(
+    "QIANMO_MOVIELENS_1M" not in os.environ,
+    reason="QIANMO_MOVIELENS_1M: folder of ml-1m, which may not be shipped",
+)
+
+
+def log() -> pa.Table:
+    """Rows in order of time, of users with 1 to about 90 rows; `row` is unique."""
+    random = np.random.default_rng(2)
+    user = np.repeat(np.arange(40) * 3, random.integers(1, 90, 40))
+    user = np.append(random.permutation(user), [1000])
+    return pa.table({"user": user, "row": np.arange(len(user)), "time": np.arange(len(user)) // 3})
+
+
+def by_user(table: pa.Table) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for row in table.to_pylist():
+        found.setdefault(row["user"], []).append(row["row"])
+    return found
+
+
+def test_new_users_are_held_out_whole() -> None:
+    table = log()
+    own = by_user(table)
+    parts = {
+        name: by_user(part) for name, part in protocols.new_users(table, "user", seed=4).items()
+    }
+    held = own.keys() - parts["train"].keys()
+    assert len(held) == int(0.2 * len(own)) == 8
+    assert all(parts["train"][user] == own[user] for user in parts["train"])
+    assert set(parts["test"]) == {user for user in held if len(own[user]) > 20} != held
+    for user, rows in parts["test"].items():
+        assert parts["test_support"].pop(user) + rows == own[user]
+        assert len(rows) == len(own[user]) - 20
+    assert not parts["test_support"]
+    again = protocols.new_users(table, "user", seed=4)
+    assert by_user(again["test"]) == parts["test"]
+    assert by_user(protocols.new_users(table, "user", seed=5)["test"]) != parts["test"]
+
+
+def test_the_last_rows_of_all_users() -> None:
+    table = log()
+    own = by_user(table)
+    parts = {name: by_user(part) for name, part in protocols.all_users(table, "user").items()}
+    for user, rows in own.items():
+        size = int(0.2 * len(rows))
+        first = len(rows) - size
+        assert parts["train"][user] == rows[:first]
+        assert parts["test"].get(user, []) == rows[first:]
+        assert parts["test_support"].get(user, []) == (rows[:first][-20:] if size else [])
+
+
+def test_support_is_older_than_the_first_row_to_score() -> None:
+    table = log()
+    chosen = np.random.default_rng(6).random(len(table)) < np.arange(len(table)) / 3000
+    chosen &= table["user"].to_numpy() < 60
+    query, rest = table.filter(chosen), table.filter(~chosen)
+    found = by_user(protocols.support_before(rest, query, "user", "time"))
+    expected: dict[int, list[int]] = {}
+    for user, rows in by_user(query).items():
+        older = [r for r in by_user(rest).get(user, []) if r // 3 < rows[0] // 3]
+        if older:
+            expected[user] = older[-20:]
+    assert len(expected) > 5
+    assert max(map(len, expected.values())) == 20
+    assert found == expected
+
+
+@MOVIELENS
+@pytest.mark.parametrize(
+    ("split", "rows"),
+    [
+        ("new_users", {"train": 588_803, "test": 126_333, "test_support": 22_100}),
+        ("all_users", {"train": 593_644, "test": 145_368, "test_support": 117_099}),
+    ],
+)
+def test_movielens_1m(split: prepare.Split, rows: dict[str, int], tmp_path: pathlib.Path) -> None:
+    source = pathlib.Path(os.environ["QIANMO_MOVIELENS_1M"])
+    about = prepare.movielens_1m(source, tmp_path / "made", split=split)
+    assert about["rows"] == rows
+    columns = ["user_id", "movie_id", "timestamp"]
+    parts = {
+        name: pq.read_table(tmp_path / "made" / f"{name}.parquet", columns=columns) for name in rows
+    }
+    users = {name: part["user_id"].to_numpy().astype(np.int64) for name, part in parts.items()}
+    keys = {
+        name: users[name] * 10_000 + part["movie_id"].to_numpy() for name, part in parts.items()
+    }
+    assert all(len(np.unique(keys[name])) == rows[name] for name in rows)
+    assert not np.isin(keys["test"], [*keys["train"], *keys["test_support"]]).any()
+    assert set(users["test"]) == set(users["test_support"])
+    if split == "new_users":
+        assert len(np.unique(users["train"])) == 6040 - 1208
+        assert not np.isin(users["test"], users["train"]).any()
+    else:
+        assert np.isin(keys["test_support"], keys["train"]).all()
+    # The order within a user is the published one, as far as it is known: support, then test.
+    if (source / "ratings.parquet").exists():
+        ratings = pq.read_table(
+            source / "ratings.parquet", columns=["user_id", "movie_id", "seq_pos"]
+        )
+        user, movie, place = (
+            ratings[name].to_numpy().astype(np.int64) for name in ratings.column_names
+        )
+        places = np.full(7000 * 10_000, -1, np.int16)
+        places[user * 10_000 + movie] = place
+        joined = np.concatenate([keys["test_support"], keys["test"]])
+        joined = joined[np.argsort(joined // 10_000, kind="stable")]
+        steps = np.diff(places[joined].astype(int))
+        assert (steps[np.diff(joined // 10_000) == 0] > 0).all()
