@@ -50,13 +50,30 @@ def raw_specs(schema: Schema) -> dict[str, tf.TensorSpec]:
     return specs
 
 
+def domain_input(model: Ranker) -> str:
+    """Name under which a graph without embeddings gets the raw domain; empty if it needs none.
+
+    The domain's own name is that of its vector.
+    """
+    owned = any(d.domains for d in model.schema.dense)
+    reads = any(getattr(layer, "reads_domain", False) for layer in model.submodules)
+    return f"{model.schema.domain}_id" if owned or reads else ""
+
+
 def vector_specs(model: Ranker) -> dict[str, tf.TensorSpec]:
-    """Serving inputs where vectors stand for the categorical features, under the same names."""
+    """Serving inputs where vectors stand for the categorical features, under the same names.
+
+    Where the graph reads the rows' domain, its raw value is one input more (`domain_input`).
+    """
     specs = {}
     for f in model.schema.categorical:
         specs[f.name] = tf.TensorSpec([None, f.dim + model.embed.linear_dim], tf.float32, f.name)
     for d in model.schema.dense:
         specs[d.name] = tf.TensorSpec([None], tf.float32, d.name)
+    if name := domain_input(model):
+        if name in specs:
+            raise ExportError(f"feature `{name}` has the name of the input for the raw domain.")
+        specs[name] = tf.TensorSpec([None], tf.int64, name)
     return specs
 
 
@@ -81,10 +98,13 @@ def _fed_scorer(model: Ranker, head: str) -> Signature:
     def score(**features: tf.Tensor) -> dict[str, tf.Tensor]:
         batch = tf.shape(next(iter(features.values())))[0]
         dense, status = tf.zeros([batch, 0]), tf.zeros([batch], tf.int32)
+        domain = tf.zeros([batch], tf.int64)
+        if name := domain_input(model):
+            domain = model.encode.domain({model.schema.domain: features[name]})
         if model.schema.dense:
-            dense, finite = model.encode.dense(features)
+            dense, finite = model.encode.dense(features, domain)
             status |= tf.where(finite, OK, BAD_DENSE)
-        embedded = model.embed.assemble(features, dense)
+        embedded = model.embed.assemble(features, dense, domain)
         logits = model.heads(embedded, (head,))[head].logits
         return _answer(model.schema, logits, status)
 
@@ -320,10 +340,10 @@ def export_fed(
     """Writes the graph without its embeddings, which then arrive as inputs.
 
     `<base_path>/<version>` scores: inputs are a vector for each categorical feature, float32
-    [B, dim + first-order columns], lists already pooled, and the raw dense features; outputs as
-    for `export_in_graph`. `<base_path>_lookup/<version>` makes the vectors: inputs are the raw
-    categorical features, outputs the vectors under the same names, and `status`. Both hold stock
-    ops only.
+    [B, dim + first-order columns], lists already pooled, the raw dense features, and the raw domain
+    as `<domain>_id` where the graph reads it; outputs as for `export_in_graph`.
+    `<base_path>_lookup/<version>` makes the vectors: inputs are the raw categorical features,
+    outputs the vectors under the same names, and `status`. Both hold stock ops only.
 
     Args, returns and errors are those of `export_in_graph`.
     """
@@ -346,6 +366,8 @@ def export_fed(
             vectors = dict(run("serving_default", ids))
         del vectors[STATUS]
         fed = {**vectors, **numbers}
+        if name := domain_input(model):
+            fed[name] = ids[schema.domain]
         _fill(folder, base.name, model, functions, vector_specs(model), fed)
         worst = _replay(folder, model, signatures, fed, {**ids, **numbers})
     write_serving_files(base, lists=False)

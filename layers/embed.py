@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 import tf_keras
 
-from qianmo.layers.encode import Encoded
+from qianmo.layers.encode import Encoded, owns
 from qianmo.layers.features import Categorical, Pooling, Schema
 from qianmo.layers.seeding import derive_seed, pick_seed
 
@@ -20,11 +21,13 @@ class Embedded(NamedTuple):
       fields: one tensor [B, F, D] for each embedding dim D that the schema has, by rising D.
       linear: first-order terms, [B, F, K]; K is 0 when none were asked for.
       dense: standardised dense features, [B, N].
+      domain: places of the rows' domains, int64 [B]: 1 to P, and 0 for an unknown one.
     """
 
     fields: tuple[tf.Tensor, ...]
     linear: tf.Tensor
     dense: tf.Tensor
+    domain: tf.Tensor
 
     @property
     def stacked(self) -> tf.Tensor:
@@ -75,7 +78,8 @@ class Embed(tf_keras.layers.Layer):
 
     All tables of one dim are row ranges of one variable, so a batch costs one gather and one sparse
     update for each dim, whatever the number of features. First-order terms are extra columns of
-    the same rows, not tables of their own.
+    the same rows, not tables of their own. A feature that domains own costs the rows of these
+    domains alone; in other rows its vector is zeros, and no gradient leaves them.
 
     Args:
       schema: the features, as a `Schema` or its config.
@@ -113,10 +117,13 @@ class Embed(tf_keras.layers.Layer):
         self._first_row: dict[str, int] = {}
 
     def features_of(self, dim: int) -> list[Categorical]:
-        """The features with that embedding dim, in the order of `Embedded.fields`: lists last."""
+        """The features with that embedding dim, in the order of `Embedded.fields`.
+
+        Shared ones first, and of the shared as of each domain's own the lists last.
+        """
         # So that the others' vectors come out of one gather and are copied once.
         features = [f for f in self.schema.categorical if f.dim == dim]
-        return sorted(features, key=lambda f: f.is_list)
+        return sorted(features, key=lambda f: (f.domains, f.is_list))
 
     def build(self, input_shape: Any) -> None:
         """Makes one variable for each dim."""
@@ -163,26 +170,53 @@ class Embed(tf_keras.layers.Layer):
 
     def _gather(self, dim: int, features: list[Categorical], encoded: Encoded) -> tf.Tensor:
         """Looks up all features of one dim: [B, F, dim + linear_dim]."""
-        table = self.tables[str(dim)]
-        ids = {f.name: encoded.ids[f.name] + self._first_row[f.table] for f in features}
         parts = []
-        singles = [ids[f.name] for f in features if not f.is_list]
+        for domains, group in itertools.groupby(features, lambda f: f.domains):
+            owned = [*group]
+            if not domains:
+                parts.append(self._look_up(dim, owned, encoded.ids, encoded.lengths))
+                continue
+            domain = encoded.ids[self.schema.domain]
+            rows = tf.where(owns(self.schema, domains, domain))
+            ids = {f.name: tf.gather(encoded.ids[f.name], rows[:, 0]) for f in owned}
+            lengths = {
+                f.name: tf.gather(encoded.lengths[f.name], rows[:, 0]) for f in owned if f.is_list
+            }
+            found = self._look_up(dim, owned, ids, lengths)
+            shape = tf.concat([tf.shape(domain), tf.shape(found)[1:]], 0)
+            part = tf.scatter_nd(rows, found, tf.cast(shape, tf.int64))
+            parts.append(tf.ensure_shape(part, [None, *found.shape[1:]]))
+        return tf.concat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def _look_up(
+        self,
+        dim: int,
+        features: list[Categorical],
+        ids: Mapping[str, tf.Tensor],
+        lengths: Mapping[str, tf.Tensor],
+    ) -> tf.Tensor:
+        table = self.tables[str(dim)]
+        places = {f.name: ids[f.name] + self._first_row[f.table] for f in features}
+        parts = []
+        singles = [places[f.name] for f in features if not f.is_list]
         if singles:
             parts.append(tf.gather(table, tf.stack(singles, 1)))
         for f in features:
             if f.is_list:
-                vectors = tf.gather(table, ids[f.name])
-                parts.append(pool(vectors, encoded.lengths[f.name], f.pooling)[:, None])
+                vectors = tf.gather(table, places[f.name])
+                parts.append(pool(vectors, lengths[f.name], f.pooling)[:, None])
         return tf.cast(tf.concat(parts, 1), self.compute_dtype)
 
-    def assemble(self, vectors: Mapping[str, tf.Tensor], dense: tf.Tensor) -> Embedded:
-        """Makes `Embedded` of the vectors that crossed the seam (see `vectors`)."""
+    def assemble(
+        self, vectors: Mapping[str, tf.Tensor], dense: tf.Tensor, domain: tf.Tensor
+    ) -> Embedded:
+        """Makes `Embedded` of what crossed the seam (see `vectors`), and the rows' domains."""
         stacks = [
             tf.stack([vectors[f.name] for f in self.features_of(dim)], 1) for dim in self.dims
         ]
-        return self._embedded(stacks, dense)
+        return self._embedded(stacks, dense, domain)
 
-    def _embedded(self, stacks: list[tf.Tensor], dense: tf.Tensor) -> Embedded:
+    def _embedded(self, stacks: list[tf.Tensor], dense: tf.Tensor, domain: tf.Tensor) -> Embedded:
         # A split's gradient is one concatenation; that of a slice would first fill zeros.
         parts = [
             tf.split(s, [dim, self.linear_dim], axis=2)
@@ -193,7 +227,7 @@ class Embed(tf_keras.layers.Layer):
             linear = tf.concat([part[1] for part in parts], 1)
         else:
             linear = tf.zeros([tf.shape(dense)[0], 0, self.linear_dim], dense.dtype)
-        return Embedded(fields, linear, dense)
+        return Embedded(fields, linear, dense, domain)
 
     def call(self, encoded: Encoded, training: bool = False) -> Embedded:
         """Embeds one batch."""
@@ -202,7 +236,10 @@ class Embed(tf_keras.layers.Layer):
             squares = [tf.reduce_sum(tf.square(s)) for s in stacks]
             batch = tf.cast(tf.shape(stacks[0])[0], squares[0].dtype)
             self.add_loss(self.l2 * tf.add_n(squares) / batch)
-        return self._embedded(stacks, encoded.dense)
+        domain = tf.zeros_like(encoded.status, tf.int64)
+        if (feature := self.schema.domain_feature) is not None:
+            domain = encoded.ids[feature.name]
+        return self._embedded(stacks, encoded.dense, domain)
 
     def get_config(self) -> dict[str, Any]:
         """The layer's arguments."""

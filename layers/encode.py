@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,11 @@ class Encoded(NamedTuple):
     lengths: dict[str, tf.Tensor]
     dense: tf.Tensor
     status: tf.Tensor
+
+
+def owns(schema: Schema, domains: Iterable[int], domain: tf.Tensor) -> tf.Tensor:
+    """Which rows are of the domains that own a feature: places of domains [B] -> bool [B]."""
+    return tf.gather(tf.constant(schema.owners(domains)), domain)
 
 
 def example(schema: Schema, rows: int = 1) -> dict[str, tf.Tensor]:
@@ -88,7 +93,7 @@ class Encode(tf_keras.layers.Layer):
               = 1 + place of x        vocabulary
               = 1 + x                 identity, 0 <= x < num_ids
               = 1 + hash(x) mod n     hash
-        dense(x) = (x - mean) / sqrt(variance)
+        dense(x) = (x - mean) / sqrt(variance), and 0 in rows whose domain does not own it
 
     The lookups are tf_keras preprocessing layers, so they travel in the SavedModel. No row can make
     the call fail: what cannot be read gets a stated value and a bit in `status`.
@@ -143,14 +148,33 @@ class Encode(tf_keras.layers.Layer):
                 ids[feature.name] = tf.reshape(part, tf.shape(x))
         return ids
 
-    def dense(self, features: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
-        """Standardised dense features [B, N] and which rows were finite, bool [B]."""
+    def domain(self, features: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        """Places of the rows' domains, int64 [B]; zeros when no feature tells the domain."""
+        feature = self.schema.domain_feature
+        if feature is None:
+            return tf.zeros([tf.shape(next(iter(features.values())))[0]], tf.int64)
+        return self._ids(feature, features[feature.name])
+
+    def dense(
+        self, features: Mapping[str, tf.Tensor], domain: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Standardised dense features [B, N] and which rows were finite, bool [B].
+
+        What a row's domain does not own is 0, whatever came in.
+        """
         dense = self.schema.dense
         x = tf.stack([tf.cast(features[f.name], tf.float32) for f in dense], 1)
         finite = tf.math.is_finite(x)
+        is_given = finite
+        if any(f.domains for f in dense):
+            every = tf.ones_like(domain, tf.bool)
+            own = tf.stack(
+                [owns(self.schema, f.domains, domain) if f.domains else every for f in dense], 1
+            )
+            is_given, finite = own & finite, finite | ~own
         mean = tf.constant([f.mean for f in dense], tf.float32)
         scale = tf.constant([f.variance for f in dense], tf.float32) ** -0.5
-        standard = tf.where(finite, (x - mean) * scale, tf.zeros_like(x))
+        standard = tf.where(is_given, (x - mean) * scale, tf.zeros_like(x))
         return tf.cast(standard, self.compute_dtype), tf.reduce_all(finite, 1)
 
     def call(self, features: Mapping[str, tf.Tensor]) -> Encoded:
@@ -166,12 +190,14 @@ class Encode(tf_keras.layers.Layer):
                 clipped = tf.clip_by_value(length, 0, width)
                 status |= tf.where(clipped == length, OK, BAD_LENGTH)
                 features[feature.name], lengths[feature.name] = _truncate(feature, values, clipped)
+        ids = self.ids(features)
         if self.schema.dense:
-            dense, finite = self.dense(features)
+            domain = ids.get(self.schema.domain, tf.zeros([batch], tf.int64))
+            dense, finite = self.dense(features, domain)
             status |= tf.where(finite, OK, BAD_DENSE)
         else:
             dense = tf.zeros([batch, 0], self.compute_dtype)
-        return Encoded(self.ids(features), lengths, dense, status)
+        return Encoded(ids, lengths, dense, status)
 
     def get_config(self) -> dict[str, Any]:
         """The layer's arguments."""

@@ -79,7 +79,8 @@ class Categorical:
       keep: which end of a longer list stays: "last" (sequences run from old to new) or "first".
       pooling: how the vectors of a list become one.
       side: whom it describes.
-      domains: ids of the domains that own it; empty when all share it.
+      domains: ids of the domains that own it; empty when all share it. Rows of other domains lack
+        it, and it is never looked up for them.
       table: name of the embedding table; features that name the same one share rows.
     """
 
@@ -204,7 +205,10 @@ class Schema:
       weight: column of the rows' weights (>= 0), if any.
       timestamp: int64 column of event times, if any.
       task_id: int64 column of the task (user, scene, adgroup); the unit of GAUC.
-      domain: int64 column of the domain (scene), if any.
+      domain: int64 column of the domain (scene), if any. A model whose parts differ by domain needs
+        it among its features too, with a vocabulary or `num_ids`.
+      label_domains: label -> ids of the domains whose rows have it. Labels not named here are those
+        of every row; those of other domains' rows are not read.
       group: column (int64 or string) by which evaluation reports groups of users, if any.
     """
 
@@ -214,6 +218,7 @@ class Schema:
     timestamp: str = ""
     task_id: str = ""
     domain: str = ""
+    label_domains: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     group: str = ""
 
     def __post_init__(self) -> None:
@@ -236,6 +241,7 @@ class Schema:
             _check_name(label)
             if label in self.input_names:
                 raise ValueError(f"`{label}` is declared both as a label and as a feature.")
+        self._check_domains()
         tables: dict[str, Categorical] = {}
         for feature in self.categorical:
             first = tables.setdefault(feature.table, feature)
@@ -246,6 +252,72 @@ class Schema:
                         f"`{feature.table}` and should agree in `{key}`. Received: "
                         f"{getattr(first, key)!r} and {getattr(feature, key)!r}"
                     )
+
+    def _check_domains(self) -> None:
+        owned = {f"feature `{f.name}`": f.domains for f in self.features if f.domains}
+        for label, domains in self.label_domains.items():
+            if label not in self.labels:
+                raise ValueError(
+                    f"`label_domains` should name labels. Received: {label!r}, and the labels are "
+                    f"{self.labels}"
+                )
+            if not self.domain:
+                raise ValueError(f"label `{label}` has domains; `domain` should name a column.")
+            object.__setattr__(self, "label_domains", {**self.label_domains, label: tuple(domains)})
+        feature = self.domain_feature
+        if owned and feature is None:
+            raise ValueError(
+                f"{next(iter(owned))} is owned by domains: the column that `domain` names should "
+                "be an int64 feature too, with a vocabulary or `num_ids`, one value a row. "
+                f"Received: {self.domain!r}"
+            )
+        if feature is not None and feature.domains:
+            raise ValueError(f"feature `{feature.name}` tells the domain; no domain can own it.")
+        for where, domains in owned.items():
+            if feature is None or (feature.vocabulary is None and not feature.num_ids):
+                break  # checked again when the vocabulary has been counted
+            for domain in domains:
+                if not self._index(domain):
+                    raise ValueError(f"{where}: domain {domain} is not in `{feature.name}`.")
+
+    @property
+    def domain_feature(self) -> Categorical | None:
+        """The feature that tells a row's domain, if there is one."""
+        for f in self.categorical:
+            fits = f.dtype == "int64" and not f.is_list and not f.hash_buckets
+            if f.name == self.domain and fits:
+                return f
+        return None
+
+    @property
+    def num_domains(self) -> int:
+        """P, the known domains. A row's domain is their place from 1 on, 0 when it is unknown.
+
+        Raises:
+          ValueError: no feature tells the domain, or its vocabulary has not been counted.
+        """
+        feature = self.domain_feature
+        if feature is None:
+            raise ValueError(
+                "A model whose parts differ by domain needs the column that `schema.domain` names "
+                "among the features: int64, one value a row, with a vocabulary or `num_ids`. "
+                f"Received: {self.domain!r}"
+            )
+        return feature.num_rows - 1
+
+    def _index(self, domain: int) -> int:
+        feature = self.domain_feature
+        if feature is None:
+            return 0
+        if feature.num_ids:
+            return domain + 1 if 0 <= domain < feature.num_ids else 0
+        known = feature.vocabulary or ()
+        return known.index(domain) + 1 if domain in known else 0
+
+    def owners(self, domains: Iterable[int]) -> tuple[bool, ...]:
+        """Whether each of the P + 1 places is one of these domains."""
+        places = {self._index(domain) for domain in domains} - {0}
+        return tuple(place in places for place in range(self.num_domains + 1))
 
     @property
     def categorical(self) -> tuple[Categorical, ...]:
@@ -335,4 +407,6 @@ class Schema:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
     return list(value) if isinstance(value, tuple) else value

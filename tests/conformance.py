@@ -30,6 +30,7 @@ from qianmo.layers.tower import Tower
 from qianmo.models import zoo
 
 BATCH = 6
+DOMAIN = np.array([2, 1, 0, 3, 1, 2], np.int64)  # of three, the third row's unknown
 
 # Packages whose layers and models should all be in the table.
 PACKAGES = ("qianmo.layers", "qianmo.models")
@@ -131,7 +132,7 @@ CASES: dict[str, Case] = {
     "Embed": Case(make=lambda: Embed(SCHEMA, linear_dim=1), inputs=encoded),
     "Bottom": Case(
         make=lambda: Bottom([FM()], [MLP((4,), seed=1)], linear=True, flat=True),
-        inputs=lambda: Embedded((floats(3, 2)(),), floats(3, 1)(), floats(2)()),
+        inputs=lambda: Embedded((floats(3, 2)(),), floats(3, 1)(), floats(2)(), DOMAIN),
     ),
     # Its logits are float32 under every policy: too coarse for finite differences.
     "Tower": Case(

@@ -130,7 +130,7 @@ def test_vectors_are_the_rows_of_the_fused_tables():
             [np.reshape(f, [4, -1]) for f in embedded.fields] + [encoded.dense.numpy()], 1
         ),
     )
-    assembled = embed.assemble(embed.vectors(encoded), encoded.dense)
+    assembled = embed.assemble(embed.vectors(encoded), encoded.dense, embedded.domain)
     tf.nest.map_structure(np.testing.assert_array_equal, assembled, embedded)
 
 
@@ -174,7 +174,10 @@ def test_pooling(how):
 
 def test_interactions_refuse_fields_of_unequal_dims():
     embedded = Embedded(
-        (tf.zeros([1, 2, 4]), tf.zeros([1, 1, 2])), tf.zeros([1, 3, 0]), tf.zeros([1, 0])
+        (tf.zeros([1, 2, 4]), tf.zeros([1, 1, 2])),
+        tf.zeros([1, 3, 0]),
+        tf.zeros([1, 0]),
+        tf.zeros([1], tf.int64),
     )
     with pytest.raises(ValueError, match=r"one embedding `dim`. Received: \[4, 2\]"):
         _ = embedded.stacked

@@ -13,6 +13,7 @@ def schema(*features, **kwargs):
 
 def test_config_round_trip_through_json():
     made = schema(
+        Categorical(name="tab", vocabulary=(1, 2, 4)),
         Categorical(name="user", num_ids=5, side="user", domains=(1, 2)),
         Categorical(name="seen", num_ids=5, table="user", max_length=3, pooling="sqrtn"),
         Categorical(name="city", dtype="string", vocabulary=("a", "b"), dim=8),
@@ -20,6 +21,8 @@ def test_config_round_trip_through_json():
         labels=("y", "z"),
         weight="w",
         task_id="user",
+        domain="tab",
+        label_domains={"z": (4,)},
     )
     assert Schema.from_config(json.loads(json.dumps(made.to_config()))) == made
 
@@ -33,6 +36,46 @@ def test_rows_count_the_out_of_vocabulary_row():
     assert Categorical(name="a", num_ids=7).num_rows == 8
     assert Categorical(name="a", hash_buckets=7).num_rows == 8
     assert Categorical(name="a", vocabulary=(4, 5)).num_rows == 3
+
+
+TAB = Categorical(name="tab", vocabulary=(7, 1, 4))
+
+
+def test_domains_have_places_from_one_on():
+    made = schema(TAB, domain="tab")
+    assert made.num_domains == 3
+    assert made.owners((4, 7)) == (False, True, False, True)
+    numbered = schema(Categorical(name="tab", num_ids=3), domain="tab")
+    assert numbered.owners((0, 2)) == (False, True, False, True)
+
+
+@pytest.mark.parametrize(
+    ("features", "arguments", "message"),
+    [
+        ([Dense(name="a", domains=(1,))], {}, "`a` is owned by domains: the column that `domain`"),
+        (
+            [Categorical(name="tab", hash_buckets=3), Dense(name="a", domains=(1,))],
+            {"domain": "tab"},
+            "`a` is owned by domains",
+        ),
+        ([TAB, Dense(name="a", domains=(5,))], {"domain": "tab"}, "domain 5 is not in `tab`"),
+        (
+            [Categorical(name="tab", num_ids=2, domains=(1,))],
+            {"domain": "tab"},
+            "`tab` tells the domain",
+        ),
+        ([TAB], {"domain": "tab", "label_domains": {"x": (1,)}}, "should name labels"),
+        ([TAB], {"label_domains": {"y": (1,)}}, "label `y` has domains"),
+    ],
+)
+def test_domains_that_do_not_fit_are_refused(features, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        schema(*features, **arguments)
+
+
+def test_a_model_by_domain_needs_a_feature_that_tells_it():
+    with pytest.raises(ValueError, match="among the features"):
+        _ = schema(Dense(name="a"), domain="tab").num_domains
 
 
 def test_completeness():
