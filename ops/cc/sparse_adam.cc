@@ -4,43 +4,42 @@
 
 namespace qianmo {
 
-RowGroups GroupRows(const int64_t* indices, int32_t n) {
+RowGroups GroupRows(const int64_t* indices, int32_t n, int64_t num_rows) {
+  constexpr int32_t kNone = RowGroups::kNone;
   RowGroups groups;
   groups.rows.reserve(n);
-  std::vector<int32_t> group_of(n), sizes;
-  sizes.reserve(n);
+  groups.first.reserve(n);
+  groups.next.assign(n, kNone);
+  std::vector<int32_t> last;
+  last.reserve(n);
 
-  // Open addressing, at most half full; a slot holds a group's number.
+  // Open addressing, at most half full; a slot holds a group's number. When
+  // there is a slot for each row, rows are their own slots. Otherwise the high
+  // bits of the product depend on all bits of the row (Fibonacci hashing).
   int bits = 4;
   while ((int64_t{1} << bits) < 2 * int64_t{n}) ++bits;
   const uint64_t mask = (uint64_t{1} << bits) - 1;
-  constexpr int32_t kEmpty = -1;
-  std::vector<int32_t> slots(mask + 1, kEmpty);
+  const bool direct = num_rows <= static_cast<int64_t>(mask);
+  const uint64_t factor = direct ? 1 : 0x9E3779B97F4A7C15u;
+  const int shift = direct ? 0 : 64 - bits;
+  std::vector<int32_t> slots(mask + 1, kNone);
   for (int32_t i = 0; i < n; ++i) {
     const int64_t row = indices[i];
-    // Fibonacci hashing: the high bits of the product depend on all bits.
-    uint64_t at =
-        (static_cast<uint64_t>(row) * 0x9E3779B97F4A7C15u) >> (64 - bits);
-    while (slots[at] != kEmpty && groups.rows[slots[at]] != row) {
+    uint64_t at = (static_cast<uint64_t>(row) * factor) >> shift;
+    while (slots[at] != kNone && groups.rows[slots[at]] != row) {
       at = (at + 1) & mask;
     }
-    if (slots[at] == kEmpty) {
+    const int32_t group = slots[at];
+    if (group == kNone) {
       slots[at] = static_cast<int32_t>(groups.rows.size());
       groups.rows.push_back(row);
-      sizes.push_back(0);
+      groups.first.push_back(i);
+      last.push_back(i);
+    } else {
+      groups.next[last[group]] = i;
+      last[group] = i;
     }
-    group_of[i] = slots[at];
-    ++sizes[slots[at]];
   }
-
-  groups.starts.resize(sizes.size() + 1);
-  groups.starts[0] = 0;
-  for (size_t g = 0; g < sizes.size(); ++g) {
-    groups.starts[g + 1] = groups.starts[g] + sizes[g];
-  }
-  std::vector<int32_t> next(groups.starts.begin(), groups.starts.end() - 1);
-  groups.positions.resize(n);
-  for (int32_t i = 0; i < n; ++i) groups.positions[next[group_of[i]]++] = i;
   return groups;
 }
 
@@ -50,13 +49,12 @@ void SparseAdamRows(const RowGroups& groups, int64_t begin, int64_t end,
   std::vector<float> buffer(dim);
   float* const sum = buffer.data();
   for (int64_t group = begin; group < end; ++group) {
-    const int32_t* position = &groups.positions[groups.starts[group]];
-    const int32_t* const last = &groups.positions[0] + groups.starts[group + 1];
-    const float* g = gradients + *position * dim;
-    if (last - position > 1) {
+    int32_t place = groups.first[group];
+    const float* g = gradients + place * dim;
+    if ((place = groups.next[place]) != RowGroups::kNone) {
       for (int64_t d = 0; d < dim; ++d) sum[d] = g[d];
-      while (++position != last) {
-        const float* const more = gradients + *position * dim;
+      for (; place != RowGroups::kNone; place = groups.next[place]) {
+        const float* const more = gradients + place * dim;
         for (int64_t d = 0; d < dim; ++d) sum[d] += more[d];
       }
       g = sum;

@@ -8,17 +8,19 @@
 
 namespace qianmo {
 
-// The distinct values of a list, in the order in which they first appear, and
-// where each one stands in it: rows[i] stands at positions[starts[i]] ...
-// positions[starts[i + 1] - 1], which ascend.
+// Which places of a list name the same row: rows[g] stands first at first[g],
+// and then at next[first[g]], next[next[first[g]]] and so on, up to kNone. Rows
+// are in the order in which they first appear, places ascend.
 struct RowGroups {
+  static constexpr int32_t kNone = -1;
   std::vector<int64_t> rows;
-  std::vector<int32_t> starts;
-  std::vector<int32_t> positions;
+  std::vector<int32_t> first;
+  std::vector<int32_t> next;
 };
 
-// Groups indices[0] ... indices[n - 1]; the cost depends on n alone.
-RowGroups GroupRows(const int64_t* indices, int32_t n);
+// Groups indices[0] ... indices[n - 1], all in [0, num_rows). The cost depends
+// on n alone.
+RowGroups GroupRows(const int64_t* indices, int32_t n, int64_t num_rows);
 
 // Numbers of one step; `alpha` is the bias-corrected rate.
 struct AdamStep {

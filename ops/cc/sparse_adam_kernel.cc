@@ -91,15 +91,18 @@ class SparseAdamOp : public tensorflow::OpKernel {
         static_cast<float>(ctx->input(9).flat<double>()(0)),
     };
 
-    const RowGroups groups = GroupRows(rows.data(), static_cast<int32_t>(n));
+    const RowGroups groups =
+        GroupRows(rows.data(), static_cast<int32_t>(n), num_rows);
     const int64_t dim = n == 0 ? 0 : gradients.NumElements() / n;
     float* const w = variables[0].flat<float>().data();
     float* const m = variables[1].flat<float>().data();
     float* const v = variables[2].flat<float>().data();
     const float* const g = gradients.flat<float>().data();
-    const int64_t cycles_of_a_row = 100 + 20 * dim;
+    const auto num_groups = static_cast<int64_t>(groups.rows.size());
+    if (num_groups == 0) return absl::OkStatus();
+    const int64_t cycles_of_a_row = 100 + dim * (20 + n / num_groups);
     ctx->device()->tensorflow_cpu_worker_threads()->workers->ParallelFor(
-        static_cast<int64_t>(groups.rows.size()),
+        num_groups,
         tsl::thread::ThreadPool::SchedulingParams::Adaptive(cycles_of_a_row),
         [&](int64_t begin, int64_t end) {
           SparseAdamRows(groups, begin, end, g, dim, step, w, m, v);

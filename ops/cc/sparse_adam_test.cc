@@ -10,17 +10,17 @@ namespace qianmo {
 namespace {
 
 void GroupsKeepTheOrderOfAppearance() {
-  const std::vector<int64_t> indices = {7, -3, 7, int64_t{1} << 62, -3, 7};
-  const RowGroups groups = GroupRows(indices.data(), 6);
-  CHECK((groups.rows == std::vector<int64_t>{7, -3, int64_t{1} << 62}));
-  CHECK((groups.starts == std::vector<int32_t>{0, 3, 5, 6}));
-  CHECK((groups.positions == std::vector<int32_t>{0, 2, 5, 1, 4, 3}));
+  constexpr int64_t kLarge = int64_t{1} << 62;
+  const std::vector<int64_t> indices = {7, 3, 7, kLarge, 3, 7};
+  const RowGroups groups = GroupRows(indices.data(), 6, kLarge + 1);
+  CHECK((groups.rows == std::vector<int64_t>{7, 3, kLarge}));
+  CHECK((groups.first == std::vector<int32_t>{0, 1, 3}));
+  CHECK((groups.next == std::vector<int32_t>{2, 4, 5, -1, -1, -1}));
 }
 
 void NothingIsGroupedToNothing() {
-  const RowGroups groups = GroupRows(nullptr, 0);
+  const RowGroups groups = GroupRows(nullptr, 0, 9);
   CHECK(groups.rows.empty());
-  CHECK((groups.starts == std::vector<int32_t>{0}));
   SparseAdamRows(groups, 0, 0, nullptr, 4, AdamStep{}, nullptr, nullptr,
                  nullptr);
 }
@@ -33,12 +33,14 @@ void GroupsAreRightForManyRows() {
     for (int32_t i = 0; i < n; ++i) {
       indices[i] = int64_t{i % distinct} << shift;
     }
-    const RowGroups groups = GroupRows(indices.data(), n);
+    const RowGroups groups =
+        GroupRows(indices.data(), n, int64_t{distinct} << shift);
     CHECK(groups.rows.size() == distinct);
     for (int32_t g = 0; g < distinct; ++g) {
       int32_t expected = g;
-      for (int32_t at = groups.starts[g]; at < groups.starts[g + 1]; ++at) {
-        CHECK(groups.positions[at] == expected);
+      for (int32_t at = groups.first[g]; at != RowGroups::kNone;
+           at = groups.next[at]) {
+        CHECK(at == expected);
         expected += distinct;
       }
       CHECK(expected >= n);
@@ -56,7 +58,7 @@ void RangesMayBeSharedInAnyWay() {
     }
     std::vector<float> w(6 * dim, 1), m(6 * dim, 0.5f), v(6 * dim, 0.25f);
     std::vector<float> w2 = w, m2 = m, v2 = v;
-    const RowGroups groups = GroupRows(indices.data(), 6);
+    const RowGroups groups = GroupRows(indices.data(), 6, 6);
     SparseAdamRows(groups, 0, 3, gradients.data(), dim, step, w.data(),
                    m.data(), v.data());
     for (int64_t g = 2; g >= 0; --g) {
