@@ -33,7 +33,7 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -48,8 +48,8 @@ SAMPLE = pathlib.Path(__file__).resolve().parent / "sample"
 DATASETS = ("kuairand", "movielens_1m", "kuairand_sample")
 LAST_TRAIN_DAY, VALID_DAY, TEST_DAY = 20220503, 20220504, 20220505
 HISTORY_LENGTH = 20
-SPLITS = ("time", "random", "new_users", "all_users")
-Split = Literal["time", "random", "new_users", "all_users"]
+Split = Literal["time", "random", "new_users", "all_users", "melu"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 _ROW_GROUP = 2**16  # rows; the unit in which readers shuffle and share files
 
 _LOG_COLUMNS = (
@@ -228,7 +228,7 @@ def movielens_1m(
       split: "time": the first 80 % by timestamp train, the rest test. "random": 80 % train, 10 %
         valid, 10 % test. "new_users" holds out 20 % of the users and tests on their rows after the
         20th, "all_users" tests on the last 20 % of every user's rows; both with the 20 rows before
-        as test_support, see `protocols`.
+        as test_support, see `protocols`. "melu": other rows, see `movielens_1m_melu`.
       seed: of the random split, and of the draw of new users.
       overwrite: whether an existing output is replaced.
 
@@ -237,6 +237,8 @@ def movielens_1m(
     """
     if split not in SPLITS:
         raise ValueError(f"`split` should be one of {SPLITS}. Received: {split!r}")
+    if split == "melu":
+        return movielens_1m_melu(source, output, overwrite=overwrite)
     tables = _movielens_tables(pathlib.Path(source))
     ratings = tables["ratings"].filter(pc.not_equal(tables["ratings"]["rating"], 3))
     order = np.argsort(ratings["timestamp"].to_numpy(), kind="stable")
@@ -274,6 +276,60 @@ def movielens_1m(
         names = ("train", "valid", "test")
         parts = {name: table.take(np.sort(cut)) for name, cut in zip(names, cuts, strict=True)}
     return _write(output, f"movielens_1m, {split} split", parts, overwrite)
+
+
+def movielens_1m_melu(
+    source: readers.PathLike, output: readers.PathLike, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Makes MovieLens-1M's rows of MeLU's cold-start states: `label` is (rating - 1) / 4.
+
+    Films have the features that MeLU's authors collected: rate, genres, directors and actors. A
+    column `state` says whether user and film are known in training, `task` the user in the state.
+
+    Args:
+      source: folder with Parquet tables: ratings with a column melu_split, users, and movies_extra.
+      output: folder to make.
+      overwrite: whether an existing output is replaced.
+
+    Returns:
+      What data.json holds.
+
+    References: Lee et al. 2019; see `protocols.melu`.
+    """
+    folder = pathlib.Path(source)
+    ratings = _table(folder / "ratings.parquet")
+    if "melu_split" not in ratings.column_names:
+        raise readers.DataError(
+            f"{folder / 'ratings.parquet'}: no column `melu_split`, which tells MeLU's states. Add "
+            "it from MeLU's published files."
+        )
+    users = _rows_of(_table(folder / "users.parquet"), "user_id", ratings["user_id"])
+    # MeLU takes two films for aliases of others, and has no features of their own for them.
+    ids = ratings["movie_id"].to_numpy()
+    described = np.where(ids == 860, 811, np.where(ids == 1795, 1741, ids))
+    movies = _rows_of(_table(folder / "movies_extra.parquet"), "movie_id", pa.array(described))
+
+    def names(column: str) -> pa.ChunkedArray:
+        found = pc.split_pattern(pc.cast(movies[column], pa.string()), ", ")
+        return pc.fill_null(found, pa.scalar([], pa.list_(pa.string())))
+
+    table = pa.table(
+        {
+            "user_id": ratings["user_id"],
+            "movie_id": ratings["movie_id"],
+            **{name: users[name] for name in ("gender", "age", "occupation", "zip_code")},
+            "rate": movies["rate"],
+            "genre": names("imdb_genres"),
+            "director": names("director"),
+            "actor": names("actors"),
+            "rating": ratings["rating"],
+            "label": pa.array((ratings["rating"].to_numpy() - 1) / 4, pa.float32()),
+            "timestamp": ratings["timestamp"],
+            "state": pc.cast(ratings["melu_split"], pa.string()),
+        }
+    )
+    parts = protocols.melu(table, "user_id", "state", "timestamp")
+    return _write(output, "movielens_1m, melu split", parts, overwrite)
 
 
 def _table(file: pathlib.Path) -> pa.Table:

@@ -14,6 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 SUPPORT_ROWS = 20
+# MeLU's four states of users and films: known in training, or not.
+STATES = ("warm", "user_cold", "item_cold", "user_and_item_cold")
 
 _Rows = npt.NDArray[Any]
 
@@ -84,6 +86,48 @@ def support_before(table: pa.Table, query: pa.Table, task: str, time: str) -> pa
     table = table.filter(table[time].to_numpy() < first[at])
     place, count = _places(table[task].to_numpy())
     return table.filter(place >= count - SUPPORT_ROWS)
+
+
+def melu(table: pa.Table, user: str, state: str, time: str) -> dict[str, pa.Table]:
+    """The cold-start protocol of MeLU: each user's last 10 rows of a random order are to be scored.
+
+    Of each state, users with 13 to 100 rows take part, in order of their ids; a generator seeded
+    with 1 for each state permutes the rows of one user after the other.
+
+    Args:
+      table: rows in the publisher's order, on which the permutations depend.
+      user: column of the user.
+      state: column of the state, one of `STATES`.
+      time: column of the time. Support may be younger than the rows to be scored.
+
+    Returns:
+      train: the support rows of the warm state; test: the last 10 rows of each user and state;
+      test_support: the others. They have a column `task` more, int64: the user in the state.
+
+    References: Lee et al. 2019, MeLU: Meta-Learned User Preference Estimator for Cold-Start
+    Recommendation. Its code also trains on the warm state's rows to be scored; here they are left
+    out. It publishes no seed.
+    """
+    users, states = table[user].to_numpy().astype(np.int64), table[state].to_numpy()
+    task = np.full(len(table), -1)
+    is_query = np.zeros(len(table), bool)
+    for number, name in enumerate(STATES):
+        random = np.random.default_rng(1)
+        own = np.flatnonzero(states == name)
+        own = own[np.argsort(users[own], kind="stable")]
+        for rows in np.split(own, np.flatnonzero(np.diff(users[own])) + 1):
+            if 13 <= len(rows) <= 100:
+                task[rows] = 10_000 * number + users[rows]
+                is_query[rows[random.permutation(len(rows))[-10:]]] = True
+    table = table.append_column("task", pa.array(task))
+    order = np.argsort(table[time].to_numpy(), kind="stable")
+    table, task, is_query, states = (x.take(order) for x in (table, task, is_query, states))
+    is_support = (task >= 0) & ~is_query
+    return {
+        "train": table.filter(is_support & (states == STATES[0])),
+        "test": table.filter(is_query),
+        "test_support": table.filter(is_support),
+    }
 
 
 def _places(ids: _Rows) -> tuple[_Rows, _Rows]:

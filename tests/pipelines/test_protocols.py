@@ -80,6 +80,68 @@ def test_support_is_older_than_the_first_row_to_score() -> None:
     assert found == expected
 
 
+def test_melu_scores_ten_rows_of_each_user_in_a_state() -> None:
+    """Users of 1 to 120 rows in two of the states, from row to row in no order of time."""
+    random = np.random.default_rng(3)
+    user = random.permutation(np.repeat(np.arange(60), random.integers(1, 300, 60)))
+    state = np.array(protocols.STATES)[(user % 2) + 2 * random.integers(0, 2, len(user))]
+    rows = {"user": user, "row": np.arange(len(user)), "time": -np.arange(len(user)) // 2}
+    parts = protocols.melu(pa.table({**rows, "state": state}), "user", "state", "time")
+    query, support = (set(parts[name]["row"].to_pylist()) for name in ("test", "test_support"))
+    assert not query & support
+    sizes = []
+    for number, name in enumerate(protocols.STATES):
+        generator = np.random.default_rng(1)
+        for one in range(60):
+            own = np.flatnonzero((user == one) & (state == name))
+            sizes.append(len(own))
+            if len(own) < 13 or len(own) > 100:
+                assert not {*own} & (query | support)
+                continue
+            order = own[generator.permutation(len(own))]
+            assert {*order[-10:]} <= query
+            assert {*order[:-10]} <= support
+            for part in (parts["test"], parts["test_support"]):
+                tasks = part.filter(np.isin(part["row"].to_numpy(), own))["task"]
+                assert set(tasks.to_pylist()) == {10_000 * number + one}
+    assert min(sizes) == 0
+    assert max(sizes) > 100
+    warm = parts["test_support"].filter(parts["test_support"]["state"].to_numpy() == "warm")
+    assert parts["train"].equals(warm)
+    for part in parts.values():
+        assert (np.diff(part["time"].to_numpy()) >= 0).all()
+
+
+@MOVIELENS
+def test_the_four_states_of_movielens_1m(tmp_path: pathlib.Path) -> None:
+    """Counts as published here, and that training knows no user, film or row that it should not."""
+    source = pathlib.Path(os.environ["QIANMO_MOVIELENS_1M"])
+    if not (source / "ratings.parquet").exists():
+        pytest.skip("MeLU's states are in the Parquet tables alone")
+    about = prepare.movielens_1m(source, tmp_path / "made", split="melu")
+    assert about["rows"] == {"train": 95_281, "test": 69_070, "test_support": 216_823}
+    parts = {name: pq.read_table(tmp_path / "made" / f"{name}.parquet") for name in about["rows"]}
+    state = parts["test"]["state"].to_numpy()
+    count = [len(np.unique(parts["test"]["task"].to_numpy()[state == s])) for s in protocols.STATES]
+    assert count == [2653, 668, 2863, 723]
+    assert set(parts["test"]["task"].to_pylist()) == set(parts["test_support"]["task"].to_pylist())
+    keys = {
+        name: part["user_id"].to_numpy().astype(np.int64) * 10_000 + part["movie_id"].to_numpy()
+        for name, part in parts.items()
+    }
+    assert not np.isin(keys["test"], keys["test_support"]).any()
+    for column, cold in (("user_id", (1, 3)), ("movie_id", (2, 3))):
+        known = np.isin(parts["test"][column].to_numpy(), parts["train"][column].to_numpy())
+        for number, name in enumerate(protocols.STATES):
+            share = known[state == name].mean()
+            # Of the users of new films, those with over 100 ratings of known ones are not trained on.
+            assert share == 0 if number in cold else share > 0.3, share
+    rating = parts["test"]["rating"].to_numpy()
+    np.testing.assert_array_equal(4 * parts["test"]["label"].to_numpy() + 1, rating)
+    assert parts["test"]["rate"].null_count == 0
+    assert max(map(len, parts["test"]["actor"].to_pylist())) == 4
+
+
 @MOVIELENS
 @pytest.mark.parametrize(
     ("split", "rows"),
