@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import pathlib
 import re
@@ -13,6 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.modified import newer_group
 
 ROOT = pathlib.Path(__file__).resolve().parent
 os.chdir(ROOT)
@@ -89,6 +91,21 @@ class BuildOps(build_ext):
         flags += ["-iquote", str(ROOT), "-O3", "-fno-math-errno", "-g0", "-Wall", "-Wextra"]
         ext.extra_compile_args = flags
         ext.extra_link_args = tf.sysconfig.get_link_flags()
+        compile_all = self.compiler.compile
+
+        def compile_new(sources: list[str], output_dir: str, **options: Any) -> list[str]:
+            """Compiles what is out of date, side by side: a file takes ten seconds."""
+
+            def compile_one(source: str) -> str:
+                (made,) = self.compiler.object_filenames([source], output_dir=output_dir)
+                if newer_group([source, *ext.depends], made):
+                    compile_all([source], output_dir=output_dir, **options)
+                return made
+
+            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+                return list(pool.map(compile_one, sources))
+
+        self.compiler.compile = compile_new
         super().build_extension(ext)
 
     def copy_file(self, source: str, target: str, *args: Any, **options: Any) -> tuple[str, bool]:
