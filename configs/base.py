@@ -26,6 +26,8 @@ def base_config() -> ConfigDict:
                 "epochs": 3,
                 "optimizer": {"name": "adam", "learning_rate": 1e-3},
                 "table_optimizer": {"name": "sparse_adam", "learning_rate": 1e-3},
+                # Of the step sizes that a meta tower learns.
+                "meta_optimizer": {"name": "adam", "learning_rate": 2e-2},
                 "monitor": "auc",  # the validation metric to stop by: auc, gauc or log_loss
                 "patience": 1,  # epochs without a better one before training stops
                 "checkpoint_every": 500,  # steps

@@ -9,6 +9,7 @@ import tensorflow as tf
 import tf_keras
 
 from qianmo.layers.embed import Embedded
+from qianmo.layers.seeding import pick_seed
 
 Layers = Sequence[tf_keras.layers.Layer]
 
@@ -19,7 +20,11 @@ class Bottom(tf_keras.layers.Layer):
 
         h = [ sum_f linear_f ; I_1(V) ; I_2(V) ; ... ; G_1(x) ; G_2(x) ; ... ; x ]
 
-    with V the field vectors [B, F, D] and x all vectors and dense features, flat.
+    with V the field vectors [B, F, D] and x all vectors and dense features, flat. With `seam_dim`
+    a centred linear view of them crosses the tower seam, which is what adaptation wants: of vectors
+    that are all positive every pair looks alike.
+
+        h <- (u - mean(u)) / sqrt(var(u) + eps),   u = W h + b
 
     Args:
       interactions: layers I on field vectors, [B, F, D] -> [B, *], such as `FM` or `CIN`.
@@ -27,6 +32,8 @@ class Bottom(tf_keras.layers.Layer):
       linear: whether the sum of first-order terms takes part; `Embed` must have made them.
       flat: whether x itself takes part.
       dense: whether the dense features, which x holds too, take part by themselves.
+      seam_dim: width of u; 0 for none.
+      seed: of W. None draws one.
 
     Inputs: `Embedded`.
     Outputs: h, [B, H].
@@ -42,6 +49,8 @@ class Bottom(tf_keras.layers.Layer):
         linear: bool = False,
         flat: bool = False,
         dense: bool = False,
+        seam_dim: int = 0,
+        seed: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -52,6 +61,16 @@ class Bottom(tf_keras.layers.Layer):
         self.dense = dense
         if not (self.interactions or self.networks or linear or flat or dense):
             raise ValueError("A `Bottom` should have at least one part.")
+        if seam_dim < 0:
+            raise ValueError(f"`seam_dim` should be >= 0. Received: {seam_dim}")
+        self.seam_dim = seam_dim
+        self.seed = pick_seed(seed) if seam_dim else seed
+        if seam_dim:
+            glorot = tf_keras.initializers.GlorotUniform(self.seed)
+            self.seam = tf_keras.layers.Dense(seam_dim, kernel_initializer=glorot, name="seam")
+            self.centre = tf_keras.layers.LayerNormalization(
+                center=False, scale=False, name="centre"
+            )
 
     def call(self, embedded: Embedded, training: bool = False) -> tf.Tensor:
         """Computes the hidden state."""
@@ -66,7 +85,8 @@ class Bottom(tf_keras.layers.Layer):
             parts += [layer(flat, training=training) for layer in self.networks]
             if self.flat:
                 parts.append(flat)
-        return tf.concat(parts, 1) if len(parts) > 1 else parts[0]
+        h = tf.concat(parts, 1) if len(parts) > 1 else parts[0]
+        return self.centre(self.seam(h)) if self.seam_dim else h
 
     def get_config(self) -> dict[str, Any]:
         """The layer's arguments, its parts serialised."""
@@ -78,6 +98,8 @@ class Bottom(tf_keras.layers.Layer):
             "linear": self.linear,
             "flat": self.flat,
             "dense": self.dense,
+            "seam_dim": self.seam_dim,
+            "seed": self.seed,
         }
 
     @classmethod

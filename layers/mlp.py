@@ -98,6 +98,11 @@ class MLP(tf_keras.layers.Layer):
             )
         super().build(input_shape)
 
+    @property
+    def kernels(self) -> list[tf.Variable]:
+        """The layers' W^l."""
+        return [layer.kernel for layer in self._layers]
+
     def hidden(
         self, x: tf.Tensor, training: bool = False, correction: Correction | None = None
     ) -> list[tf.Tensor]:

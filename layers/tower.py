@@ -21,10 +21,11 @@ class TowerOutput(NamedTuple):
 
 
 class DenseShape(NamedTuple):
-    """One dense layer of a tower: its widths, and whether it makes logits."""
+    """One dense layer of a tower: its widths, whether it reads h, whether it makes logits."""
 
     num_inputs: int
     num_outputs: int
+    is_first: bool
     is_last: bool
 
 
@@ -42,7 +43,7 @@ class Tower(tf_keras.layers.Layer):
       seed: of first weights and dropout, as for `MLP`. None draws one.
 
     Inputs: h, [..., H].
-    Outputs: `TowerOutput`; logits are float32 under every dtype policy.
+    Outputs: `TowerOutput`; logits are float32 under every dtype policy but float64.
     """
 
     def __init__(
@@ -68,15 +69,16 @@ class Tower(tf_keras.layers.Layer):
             name="mlp",
         )
         glorot = tf_keras.initializers.GlorotUniform(derive_seed(self.seed, 1))
+        wide = "float64" if self.compute_dtype == "float64" else "float32"
         self.head = tf_keras.layers.Dense(
-            num_labels, kernel_initializer=glorot, dtype="float32", name="head"
+            num_labels, kernel_initializer=glorot, dtype=wide, name="head"
         )
 
     def dense_shapes(self, h_dim: int) -> list[DenseShape]:
         """Its dense layers, in the order in which a correction counts them."""
         widths = [h_dim, *self.mlp.units, self.num_labels]
         last = len(widths) - 2
-        return [DenseShape(widths[i], widths[i + 1], i == last) for i in range(last + 1)]
+        return [DenseShape(widths[i], widths[i + 1], i == 0, i == last) for i in range(last + 1)]
 
     def call(
         self, h: tf.Tensor, training: bool = False, correction: Correction | None = None

@@ -1,4 +1,7 @@
-"""Click-through models, each a bottom and a linear tower on the plain road."""
+"""Click-through models, each a bottom and a tower on the plain road.
+
+All take the arguments of `road`: by default the tower is linear and nothing stands at the seam.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,20 @@ from qianmo.models.road import Road
 UNITS = (256, 128, 64)
 
 
-def _road(schema: Schema, bottom: Bottom, ranker: dict[str, Any]) -> Road:
+def road(
+    schema: Schema,
+    parts: dict[str, Any],
+    *,
+    seam_dim: int = 0,
+    tower_units: Sequence[int] = (),
+    **ranker: Any,
+) -> Road:
+    """Puts the parts of a `Bottom` before a `Tower`, and a centred seam of that width between."""
+    bottom = Bottom(**parts, seam_dim=seam_dim, name="bottom")
     num_labels = len(schema.labels)
     linear_dim = num_labels if bottom.linear else 0
-    return Road(schema, bottom, Tower(num_labels, name="tower"), linear_dim=linear_dim, **ranker)
+    tower = Tower(num_labels, tower_units, name="tower")
+    return Road(schema, bottom, tower, linear_dim=linear_dim, **ranker)
 
 
 def lr(schema: Schema, **ranker: Any) -> Road:
@@ -30,15 +43,15 @@ def lr(schema: Schema, **ranker: Any) -> Road:
     features = [
         dataclasses.replace(f, dim=1) if isinstance(f, Categorical) else f for f in schema.features
     ]
-    bottom = Bottom(linear=True, dense=bool(schema.dense), name="bottom")
-    return _road(schema.with_features(features), bottom, ranker)
+    parts = {"linear": True, "dense": bool(schema.dense)}
+    return road(schema.with_features(features), parts, **ranker)
 
 
 def mlp(
     schema: Schema, *, units: Sequence[int] = UNITS, dropout: float = 0.0, **ranker: Any
 ) -> Road:
     """A plain network on the embedded row: z = w MLP(x) + b."""
-    return _road(schema, Bottom(networks=[MLP(units, dropout=dropout)], name="bottom"), ranker)
+    return road(schema, {"networks": [MLP(units, dropout=dropout)]}, **ranker)
 
 
 def wdl(
@@ -49,8 +62,8 @@ def wdl(
     References: Cheng et al. 2016, Wide & Deep Learning for Recommender Systems. Here the wide part
     has no hand-made crosses, and its weight in the sum is learned.
     """
-    bottom = Bottom(networks=[MLP(units, dropout=dropout)], linear=True, name="bottom")
-    return _road(schema, bottom, ranker)
+    parts = {"networks": [MLP(units, dropout=dropout)], "linear": True}
+    return road(schema, parts, **ranker)
 
 
 def deepfm(
@@ -60,8 +73,9 @@ def deepfm(
 
     References: Guo et al. 2017, DeepFM, where the weights of the terms are 1; here they learn.
     """
-    bottom = Bottom([FM()], [MLP(units, dropout=dropout)], linear=True, name="bottom")
-    return _road(schema, bottom, ranker)
+    networks = [MLP(units, dropout=dropout)]
+    parts = {"interactions": [FM()], "networks": networks, "linear": True}
+    return road(schema, parts, **ranker)
 
 
 def dcn(
@@ -80,7 +94,7 @@ def dcn(
     References: Wang et al. 2021, DCN V2.
     """
     networks = [CrossNetwork(num_cross_layers, projection_dim), MLP(units, dropout=dropout)]
-    return _road(schema, Bottom(networks=networks, name="bottom"), ranker)
+    return road(schema, {"networks": networks}, **ranker)
 
 
 def xdeepfm(
@@ -95,5 +109,6 @@ def xdeepfm(
 
     References: Lian et al. 2018, xDeepFM.
     """
-    bottom = Bottom([CIN(cin_units)], [MLP(units, dropout=dropout)], linear=True, name="bottom")
-    return _road(schema, bottom, ranker)
+    networks = [MLP(units, dropout=dropout)]
+    parts = {"interactions": [CIN(cin_units)], "networks": networks, "linear": True}
+    return road(schema, parts, **ranker)

@@ -179,6 +179,13 @@ class DualDNN(Ranker):
             found["student"] = self.student_tower(h, training=training)
         return found
 
+    def tower_of(self, head: str) -> Tower:
+        """The teacher's tower or the student's."""
+        tower = self.tower if head == "teacher" else self.student_tower
+        if tower is None:
+            raise ValueError("A student alone has no teacher.")
+        return tower
+
     def loss_terms(self, heads: Mapping[str, TowerOutput], labels: tf.Tensor) -> dict[str, Any]:
         """The parts of L; weights of 0 leave their part out."""
         student = heads["student"]
@@ -236,14 +243,14 @@ class DualDNN(Ranker):
         return cls(**{**config, **parts})
 
 
-def teacher(
-    schema: Schema,
+def interaction_layers(
     interactions: Mapping[str, Mapping[str, Any]],
-    units: Sequence[int],
-    dropout: float = 0.0,
-    seed: int | None = None,
-) -> tuple[Bottom, Tower]:
-    """The teacher's bottom and tower: h = [interactions(V) ; x], z = MLP(h)."""
+) -> tuple[list[tf_keras.layers.Layer], list[tf_keras.layers.Layer]]:
+    """The interactions named, those on field vectors and those on the flat row.
+
+    Raises:
+      ValueError: an unknown name.
+    """
     fields, flat = [], []
     for name, arguments in interactions.items():
         if name in FIELD_INTERACTIONS:
@@ -253,6 +260,18 @@ def teacher(
         else:
             known = sorted({*FIELD_INTERACTIONS, *FLAT_INTERACTIONS})
             raise ValueError(f"An interaction should be one of {known}. Received: {name!r}")
+    return fields, flat
+
+
+def teacher(
+    schema: Schema,
+    interactions: Mapping[str, Mapping[str, Any]],
+    units: Sequence[int],
+    dropout: float = 0.0,
+    seed: int | None = None,
+) -> tuple[Bottom, Tower]:
+    """The teacher's bottom and tower: h = [interactions(V) ; x], z = MLP(h)."""
+    fields, flat = interaction_layers(interactions)
     bottom = Bottom(fields, flat, flat=True, name="teacher_bottom")
     return bottom, Tower(len(schema.labels), units, dropout, seed=seed, name="teacher_tower")
 

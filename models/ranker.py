@@ -12,6 +12,8 @@ import tf_keras
 from qianmo.layers.embed import Embed, Embedded
 from qianmo.layers.encode import Encode, example
 from qianmo.layers.features import Schema
+from qianmo.layers.inner_loop import AdaptableTower
+from qianmo.layers.meta import Meta
 from qianmo.layers.tower import TowerOutput
 
 Targets = Mapping[str, tf.Tensor]
@@ -30,6 +32,7 @@ class Ranker(tf_keras.Model):
       embedding_l2: weight of the L2 loss on the batch's vectors, see `Embed`.
       embedding_stddev: of the tables' initialisation.
       embedding_seed: of the same. None draws one.
+      meta: makes the serving head's tower a meta tower, as a `Meta` or its config.
 
     Inputs: a mapping with exactly the names of `schema.input_names`.
     Outputs: a mapping head name -> logits [B, K], in the order of `schema.labels`.
@@ -46,6 +49,7 @@ class Ranker(tf_keras.Model):
         embedding_l2: float = 0.0,
         embedding_stddev: float = 0.01,
         embedding_seed: int | None = None,
+        meta: Meta | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -59,12 +63,24 @@ class Ranker(tf_keras.Model):
             seed=embedding_seed,
             name="embed",
         )
+        self.meta: Meta | None = (
+            meta if meta is None or isinstance(meta, Meta) else Meta(**{"name": "meta", **meta})
+        )
+        if self.meta is not None:
+            needs = ("task_id", "timestamp") if self.meta.split == "time" else ("task_id",)
+            missing = [key for key in needs if not getattr(self.schema, key)]
+            if missing:
+                raise ValueError(f"`meta` needs `schema.{missing[0]}`, which names no column.")
         self.first_bad_step = tf.Variable(-1, dtype=tf.int64, trainable=False, name="bad_step")
 
     def heads(
         self, embedded: Embedded, names: Sequence[str], training: bool = False
     ) -> dict[str, TowerOutput]:
         """Computes the heads named, from what lies right of the embedding seam."""
+        raise NotImplementedError
+
+    def tower_of(self, head: str) -> AdaptableTower:
+        """The tower of a head."""
         raise NotImplementedError
 
     def loss_terms(self, heads: Mapping[str, TowerOutput], labels: tf.Tensor) -> dict[str, Any]:
@@ -83,20 +99,32 @@ class Ranker(tf_keras.Model):
         if not getattr(self, "built", False):
             self.built = True
             with tf.init_scope():
-                self(example(self.schema))
+                features = example(self.schema)
+                self(features)
+                if self.meta is not None:
+                    head = self.serving_head
+                    embedded = self.embed(self.encode(features))
+                    h = self.heads(embedded, (head,))[head].h
+                    self.meta.inner.build(self.tower_of(head).dense_shapes(h.shape[-1]))
 
-    def compile(self, optimizer: Any, table_optimizer: Any, **kwargs: Any) -> None:
-        """Sets the optimisers: one for dense weights, one for the embedding tables."""
+    def compile(
+        self, optimizer: Any, table_optimizer: Any, meta_optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Sets the optimisers: for dense weights, embedding tables, and learned step sizes."""
         super().compile(optimizer=optimizer, **kwargs)
         self.table_optimizer = table_optimizer
+        self.meta_optimizer = meta_optimizer
         self._means: dict[str, tf_keras.metrics.Mean] = {}
 
     def train_step(self, data: tuple[Mapping[str, tf.Tensor], Targets]) -> dict[str, tf.Tensor]:
         """One step; notes in `first_bad_step` the first step whose loss was not finite."""
         features, targets = data
-        weight = tf.math.divide_no_nan(targets["weight"], tf.reduce_sum(targets["weight"]))
+        weight = targets["weight"]
+        if "original" in targets:  # rows of chunks may take part in episodes alone
+            weight *= targets["original"]
+        weight = tf.math.divide_no_nan(weight, tf.reduce_sum(weight))
         inputs = {name: features[name] for name in self.schema.input_names}
-        with tf.GradientTape() as tape:
+        with tf.GradientTape(persistent=True) as tape:
             embedded = self.embed(self.encode(inputs), training=True)
             heads = self.heads(embedded, self.head_names, training=True)
             terms = {
@@ -105,15 +133,21 @@ class Ranker(tf_keras.Model):
             }
             if self.losses:
                 terms["regularisation"] = tf.add_n(self.losses)
-            loss = tf.add_n(list(terms.values()))
-        tables = self.embed.trainable_variables
-        is_table = {id(v) for v in tables}
-        dense = [v for v in self.trainable_variables if id(v) not in is_table]
-        gradients = tape.gradient(loss, tables + dense)
-        if tables:
-            self.table_optimizer.apply_gradients(zip(gradients[: len(tables)], tables, strict=True))
-        if dense:
-            self.optimizer.apply_gradients(zip(gradients[len(tables) :], dense, strict=True))
+            table_loss = loss = tf.add_n(list(terms.values()))
+            if self.meta is not None and self.meta.weight:
+                h = heads[self.serving_head].h
+                terms["meta"] = self.meta_loss(h, targets, self.optimizer.iterations)
+                loss += terms["meta"]
+                if self.meta.gradient_to == "embeddings":
+                    table_loss = loss
+        groups = self.trained_by()
+        variables = [variable for _, group in groups for variable in group]
+        gradients = tape.gradient(loss, variables)
+        for optimizer, group in groups:
+            own, gradients = gradients[: len(group)], gradients[len(group) :]
+            if optimizer is self.table_optimizer and table_loss is not loss:
+                own = tape.gradient(table_loss, group)
+            optimizer.apply_gradients(zip(own, group, strict=True))
         first = tf.logical_and(self.first_bad_step < 0, tf.logical_not(tf.math.is_finite(loss)))
         self.first_bad_step.assign(
             tf.where(first, self.optimizer.iterations - 1, self.first_bad_step)
@@ -121,6 +155,32 @@ class Ranker(tf_keras.Model):
         for name, value in {"loss": loss, **terms}.items():
             self._mean(name).update_state(value)
         return {name: mean.result() for name, mean in self._means.items()}
+
+    def meta_loss(self, h: tf.Tensor, targets: Targets, step: tf.Tensor) -> tf.Tensor:
+        """What `meta` adds to the loss: `Meta.loss` of the serving head's tower."""
+        assert self.meta is not None
+        rows = {"h": h, **{k: targets[k] for k in ("labels", "task_id")}}
+        rows["label_weights"] = tf.ones_like(targets["labels"])
+        rows["timestamp"] = targets.get("timestamp", targets["task_id"])
+        if "episode" in targets:
+            rows = {k: tf.boolean_mask(v, targets["episode"] > 0) for k, v in rows.items()}
+        tower = self.tower_of(self.serving_head)
+        return self.meta.loss(tower, **rows, step=step)
+
+    def trained_by(self) -> list[tuple[Any, list[tf.Variable]]]:
+        """Each optimiser that has something to do, with its variables."""
+        tables = self.embed.trainable_variables
+        rates = self.meta.trainable_variables if self.meta is not None else []
+        of_others = {id(v) for v in [*tables, *rates]}
+        dense = [v for v in self.trainable_variables if id(v) not in of_others]
+        if self.meta is not None and not self.meta.weight:
+            rates = []
+        groups = (
+            (self.table_optimizer, tables),
+            (self.optimizer, dense),
+            (self.meta_optimizer, rates),
+        )
+        return [(optimizer, group) for optimizer, group in groups if group]
 
     def _mean(self, name: str) -> tf_keras.metrics.Mean:
         if name not in self._means:
@@ -156,4 +216,5 @@ class Ranker(tf_keras.Model):
             "embedding_l2": self.embed.l2,
             "embedding_stddev": self.embed.stddev,
             "embedding_seed": self.embed.seed,
+            "meta": self.meta and {**self.meta.get_config()},
         }

@@ -47,6 +47,10 @@ class Road(Ranker):
         h = self.bottom(embedded, training=training)
         return {"model": self.tower(h, training=training)}
 
+    def tower_of(self, head: str) -> Tower:
+        """The only tower."""
+        return self.tower
+
     def loss_terms(self, heads: Mapping[str, TowerOutput], labels: tf.Tensor) -> dict[str, Any]:
         """BCE(y, z)."""
         return {"bce": binary_cross_entropy(labels, heads["model"].logits)}

@@ -11,14 +11,14 @@ from qianmo.layers.features import Schema
 from qianmo.models import ctr, dual_dnn
 from qianmo.models.ranker import Ranker
 
-# name -> its function, and the classes whose keyword arguments it passes on.
-MODELS: dict[str, tuple[Callable[..., Ranker], tuple[type[Ranker], ...]]] = {
-    "lr": (ctr.lr, (Ranker,)),
-    "mlp": (ctr.mlp, (Ranker,)),
-    "wdl": (ctr.wdl, (Ranker,)),
-    "deepfm": (ctr.deepfm, (Ranker,)),
-    "dcn": (ctr.dcn, (Ranker,)),
-    "xdeepfm": (ctr.xdeepfm, (Ranker,)),
+# name -> its function, and the functions and classes whose keyword arguments it passes on.
+MODELS: dict[str, tuple[Callable[..., Ranker], tuple[Callable[..., Ranker], ...]]] = {
+    "lr": (ctr.lr, (ctr.road, Ranker)),
+    "mlp": (ctr.mlp, (ctr.road, Ranker)),
+    "wdl": (ctr.wdl, (ctr.road, Ranker)),
+    "deepfm": (ctr.deepfm, (ctr.road, Ranker)),
+    "dcn": (ctr.dcn, (ctr.road, Ranker)),
+    "xdeepfm": (ctr.xdeepfm, (ctr.road, Ranker)),
     "dual_dnn": (dual_dnn.dual_dnn, (dual_dnn.DualDNN, Ranker)),
     "teacher_alone": (dual_dnn.teacher_alone, (Ranker,)),
 }
@@ -26,9 +26,10 @@ MODELS: dict[str, tuple[Callable[..., Ranker], tuple[type[Ranker], ...]]] = {
 
 def arguments(name: str) -> list[str]:
     """Names of the arguments that a recipe may give to a model."""
-    function, classes = MODELS[name]
-    builders: list[Callable[..., Any]] = [function, *(c.__init__ for c in classes)]
-    signatures = [inspect.signature(builder) for builder in builders]
+    function, passed_on = MODELS[name]
+    signatures = [
+        inspect.signature(b.__init__ if isinstance(b, type) else b) for b in (function, *passed_on)
+    ]
     return sorted(
         parameter.name
         for signature in signatures

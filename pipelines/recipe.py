@@ -51,6 +51,7 @@ class Train:
     epochs: int
     optimizer: Mapping[str, Any]
     table_optimizer: Mapping[str, Any]
+    meta_optimizer: Mapping[str, Any]
     monitor: str
     patience: int
     checkpoint_every: int

@@ -112,6 +112,7 @@ class Run:
         optimizers = (
             optimizer(train.optimizer, "train.optimizer"),
             optimizer(train.table_optimizer, "train.table_optimizer"),
+            optimizer(train.meta_optimizer, "train.meta_optimizer"),
         )
         zoo.check(recipe.model)
         for path in (recipe.data.valid, recipe.data.test):
@@ -131,18 +132,15 @@ class Run:
         elif self.model.starts_trained:
             raise ValueError("`model.teacher_frozen` needs `train.start_from`, a trained teacher.")
         self.model.compile(*optimizers, steps_per_execution=train.steps_per_call)
-        tables = self.model.embed.trainable_variables
-        names = {v.ref() for v in tables}
-        self.model.table_optimizer.build(tables)
-        self.model.optimizer.build(
-            [v for v in self.model.trainable_variables if v.ref() not in names]
-        )
+        for used, variables in self.model.trained_by():
+            used.build(variables)
         self.position = _Position()
         self.checkpoints = tf.train.CheckpointManager(
             tf.train.Checkpoint(
                 model=self.model,
                 optimizer=self.model.optimizer,
                 table_optimizer=self.model.table_optimizer,
+                meta_optimizer=self.model.meta_optimizer,
                 position=self.position,
             ),
             str(self.dir / "checkpoints"),

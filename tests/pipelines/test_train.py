@@ -72,6 +72,7 @@ def config(data, **changes):
             "epochs": 2,
             "optimizer": {"name": "adam", "learning_rate": 0.01},
             "table_optimizer": {"name": "rowwise_adagrad", "learning_rate": 0.05},
+            "meta_optimizer": {"name": "adam", "learning_rate": 0.02},
             "monitor": "auc",
             "patience": 2,
             "checkpoint_every": 50,

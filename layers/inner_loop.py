@@ -1,0 +1,309 @@
+"""Adapts a tower to many tasks at once, by gradient steps on each task's own support rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol, get_args
+
+import tensorflow as tf
+import tf_keras
+
+from qianmo.layers.mlp import Correction
+from qianmo.layers.tower import DenseShape, TowerOutput
+
+Rates = Literal["fixed", "rank_one", "per_weight"]
+Form = Literal["auto", "dual", "materialised"]
+Loss = Literal["binary_cross_entropy", "squared_error"]
+
+
+class AdaptableTower(Protocol):
+    """What the inner loop asks of a tower; `Tower` is one."""
+
+    def dense_shapes(self, h_dim: int) -> list[DenseShape]:
+        """Its dense layers, in the order in which a correction counts them."""
+
+    def __call__(self, h: tf.Tensor, *, correction: Correction) -> TowerOutput:
+        """Logits of h, [..., H], with the correction added to each dense layer's output."""
+
+
+class Support(NamedTuple):
+    """Support rows of T tasks, S places each.
+
+    Attributes:
+      h: what crossed the tower seam, [T, S, H].
+      labels: [T, S, K].
+      weights: [T, S, K]; 0 where a place is empty or a row does not have that label, else 1.
+    """
+
+    h: tf.Tensor
+    labels: tf.Tensor
+    weights: tf.Tensor
+
+
+class _Change(NamedTuple):
+    """How one dense layer differs for each task: W_t = W + kernel - x^T d,  b_t = b + bias.
+
+    Either `kernel` or x and d are there. Leading axes are tasks, or rows after `Adaptation.rows`.
+    """
+
+    x: tf.Tensor | None  # [T, M, in]
+    d: tf.Tensor | None  # [T, M, out]
+    kernel: tf.Tensor | None  # [T, in, out]
+    bias: tf.Tensor  # [T, 1, out]
+
+    def correction(self, a: tf.Tensor) -> tf.Tensor:
+        if self.kernel is not None:
+            return tf.matmul(a, self.kernel) + self.bias
+        return self.bias - tf.matmul(tf.matmul(a, self.x, transpose_b=True), self.d)
+
+
+class Adaptation(NamedTuple):
+    """What `InnerLoop.adapt` found: a `Correction` for inputs with leading axes [T, ...].
+
+    Attributes:
+      changes: for each dense layer of the tower, None where it stays as it is.
+      losses: mean inner loss of each task before each step, [T] each.
+    """
+
+    changes: tuple[_Change | None, ...]
+    losses: tuple[tf.Tensor, ...]
+
+    def __call__(self, layer: int, a: tf.Tensor) -> tf.Tensor:
+        """The correction of one dense layer: [T, N, in] -> [T, N, out]."""
+        change = self.changes[layer]
+        return tf.zeros([], a.dtype) if change is None else change.correction(a)
+
+    def rows(self, task: tf.Tensor) -> Adaptation:
+        """The same for rows in any order: row i belongs to task[i]; inputs are [N, 1, in]."""
+        changes = [
+            c and _Change(*(x if x is None else tf.gather(x, task) for x in c))
+            for c in self.changes
+        ]
+        return Adaptation(tuple(changes), ())
+
+
+def elementwise(loss: Loss, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    """The loss of each row and label, in the shape of the logits."""
+    if loss == "binary_cross_entropy":
+        return tf.nn.sigmoid_cross_entropy_with_logits(labels, logits)
+    return tf.square(labels - logits)
+
+
+@tf_keras.utils.register_keras_serializable(package="qianmo")
+class InnerLoop(tf_keras.layers.Layer):
+    """Gradient steps of a tower phi on each task's support rows, all tasks in one batch.
+
+        g_t = sum_i grad_phi l(f_phi(sg(h_i)), y_i) / num_t,    num_t = n_t + c
+        phi_t <- phi_t - alpha * g_t,    repeated `steps` times from phi_t = phi
+
+    with the sum over the support rows of t and n_t their number; each label has an n_t of its own.
+    Nothing depends on other tasks, on padding or on the order of rows. c >= 0, when learned, keeps
+    one or two rows from moving a tower far.
+
+    A dense layer's gradient is X^T D, with X [S, in] what entered it and D [S, out] the loss'
+    gradient at its output. In the dual form W_t is never built: what a task adds to the layer's
+    output at a is  -(a X^T) D,  two thin products. The materialised form builds X^T D once. Both
+    are exact; "auto" takes, for each layer, the one with fewer operations.
+
+    Args:
+      steps: gradient steps, from 1 on.
+      step_size: alpha, or where learned step sizes start.
+      rates: "fixed"; "rank_one": alpha_io = r_i c_o, learned, which keeps the dual form;
+        "per_weight": Meta-SGD, one learned for each weight.
+      shrinkage: where c starts, which is then learned; 0 for num_t = n_t.
+      last_layer_only: whether only the layers that make logits adapt (ANIL).
+      first_order: whether the outer gradient takes X and D as constants (FOMAML).
+      loss: l, of logits.
+      form: "auto", "dual" or "materialised".
+      max_support: most support rows, by which "auto" counts operations.
+
+    Raises:
+      ValueError: an unknown name, a number out of range, or dual form with per-weight rates.
+
+    Cost: dual, for each layer and query row, steps * S * (in + out) products; materialised in * out
+      for each query row and S * in * out for each task.
+
+    References:
+      Finn et al. 2017, MAML. Li et al. 2017, Meta-SGD. Raghu et al. 2020, ANIL. The shrunk mean
+      n + c, and rank-one step sizes, are additions.
+    """
+
+    def __init__(
+        self,
+        steps: int = 1,
+        step_size: float = 0.1,
+        rates: Rates = "fixed",
+        shrinkage: float = 0.0,
+        last_layer_only: bool = False,
+        first_order: bool = False,
+        loss: Loss = "binary_cross_entropy",
+        form: Form = "auto",
+        max_support: int = 20,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        for name, value, known in (
+            ("rates", rates, Rates),
+            ("loss", loss, Loss),
+            ("form", form, Form),
+        ):
+            if value not in get_args(known):
+                raise ValueError(
+                    f"`{name}` should be one of {get_args(known)}. Received: {value!r}"
+                )
+        if form == "dual" and rates == "per_weight":
+            raise ValueError("The dual form needs `rates` fixed or rank_one. Received: per_weight")
+        for name, number, least in (("steps", steps, 1), ("max_support", max_support, 1)):
+            if number < least:
+                raise ValueError(f"`{name}` should be >= {least}. Received: {number}")
+        if not step_size > 0:
+            raise ValueError(f"`step_size` should be > 0. Received: {step_size}")
+        if shrinkage < 0:
+            raise ValueError(f"`shrinkage` should be >= 0. Received: {shrinkage}")
+        self.steps = steps
+        self.step_size = step_size
+        self.rates = rates
+        self.shrinkage = shrinkage
+        self.last_layer_only = last_layer_only
+        self.first_order = first_order
+        self.loss = loss
+        self.form = form
+        self.max_support = max_support
+
+    def build(self, shapes: Sequence[DenseShape]) -> None:
+        """Makes the learned step sizes of a tower's dense layers, and c."""
+        constant = tf_keras.initializers.Constant
+        self._rates: dict[str, dict[str, tf.Variable]] = {}
+        for number, shape in enumerate(shapes):
+            if self.rates == "fixed" or not self._adapts(shape):
+                continue
+            sizes: dict[str, tuple[tuple[int, ...], float]] = {
+                "bias": ((shape.num_outputs,), self.step_size)
+            }
+            if self.rates == "rank_one":
+                sizes["in"] = ((shape.num_inputs,), self.step_size)
+                sizes["out"] = ((shape.num_outputs,), 1.0)
+            else:
+                sizes["kernel"] = ((shape.num_inputs, shape.num_outputs), self.step_size)
+            self._rates[str(number)] = {
+                name: self.add_weight(
+                    name=f"rate_{number}_{name}", shape=size, initializer=constant(value)
+                )
+                for name, (size, value) in sizes.items()
+            }
+        if self.shrinkage:
+            # c = softplus(raw) stays above 0.
+            raw = math.log(math.expm1(self.shrinkage))
+            self._raw_c = self.add_weight(name="raw_c", shape=(), initializer=constant(raw))
+        self.built = True
+
+    @property
+    def c(self) -> tf.Tensor:
+        """What is added to the number of support rows."""
+        return tf.math.softplus(self._raw_c) if self.shrinkage else tf.zeros([], self.dtype)
+
+    def _adapts(self, shape: DenseShape) -> bool:
+        return shape.is_last or not self.last_layer_only
+
+    def is_dual(self, shape: DenseShape) -> bool:
+        """Whether a dense layer of that shape adapts in the dual form."""
+        if self.form != "auto" or self.rates == "per_weight":
+            return self.form == "dual"
+        # For as many query rows as support rows.
+        rows = self.max_support * (1 if shape.is_first else self.steps)
+        width = shape.num_inputs + shape.num_outputs
+        size = shape.num_inputs * shape.num_outputs
+        return rows * width < (rows / self.max_support + 1) * size
+
+    def _after(
+        self, number: int, shape: DenseShape, before: _Change | None, x: tf.Tensor, d: tf.Tensor
+    ) -> _Change:
+        """The change of one dense layer after one more step."""
+        if self.rates == "fixed":
+            scaled_x, scaled_d = x, self.step_size * d
+            bias = -tf.reduce_sum(scaled_d, 1, keepdims=True)
+        else:
+            rates = {name: tf.cast(v, d.dtype) for name, v in self._rates[str(number)].items()}
+            bias = -tf.reduce_sum(d, 1, keepdims=True) * rates["bias"]
+            scaled_x, scaled_d = x, d
+            if self.rates == "rank_one":
+                scaled_x, scaled_d = x * rates["in"], d * rates["out"]
+        if before is not None:
+            bias += before.bias
+        if self.is_dual(shape):
+            if before is not None and shape.is_first:  # the same rows entered at every step
+                scaled_x, scaled_d = before.x, before.d + scaled_d
+            elif before is not None:
+                scaled_x = tf.concat([before.x, scaled_x], 1)
+                scaled_d = tf.concat([before.d, scaled_d], 1)
+            return _Change(scaled_x, scaled_d, None, bias)
+        kernel = -tf.matmul(scaled_x, scaled_d, transpose_a=True)
+        if self.rates == "per_weight":
+            kernel *= rates["kernel"]
+        return _Change(None, None, kernel if before is None else before.kernel + kernel, bias)
+
+    def adapt(self, tower: AdaptableTower, support: Support) -> Adaptation:
+        """Runs the inner loop.
+
+        Args:
+          tower: its weights are phi.
+          support: rows of T tasks. A task without rows, or with all weights 0, does not adapt.
+        """
+        shapes = tower.dense_shapes(support.h.shape[-1])
+        if not self.built:
+            self.build(shapes)
+        h = tf.stop_gradient(support.h)
+        weights = tf.cast(support.weights, tf.float32 if h.dtype != tf.float64 else h.dtype)
+        n = tf.reduce_sum(weights, 1, keepdims=True)
+        share = tf.math.divide_no_nan(weights, n + tf.cast(self.c, n.dtype))
+        mean_share = tf.math.divide_no_nan(weights, n)
+        labels = tf.cast(support.labels, share.dtype)
+        changes: list[_Change | None] = [None] * len(shapes)
+        grams: dict[int, tf.Tensor] = {}
+        losses = []
+        for _ in range(self.steps):
+            entered: dict[int, tf.Tensor] = {}
+            probes: dict[int, tf.Tensor] = {}
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+
+                def correction(
+                    number: int,
+                    a: tf.Tensor,
+                    entered: dict[int, tf.Tensor] = entered,
+                    probes: dict[int, tf.Tensor] = probes,
+                    tape: tf.GradientTape = tape,
+                ) -> tf.Tensor:
+                    shape, change = shapes[number], changes[number]
+                    if not self._adapts(shape):
+                        return tf.zeros([], a.dtype)
+                    # D is the gradient at a zero that is added to the layer's output.
+                    probe = tf.zeros([*tf.unstack(tf.shape(a))[:-1], shape.num_outputs], a.dtype)
+                    tape.watch(probe)
+                    entered[number], probes[number] = a, probe
+                    if change is None:
+                        return probe
+                    if change.x is not None and shape.is_first:
+                        if number not in grams:
+                            grams[number] = tf.matmul(a, change.x, transpose_b=True)
+                        return probe + change.bias - tf.matmul(grams[number], change.d)
+                    return probe + change.correction(a)
+
+                logits = tower(h, correction=correction).logits
+                loss = elementwise(self.loss, labels, logits)
+                total = tf.reduce_sum(share * loss)
+            numbers = list(probes)
+            gradients = tape.gradient(total, [probes[number] for number in numbers])
+            losses.append(tf.reduce_sum(mean_share * loss, [1, 2]))
+            for number, d in zip(numbers, gradients, strict=True):
+                x = entered[number]
+                if self.first_order:
+                    x, d = tf.stop_gradient(x), tf.stop_gradient(d)
+                changes[number] = self._after(number, shapes[number], changes[number], x, d)
+        return Adaptation(tuple(changes), tuple(losses))
+
+    def get_config(self) -> dict[str, Any]:
+        """The layer's arguments."""
+        names = ("steps", "step_size", "rates", "shrinkage", "last_layer_only", "first_order")
+        names += ("loss", "form", "max_support")
+        return {**super().get_config(), **{name: getattr(self, name) for name in names}}

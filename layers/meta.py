@@ -1,0 +1,159 @@
+"""The meta-learning objective: towers that are good after a few steps on a task's own rows."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import tensorflow as tf
+import tf_keras
+
+from qianmo.layers.episodes import episodes
+from qianmo.layers.inner_loop import AdaptableTower, InnerLoop, Support, elementwise
+from qianmo.layers.seeding import pick_seed
+
+GradientTo = Literal["tower", "bottom", "embeddings"]
+Split = Literal["time", "random"]
+
+
+@tf_keras.utils.register_keras_serializable(package="qianmo")
+class Meta(tf_keras.layers.Layer):
+    """What a batch's episodes add to the loss of a model.
+
+        L_meta = weight * mean over t and q in query_t of l(f_{phi_t}(h_q), y_q)
+
+    with phi_t the tower phi after `inner` on the support rows of task t. Rows, towers and ids are
+    all it needs; the tower's weights stay what they are.
+
+    With `reptile`, all rows of a task are support, and the outer gradient is the mean of its inner
+    gradients along the way, which moves phi towards the mean of the phi_t.
+
+    Args:
+      inner: the inner loop, as a layer or its config.
+      weight: lambda. At 0 the model trains as if this were not here, bit for bit.
+      split: whether support comes before query in "time", or at "random".
+      support_share: share of a task's rows that are support, see `episodes`.
+      support_sizes: sizes of the support to draw from instead.
+      max_query: most query rows of a task in a batch.
+      gradient_to: how far the gradient of L_meta flows: the "tower" alone, down through the
+        "bottom", or into the "embeddings". `Ranker` stops it at the tables.
+      min_support: in serving, tasks with fewer support rows get the plain score.
+      reptile: whether to learn by Reptile.
+      seed: of random splits and sizes. None draws one.
+
+    References:
+      Finn et al. 2017, MAML. Nichol et al. 2018, Reptile.
+    """
+
+    def __init__(
+        self,
+        inner: InnerLoop | dict[str, Any],
+        weight: float = 1.0,
+        split: Split = "time",
+        support_share: float = 0.5,
+        support_sizes: tuple[int, ...] = (),
+        max_query: int = 40,
+        gradient_to: GradientTo = "bottom",
+        min_support: int = 1,
+        reptile: bool = False,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        for name, value, known in (
+            ("split", split, Split),
+            ("gradient_to", gradient_to, GradientTo),
+        ):
+            if value not in get_args(known):
+                raise ValueError(
+                    f"`{name}` should be one of {get_args(known)}. Received: {value!r}"
+                )
+        if weight < 0:
+            raise ValueError(f"`weight` should be >= 0. Received: {weight}")
+        if min_support < 1:
+            raise ValueError(f"`min_support` should be >= 1. Received: {min_support}")
+        self.inner = inner if isinstance(inner, InnerLoop) else InnerLoop(**inner, name="inner")
+        if reptile and not (self.inner.first_order and self.inner.rates == "fixed"):
+            raise ValueError("`reptile` needs an inner loop with first_order and fixed rates.")
+        self.weight = weight
+        self.split = split
+        self.support_share = support_share
+        self.support_sizes = tuple(support_sizes)
+        self.max_query = max_query
+        self.gradient_to = gradient_to
+        self.min_support = min_support
+        self.reptile = reptile
+        self.seed = pick_seed(seed)
+
+    def loss(
+        self,
+        tower: AdaptableTower,
+        h: tf.Tensor,
+        labels: tf.Tensor,
+        label_weights: tf.Tensor,
+        task_id: tf.Tensor,
+        timestamp: tf.Tensor,
+        step: tf.Tensor,
+    ) -> tf.Tensor:
+        """L_meta of one batch, a scalar.
+
+        Args:
+          tower: phi.
+          h: what crosses the tower seam, [B, H].
+          labels: [B, K].
+          label_weights: [B, K], 0 where a row does not have that label.
+          task_id: [B].
+          timestamp: [B], read when split by time.
+          step: number of the training step, from which random splits follow.
+        """
+        seed = tf.stack([tf.constant(self.seed, tf.int64), tf.cast(step, tf.int64)])
+        order = timestamp
+        if self.split == "random":
+            order = tf.random.stateless_uniform(tf.shape(task_id), seed, alg="philox")
+        found = episodes(
+            task_id,
+            order,
+            support_share=self.support_share,
+            support_sizes=self.support_sizes,
+            max_support=self.inner.max_support,
+            max_query=self.max_query,
+            seed=seed + 1,
+        )
+        if self.gradient_to == "tower":
+            h = tf.stop_gradient(h)
+
+        def rows(index: tf.Tensor, count: tf.Tensor) -> Support:
+            inside = tf.sequence_mask(count, tf.shape(index)[1], h.dtype)[:, :, None]
+            return Support(
+                tf.gather(h, index),
+                tf.gather(labels, index),
+                tf.cast(tf.gather(label_weights, index), h.dtype) * inside,
+            )
+
+        support = rows(found.support, found.support_count)
+        query = rows(found.query, found.query_count)
+        if self.reptile:
+            everything = Support(*(tf.concat(pair, 1) for pair in zip(support, query, strict=True)))
+            losses = tf.add_n(self.inner.adapt(tower, everything).losses)
+            mean = tf.math.divide_no_nan(
+                tf.reduce_sum(losses), tf.cast(tf.size(losses), losses.dtype)
+            )
+            return self.weight * self.inner.step_size * mean
+        logits = tower(query.h, correction=self.inner.adapt(tower, support)).logits
+        weights = tf.cast(query.weights, logits.dtype)
+        loss = elementwise(self.inner.loss, tf.cast(query.labels, logits.dtype), logits)
+        rows_in_query = tf.cast(tf.reduce_sum(found.query_count), logits.dtype)
+        total = tf.reduce_sum(weights * loss)
+        return self.weight * tf.math.divide_no_nan(total, rows_in_query)
+
+    def get_config(self) -> dict[str, Any]:
+        """The layer's arguments."""
+        names = ("weight", "split", "support_share", "support_sizes", "max_query", "gradient_to")
+        names += ("min_support", "reptile", "seed")
+        inner = self.inner.get_config()
+        for key in ("name", "trainable", "dtype"):
+            inner.pop(key)
+        return {
+            **super().get_config(),
+            "inner": inner,
+            **{name: getattr(self, name) for name in names},
+        }

@@ -1,0 +1,233 @@
+"""Meta towers of any model: what the objective is, and whom its gradient reaches."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+
+from qianmo.layers.features import Categorical, Dense, Schema
+from qianmo.layers.inner_loop import Support
+from qianmo.layers.sparse_adam import SparseAdam
+from qianmo.models import zoo
+from qianmo.pipelines import runtime
+
+SCHEMA = Schema(
+    features=(
+        Categorical(name="item", num_ids=40, dim=8),
+        Dense(name="price", mean=0.0, variance=1.0),
+    ),
+    labels=("click", "like"),
+    task_id="user",
+    timestamp="time",
+)
+INNER = {"steps": 2, "step_size": 0.3}
+MLP = {"name": "mlp", "units": (16,), "seam_dim": 8, "tower_units": (6,)}
+DUAL = {
+    "name": "dual_dnn",
+    "interactions": {"fm": {}},
+    "teacher_units": (8,),
+    "student_units": (6,),
+}
+
+
+def batches(count=10, size=64):
+    rng = np.random.default_rng(5)
+    for _ in range(count):
+        features = {
+            "item": rng.integers(0, 40, size),
+            "price": rng.normal(size=size).astype(np.float32),
+        }
+        user = rng.integers(0, 9, size)
+        rate = 0.2 + 0.6 * (user % 2)[:, None]  # tasks differ
+        targets = {
+            "labels": (rng.random((size, 2)) < rate).astype(np.float32),
+            "weight": np.ones(size, np.float32),
+            "task_id": user,
+            "timestamp": rng.permutation(size),
+        }
+        yield features, targets
+
+
+def trained(config, steps=10, meta_optimizer=None, change=None):
+    """A model, its first weights, and the history after some steps."""
+    runtime.settle()
+    tf_keras.utils.set_random_seed(3)
+    model = zoo.build(SCHEMA, config)
+    model.build()
+    start = {id(v): v.numpy() for v in model.variables}
+    model.compile(tf_keras.optimizers.Adam(0.01), SparseAdam(0.01), meta_optimizer)
+    found = [(f, change(t) if change else t) for f, t in batches(steps)]
+    data = tf.data.Dataset.from_generator(
+        lambda: found,
+        output_signature=tf.nest.map_structure(lambda x: tf.TensorSpec(x.shape, x.dtype), found[0]),
+    )
+    return model, start, model.fit(data, epochs=1, verbose=0).history
+
+
+def weights(model, part=None):
+    return [v.numpy() for v in (part or model).trainable_variables]
+
+
+def equal(ours, theirs):
+    return all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def roads(model):
+    """Everything but what belongs to meta-learning alone."""
+    rates = {id(v) for v in model.meta.variables} if model.meta else set()
+    return [v.numpy() for v in model.trainable_variables if id(v) not in rates]
+
+
+@pytest.mark.parametrize("config", [MLP, DUAL], ids=["mlp", "dual_dnn"])
+def test_weight_0_trains_the_plain_model_bit_for_bit(config):
+    plain, _, _ = trained(config)
+    off, _, _ = trained({**config, "meta": {"inner": INNER, "weight": 0.0}})
+    on, _, history = trained({**config, "meta": {"inner": INNER}})
+    assert equal(roads(plain), roads(off))
+    assert not equal(roads(plain), roads(on))
+    assert history["meta"][0] > 0
+
+
+def test_the_objective_is_that_of_the_equation():
+    tf_keras.utils.set_random_seed(3)
+    model = zoo.build(SCHEMA, {**MLP, "meta": {"inner": INNER, "weight": 0.7}})
+    model.build()
+    features, targets = next(batches(1))
+    embedded = model.embed(model.encode({k: tf.constant(v) for k, v in features.items()}))
+    h = model.heads(embedded, ("model",))["model"].h
+    found = model.meta_loss(h, {k: tf.constant(v) for k, v in targets.items()}, tf.constant(0))
+    losses = []
+    for user in np.unique(targets["task_id"]):
+        rows = np.flatnonzero(targets["task_id"] == user)
+        rows = rows[np.argsort(targets["timestamp"][rows])]
+        if len(rows) < 2:
+            continue
+        cut = max(1, len(rows) // 2)
+        support, query = rows[:cut], rows[cut:]
+        y = targets["labels"]
+        correction = model.meta.inner.adapt(
+            model.tower,
+            Support(
+                tf.gather(h, support)[None],
+                tf.constant(y[support])[None],
+                tf.ones([1, cut, 2]),
+            ),
+        )
+        z = model.tower(tf.gather(h, query)[None], correction=correction).logits[0].numpy()
+        losses += (np.logaddexp(0, z) - z * y[query]).sum(1).tolist()
+    np.testing.assert_allclose(found, 0.7 * np.mean(losses), rtol=1e-5)
+
+
+def original_off(targets):
+    """So that only the meta loss moves anything."""
+    return {**targets, "original": np.zeros(len(targets["weight"]), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("gradient_to", "parts"),
+    [
+        ("tower", {"tower"}),
+        ("bottom", {"tower", "bottom"}),
+        ("embeddings", {"tower", "bottom", "embed"}),
+    ],
+)
+def test_how_far_the_gradient_flows(gradient_to, parts):
+    config = {**MLP, "meta": {"inner": INNER, "gradient_to": gradient_to}}
+    model, start, _ = trained(config, change=original_off)
+    moved = {
+        part
+        for part in ("embed", "bottom", "tower")
+        for v in getattr(model, part).variables
+        if not np.array_equal(v.numpy(), start[id(v)])
+    }
+    assert moved == parts
+
+
+def test_episodes_take_only_the_rows_marked():
+    half = np.arange(64) < 32
+    config = {**MLP, "meta": {"inner": INNER}}
+
+    def marked(targets):
+        return {**original_off(targets), "episode": half.astype(np.float32)}
+
+    def changed(targets):
+        labels = np.where(half[:, None], targets["labels"], 1 - targets["labels"])
+        return {**marked(targets), "labels": labels}
+
+    def changed_inside(targets):
+        return {**marked(targets), "labels": 1 - targets["labels"]}
+
+    first, _, _ = trained(config, change=marked)
+    second, _, _ = trained(config, change=changed)
+    third, _, _ = trained(config, change=changed_inside)
+    assert equal(weights(first), weights(second))
+    assert not equal(weights(first), weights(third))
+
+
+def test_step_sizes_learn_by_their_own_optimiser():
+    config = {**MLP, "meta": {"inner": {**INNER, "rates": "rank_one", "shrinkage": 3.0}}}
+    still, start, _ = trained(config, meta_optimizer=tf_keras.optimizers.SGD(0.0))
+    assert all(np.array_equal(v.numpy(), start[id(v)]) for v in still.meta.variables)
+    learned, start, _ = trained(config, meta_optimizer=tf_keras.optimizers.Adam(0.02))
+    assert not any(np.array_equal(v.numpy(), start[id(v)]) for v in learned.meta.variables)
+    assert float(learned.meta.inner.c) > 0
+
+
+def test_the_teacher_of_a_meta_student_moves_as_if_alone():
+    plain, _, _ = trained(DUAL)
+    meta, _, _ = trained({**DUAL, "meta": {"inner": INNER}})
+    for part in ("embed", "teacher_bottom", "teacher_tower"):
+        assert equal(weights(plain, getattr(plain, part)), weights(meta, getattr(meta, part)))
+    assert not equal(weights(plain, plain.student_tower), weights(meta, meta.student_tower))
+
+
+def test_reptile_moves_towards_the_mean_of_the_adapted_towers():
+    inner = {"steps": 3, "step_size": 0.3, "first_order": True}
+    config = {**MLP, "meta": {"inner": inner, "reptile": True, "gradient_to": "tower"}}
+    tf_keras.utils.set_random_seed(3)
+    model = zoo.build(SCHEMA, config)
+    model.build()
+    features, targets = next(batches(1))
+    embedded = model.embed(model.encode({k: tf.constant(v) for k, v in features.items()}))
+    h = model.heads(embedded, ("model",))["model"].h
+    phi = model.tower.trainable_variables
+    with tf.GradientTape() as tape:
+        loss = model.meta_loss(h, {k: tf.constant(v) for k, v in targets.items()}, tf.constant(0))
+    gradients = tape.gradient(loss, phi)
+    users = np.unique(targets["task_id"])
+    before = [v.numpy() for v in phi]
+    total = [np.zeros_like(v) for v in before]
+    for user in users:
+        rows = np.flatnonzero(targets["task_id"] == user)
+        for v, value in zip(phi, before, strict=True):
+            v.assign(value)
+        for _ in range(3):
+            with tf.GradientTape() as tape:
+                z = model.tower(tf.gather(h, rows)).logits
+                bce = tf.nn.sigmoid_cross_entropy_with_logits(targets["labels"][rows], z)
+                inner_loss = tf.reduce_sum(bce) / len(rows)
+            for v, g in zip(phi, tape.gradient(inner_loss, phi), strict=True):
+                v.assign_sub(0.3 * g)
+        for part, v, value in zip(total, phi, before, strict=True):
+            part += (value - v.numpy()) / len(users)
+    for g, expected in zip(gradients, total, strict=True):
+        np.testing.assert_allclose(g, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schema", "meta", "message"),
+    [
+        ({"task_id": ""}, {}, "`meta` needs `schema.task_id`"),
+        ({"timestamp": ""}, {}, "`meta` needs `schema.timestamp`"),
+        ({}, {"weight": -1.0}, "`weight` should be >= 0"),
+        ({}, {"gradient_to": "user"}, "`gradient_to` should be one of"),
+        ({}, {"reptile": True}, "`reptile` needs"),
+        ({}, {"min_support": 0}, "`min_support`"),
+        ({}, {"speed": 2}, "speed"),
+        ({}, {"inner": {"stops": 2}}, "stops"),
+    ],
+)
+def test_refusals(schema, meta, message):
+    changed = Schema.from_config({**SCHEMA.to_config(), **schema})
+    with pytest.raises(ValueError, match=message):
+        zoo.build(changed, {**MLP, "meta": {"inner": INNER, **meta}})
