@@ -11,6 +11,9 @@ from qianmo.layers.episodes import episodes
 from qianmo.layers.inner_loop import AdaptableTower, InnerLoop, Support, elementwise
 from qianmo.layers.seeding import pick_seed
 
+NO_SUPPORT = 8  # the task has too few support rows; the row got the plain score
+DIVERGED = 16  # its adapted score was not finite; the row got the plain score
+
 GradientTo = Literal["tower", "bottom", "embeddings"]
 Split = Literal["time", "random"]
 
@@ -144,6 +147,34 @@ class Meta(tf_keras.layers.Layer):
         rows_in_query = tf.cast(tf.reduce_sum(found.query_count), logits.dtype)
         total = tf.reduce_sum(weights * loss)
         return self.weight * tf.math.divide_no_nan(total, rows_in_query)
+
+    def score(
+        self, tower: AdaptableTower, h: tf.Tensor, task: tf.Tensor, support: Support
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Scores rows by the towers of their tasks, which are then forgotten.
+
+        A row whose task has fewer than `min_support` support rows, or whose adapted score is not
+        finite, gets the plain score, exactly; no row depends on other tasks.
+
+        Args:
+          tower: phi.
+          h: [B, H].
+          task: [B], place of each row's task in `support`.
+          support: rows of the distinct tasks.
+
+        Returns:
+          Logits [B, K], and int32 [B]: 0 or a bit of `NO_SUPPORT`, `DIVERGED`.
+        """
+        plain = tower(h).logits
+        correction = self.inner.adapt(tower, support).rows(task)
+        adapted = tower(h[:, None], correction=correction).logits[:, 0]
+        has_label = tf.reduce_max(tf.cast(support.weights, tf.float32), 2)
+        count = tf.gather(tf.reduce_sum(has_label, 1), task)
+        finite = tf.reduce_all(tf.math.is_finite(adapted), 1)
+        enough = count >= self.min_support
+        logits = tf.where(tf.logical_and(enough, finite)[:, None], adapted, plain)
+        diverged = tf.where(finite, 0, DIVERGED)
+        return logits, tf.where(enough, diverged, NO_SUPPORT)
 
     def get_config(self) -> dict[str, Any]:
         """The layer's arguments."""

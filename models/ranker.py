@@ -94,6 +94,11 @@ class Ranker(tf_keras.Model):
         heads = self.heads(embedded, self.head_names, training=training)
         return {name: head.logits for name, head in heads.items()}
 
+    def tower_input(self, features: Mapping[str, tf.Tensor], head: str) -> tf.Tensor:
+        """What crosses a head's tower seam, [B, H]."""
+        inputs = {name: features[name] for name in self.schema.input_names}
+        return self.heads(self.embed(self.encode(inputs)), (head,))[head].h
+
     def build(self, input_shape: Any = None) -> None:
         """Makes all weights; the schema tells all shapes, so none is needed."""
         if not getattr(self, "built", False):
@@ -103,8 +108,7 @@ class Ranker(tf_keras.Model):
                 self(features)
                 if self.meta is not None:
                     head = self.serving_head
-                    embedded = self.embed(self.encode(features))
-                    h = self.heads(embedded, (head,))[head].h
+                    h = self.tower_input(features, head)
                     self.meta.inner.build(self.tower_of(head).dense_shapes(h.shape[-1]))
 
     def compile(

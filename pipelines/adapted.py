@@ -1,0 +1,126 @@
+"""Scores rows by towers adapted on their tasks' support rows, beside the plain scores."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from qianmo.layers.inner_loop import Support
+from qianmo.models.ranker import Ranker
+from qianmo.pipelines import readers
+from qianmo.pipelines.evaluate import Scored
+
+
+@dataclasses.dataclass(frozen=True)
+class SupportRows:
+    """What crossed the tower seam for each task's support rows, the newest last.
+
+    Attributes:
+      task_id: [T], rising.
+      h: [T, S, H]; a task with fewer rows has them at the end.
+      labels: [T, S, K].
+      count: [T].
+    """
+
+    task_id: npt.NDArray[Any]
+    h: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.float32]
+    count: npt.NDArray[np.int64]
+
+    def newest(self, rows: int) -> SupportRows:
+        """The same with at most that many rows a task."""
+        first = self.h.shape[1] - min(rows, self.h.shape[1])
+        return SupportRows(
+            self.task_id, self.h[:, first:], self.labels[:, first:], np.minimum(self.count, rows)
+        )
+
+    def of(self, task_id: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], Support]:
+        """Each row's place among the distinct tasks, and the support of those."""
+        asked, place = np.unique(task_id, return_inverse=True)
+        at = np.minimum(np.searchsorted(self.task_id, asked), max(len(self.task_id) - 1, 0))
+        known = self.task_id[at] == asked
+        count = np.where(known, self.count[at], 0)
+        width = self.h.shape[1]
+        weights = np.arange(width) >= width - count[:, None]
+        labels = self.labels[at]
+        return place, Support(
+            self.h[at], labels, np.broadcast_to(weights[:, :, None], labels.shape).astype("f4")
+        )
+
+
+def support_rows(model: Ranker, path: str, most: int = 20) -> SupportRows:
+    """Runs the rows of a file up to the tower seam.
+
+    Args:
+      model: its serving head's tower is the one to adapt.
+      path: rows as the model reads them, those of a task in order of time.
+      most: rows to keep of each task, the newest.
+    """
+    tower_input = tf.function(
+        lambda features: model.tower_input(features, model.serving_head), reduce_retracing=True
+    )
+    parts: dict[str, list[Any]] = {"h": [], "labels": [], "task_id": []}
+    with readers.own_errors():
+        for features, targets in readers.dataset(model.schema, path, batch_size=8192):
+            parts["h"].append(tower_input(features).numpy())
+            for name in ("labels", "task_id"):
+                parts[name].append(targets[name].numpy())
+    h, labels, task_id = (np.concatenate(parts[name]) for name in ("h", "labels", "task_id"))
+    order = np.argsort(task_id, kind="stable")
+    tasks, starts, counts = np.unique(task_id[order], return_index=True, return_counts=True)
+    place = np.arange(len(order)) - np.repeat(starts + counts, counts)  # -1 is the newest
+    task = np.repeat(np.arange(len(tasks)), counts)
+    kept = place >= -most
+    found = SupportRows(
+        tasks,
+        np.zeros((len(tasks), most, h.shape[1]), np.float32),
+        np.zeros((len(tasks), most, labels.shape[1]), np.float32),
+        np.minimum(counts, most),
+    )
+    where = task[kept], most + place[kept]
+    found.h[where] = h[order][kept]
+    found.labels[where] = labels[order][kept]
+    return found
+
+
+def score(
+    model: Ranker, path: str, support: SupportRows, batch_size: int = 4096
+) -> tuple[Scored, npt.NDArray[np.int64]]:
+    """Scores rows by heads "plain" and "adapted"; also the support rows behind each."""
+    if model.meta is None:
+        raise ValueError("The model has no `meta`, which says how a tower adapts.")
+    meta, head = model.meta, model.serving_head
+
+    @tf.function(reduce_retracing=True)
+    def both(
+        features: Mapping[str, tf.Tensor], task: tf.Tensor, rows: Support
+    ) -> dict[str, tf.Tensor]:
+        h = model.tower_input(features, head)
+        tower = model.tower_of(head)
+        adapted, _ = meta.score(tower, h, task, rows)
+        return {"plain": tf.sigmoid(tower(h).logits), "adapted": tf.sigmoid(adapted)}
+
+    found: dict[str, list[Any]] = {"plain": [], "adapted": []}
+    columns: dict[str, list[Any]] = {}
+    counts = []
+    with readers.own_errors():
+        for features, targets in readers.dataset(model.schema, path, batch_size=batch_size):
+            place, rows = support.of(targets["task_id"].numpy())
+            scores = both(features, tf.constant(place), Support(*map(tf.constant, rows)))
+            counts.append(rows.weights[:, :, 0].sum(1)[place].astype(np.int64))
+            for name, value in scores.items():
+                found[name].append(value.numpy())
+            for name, value in targets.items():
+                columns.setdefault(name, []).append(value.numpy())
+    joined = {name: np.concatenate(values) for name, values in columns.items()}
+    scored = Scored(
+        {name: np.concatenate(values) for name, values in found.items()},
+        joined.pop("labels"),
+        joined,
+    )
+    return scored, np.concatenate(counts)
