@@ -42,6 +42,7 @@ import pyarrow.parquet as pq
 from absl import flags
 from tqdm import tqdm
 
+from qianmo.pipelines import history as histories
 from qianmo.pipelines import program, protocols, readers
 
 SAMPLE = pathlib.Path(__file__).resolve().parent / "sample"
@@ -85,6 +86,8 @@ _HISTORY_GROUPS = ("0", "1-5", "6-20", ">20")
 _CLICK_RATE, _LONG_VIEW_RATE = 0.45, 0.32
 _TAB_CLICK_RATES = {0: 0.08, 1: 0.50, 2: 0.47, 4: 0.60, 6: 0.14}
 _USER_ROWS, _USER_TAB_ROWS = 5, 3
+# Of MovieLens-1M: the share of likes, and the mean of (rating - 1) / 4.
+_LIKE_RATE, _MEAN_RATING = 0.78, 0.65
 
 Tables = Mapping[str, pa.Table]
 
@@ -142,7 +145,11 @@ def kuairand_sample(
 
 
 def kuairand(
-    source: readers.PathLike | None, output: readers.PathLike, *, overwrite: bool = False
+    source: readers.PathLike | None,
+    output: readers.PathLike,
+    *,
+    support_history: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Makes KuaiRand's rows: one an impression, features known before it, and its outcomes.
 
@@ -161,6 +168,8 @@ def kuairand(
     Args:
       source: folder made by `kuairand_sample`; None takes the shipped one.
       output: folder to make.
+      support_history: whether to add the columns of `history.add` for clicks, from the last 20
+        rows of earlier days.
       overwrite: whether an existing output is replaced.
 
     Returns:
@@ -207,6 +216,10 @@ def kuairand(
         parts[f"{part}_support"] = protocols.support_before(
             table.filter(date < day), parts[part], "user_id", "time_ms"
         )
+    if support_history:
+        parts = histories.add(
+            parts, task="user_id", item="video_id", label="is_click", rate=_CLICK_RATE, since="date"
+        )
     notices = [folder / name for name in ("ATTRIBUTION.md", "LICENSE")]
     return _write(output, "kuairand", parts, overwrite, [n for n in notices if n.exists()])
 
@@ -217,6 +230,7 @@ def movielens_1m(
     *,
     split: Split = "time",
     seed: int = 0,
+    support_history: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Makes MovieLens-1M's rows: one a rating other than 3, `label` 1 for 4 and 5.
@@ -230,6 +244,8 @@ def movielens_1m(
         20th, "all_users" tests on the last 20 % of every user's rows; both with the 20 rows before
         as test_support, see `protocols`. "melu": other rows, see `movielens_1m_melu`.
       seed: of the random split, and of the draw of new users.
+      support_history: whether to add the columns of `history.add`; for splits with support. For
+        new users the training rows see histories of random lengths.
       overwrite: whether an existing output is replaced.
 
     Returns:
@@ -237,8 +253,12 @@ def movielens_1m(
     """
     if split not in SPLITS:
         raise ValueError(f"`split` should be one of {SPLITS}. Received: {split!r}")
+    if support_history and split in ("time", "random"):
+        raise ValueError(f"`support_history` needs a split with support. Received: {split!r}")
     if split == "melu":
-        return movielens_1m_melu(source, output, overwrite=overwrite)
+        return movielens_1m_melu(
+            source, output, support_history=support_history, overwrite=overwrite
+        )
     tables = _movielens_tables(pathlib.Path(source))
     ratings = tables["ratings"].filter(pc.not_equal(tables["ratings"]["rating"], 3))
     order = np.argsort(ratings["timestamp"].to_numpy(), kind="stable")
@@ -275,11 +295,24 @@ def movielens_1m(
         # Within a part, rows stay in order of time.
         names = ("train", "valid", "test")
         parts = {name: table.take(np.sort(cut)) for name, cut in zip(names, cuts, strict=True)}
+    if support_history:
+        parts = histories.add(
+            parts,
+            task="user_id",
+            item="movie_id",
+            label="label",
+            rate=_LIKE_RATE,
+            sizes=histories.RANDOM_SIZES if split == "new_users" else (protocols.SUPPORT_ROWS,),
+        )
     return _write(output, f"movielens_1m, {split} split", parts, overwrite)
 
 
 def movielens_1m_melu(
-    source: readers.PathLike, output: readers.PathLike, *, overwrite: bool = False
+    source: readers.PathLike,
+    output: readers.PathLike,
+    *,
+    support_history: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Makes MovieLens-1M's rows of MeLU's cold-start states: `label` is (rating - 1) / 4.
 
@@ -289,6 +322,8 @@ def movielens_1m_melu(
     Args:
       source: folder with Parquet tables: ratings with a column melu_split, users, and movies_extra.
       output: folder to make.
+      support_history: whether to add the columns of `history.add`, the training rows' histories
+        of random lengths.
       overwrite: whether an existing output is replaced.
 
     Returns:
@@ -329,6 +364,15 @@ def movielens_1m_melu(
         }
     )
     parts = protocols.melu(table, "user_id", "state", "timestamp")
+    if support_history:
+        parts = histories.add(
+            parts,
+            task="task",
+            item="movie_id",
+            label="label",
+            rate=_MEAN_RATING,
+            sizes=histories.RANDOM_SIZES,
+        )
     return _write(output, "movielens_1m, melu split", parts, overwrite)
 
 
@@ -585,6 +629,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "Folder to make.", required=True)
     flags.DEFINE_enum("split", "time", SPLITS, "How movielens_1m is split.")
     flags.DEFINE_integer("seed", 0, "Of movielens_1m's random draws.", lower_bound=0)
+    flags.DEFINE_bool("support_history", False, "Add columns of what each user's support rows say.")
     flags.DEFINE_bool("overwrite", False, "Replace an existing output.")
 
 
@@ -594,14 +639,21 @@ def run(_: list[str]) -> None:
     source, output, overwrite = values.source, values.output, values.overwrite
     try:
         if values.dataset == "kuairand":
-            about = kuairand(source, output, overwrite=overwrite)
+            about = kuairand(
+                source, output, support_history=values.support_history, overwrite=overwrite
+            )
         elif source is None:
             raise ValueError(f"--dataset={values.dataset} needs --source; see --help.")
         elif values.dataset == "kuairand_sample":
             about = kuairand_sample(source, output, overwrite=overwrite)
         else:
             about = movielens_1m(
-                source, output, split=values.split, seed=values.seed, overwrite=overwrite
+                source,
+                output,
+                split=values.split,
+                seed=values.seed,
+                support_history=values.support_history,
+                overwrite=overwrite,
             )
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

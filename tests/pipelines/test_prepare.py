@@ -434,7 +434,8 @@ def test_the_program(
         finally:  # other programs define flags in this process too
             for name in set(flags.FLAGS) & {"dataset", "source", "output", "split", "seed"}:
                 delattr(flags.FLAGS, name)
-            delattr(flags.FLAGS, "overwrite")
+            for name in ("overwrite", "support_history"):
+                delattr(flags.FLAGS, name)
             flags.FLAGS.unparse_flags()
         assert before - set(flags.FLAGS) == set()
         return end.value.code
