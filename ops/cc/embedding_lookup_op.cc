@@ -1,0 +1,131 @@
+#include "absl/strings/str_cat.h"
+#include "tensorflow/core/framework/common_shape_fns.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/shape_inference.h"
+
+namespace qianmo {
+namespace {
+
+using ::tensorflow::shape_inference::DimensionHandle;
+using ::tensorflow::shape_inference::InferenceContext;
+using ::tensorflow::shape_inference::ShapeHandle;
+
+absl::Status EmbeddingLookupShape(InferenceContext* c) {
+  std::vector<ShapeHandle> ids, lengths;
+  std::vector<std::string> tables, pooling;
+  std::vector<int32_t> dims;
+  TF_RETURN_IF_ERROR(c->input("ids", &ids));
+  TF_RETURN_IF_ERROR(c->input("lengths", &lengths));
+  TF_RETURN_IF_ERROR(c->GetAttr("tables", &tables));
+  TF_RETURN_IF_ERROR(c->GetAttr("dims", &dims));
+  TF_RETURN_IF_ERROR(c->GetAttr("pooling", &pooling));
+  size_t pooled = 0;
+  for (const std::string& how : pooling) pooled += how != "none";
+  if (tables.size() != ids.size() || dims.size() != ids.size() ||
+      pooling.size() != ids.size() || pooled != lengths.size()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "`tables`, `dims` and `pooling` should have one item for each of ",
+        "`ids`, and `lengths` one for each that is pooled. Received: ",
+        ids.size(), " ids, ", tables.size(), " tables, ", dims.size(),
+        " dims, ", pooling.size(), " pooling, ", pooled, " of it not none, ",
+        lengths.size(), " lengths"));
+  }
+  std::vector<ShapeHandle> vectors;
+  size_t length = 0;
+  for (size_t i = 0; i < ids.size(); ++i) {
+    ShapeHandle rows = ids[i];
+    if (dims[i] < 1) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("`dims` should be >= 1. Received: ", dims[i]));
+    }
+    if (pooling[i] != "none") {
+      ShapeHandle one;
+      DimensionHandle batch;
+      TF_RETURN_IF_ERROR(c->WithRank(ids[i], 2, &rows));
+      TF_RETURN_IF_ERROR(c->WithRank(lengths[length++], 1, &one));
+      TF_RETURN_IF_ERROR(c->Merge(c->Dim(rows, 0), c->Dim(one, 0), &batch));
+      rows = c->Vector(batch);
+    }
+    vectors.emplace_back();
+    TF_RETURN_IF_ERROR(
+        c->Concatenate(rows, c->Vector(dims[i]), &vectors.back()));
+  }
+  return c->set_output("vectors", vectors);
+}
+
+}  // namespace
+
+REGISTER_OP("Qianmo>EmbeddingStoreHandle")
+    .Output("store: resource")
+    .Attr("container: string = ''")
+    .Attr("shared_name: string = ''")
+    .SetIsStateful()
+    .SetShapeFn(tensorflow::shape_inference::ScalarShape)
+    .Doc(R"doc(
+A handle to an embedding store, which `Qianmo>EmbeddingStoreOpen` opens.
+)doc");
+
+REGISTER_OP("Qianmo>EmbeddingStoreOpen")
+    .Input("store: resource")
+    .Input("path: string")
+    .Attr("min_version: int >= 1")
+    .Attr("max_version: int >= 1")
+    .Attr("on_mismatch: {'fall_back', 'refuse'}")
+    .Attr("verify: bool")
+    .SetIsStateful()
+    .SetShapeFn([](InferenceContext* c) {
+      ShapeHandle scalar;
+      return c->WithRank(c->input(1), 0, &scalar);
+    })
+    .Doc(R"doc(
+Opens a folder of embedding versions, and follows the version it publishes.
+
+Graphs of a process that open the same folder share it.
+
+path: the folder, or a file whose only line names it, from the file's own folder
+  on.
+min_version: the oldest embedding version that the graph was made for.
+max_version: the newest one.
+on_mismatch: what to read when the version published is not accepted:
+  'fall_back' is the newest accepted one in the folder, 'refuse' none, so that
+  lookups fail until an accepted version is published. Without any accepted
+  version both fail here.
+verify: read every byte of a version and compare the checksums before it is
+  used.
+)doc");
+
+REGISTER_OP("Qianmo>EmbeddingLookup")
+    .Input("store: resource")
+    .Input("ids: N * int64")
+    .Input("lengths: M * int64")
+    .Output("vectors: N * float")
+    .Attr("N: int >= 1")
+    .Attr("M: int >= 0")
+    .Attr("tables: list(string)")
+    .Attr("dims: list(int)")
+    .Attr("pooling: list({'none', 'mean', 'sum', 'sqrtn', 'max'})")
+    .Attr("missing: {'default', 'zero', 'error'}")
+    .Attr("timeout_ms: int >= 0")
+    .SetShapeFn(EmbeddingLookupShape)
+    .Doc(R"doc(
+Reads vectors of several tables from one embedding version of a store.
+
+An id may stand any number of times; each place gets the vector. The work runs
+on threads of the store, none of TensorFlow's waits for it, and it ends early
+when the step is cancelled or its time is up.
+
+ids: of each table any shape, or [B, L] where it is pooled.
+lengths: how many ids of each row to pool, from the left, [B]; one for each of
+  `ids` that is pooled, in their order. Clipped to [0, L].
+vectors: of each table [..., D], or [B, D] where it is pooled; a list of length
+  0 gives zeros.
+tables: the names of the tables.
+dims: D of each.
+pooling: 'none', or how a row of ids becomes one vector; 'sqrtn' is
+  sum / sqrt(length).
+missing: what an id without a row gives: the vector of the table's default id,
+  zeros, or an error.
+timeout_ms: 0 for no limit.
+)doc");
+
+}  // namespace qianmo

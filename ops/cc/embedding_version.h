@@ -1,0 +1,175 @@
+// Embedding tables in memory-mapped files, without TensorFlow's types.
+//
+// A store is a folder: one folder for each embedding version, named by its
+// number, and the file CURRENT, which holds the number of the version to read.
+//
+//   CURRENT              "7\n"; replaced by a rename
+//   7/MANIFEST           text, see below; its last line is its own checksum
+//   7/item-00000-of-00002.rows  one shard: header, index of a hash table, rows
+//
+// MANIFEST, words separated by one space:
+//
+//   qianmo embeddings 1
+//   version 7
+//   table item dense float32 dim 16 rows 1500000 default 0 shard_rows 1048576
+//   shard item-00000-of-00002.rows rows 1048576 bytes 67112960 crc 0123abcd
+//   shard item-00001-of-00002.rows rows 451424 bytes 28895232 crc 4567cdef
+//   crc 89ab0123
+//
+// A table's shards follow it. Row `id` of a dense table is row id mod
+// shard_rows of shard id / shard_rows. A hash table (`hash`; shard_rows 0) has
+// 2^s shards; HashId(id) names the shard by its top s bits and the home slot by
+// its lowest ones, and the row stands in the home slot or in one of the few
+// after it. Vectors are float32, float16, bfloat16, or int8 after a float
+// scale.
+//
+// Opening maps the files and reads manifest and headers alone, which must agree
+// with each other and with the files' sizes; Verify() reads every byte. Nothing
+// that a file holds can make a reader look past its end.
+
+#ifndef QIANMO_OPS_CC_EMBEDDING_VERSION_H_
+#define QIANMO_OPS_CC_EMBEDDING_VERSION_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace qianmo {
+
+enum class RowType : uint32_t { kFloat32, kFloat16, kBfloat16, kInt8 };
+enum class Pooling { kMean, kSum, kSqrtn, kMax };
+
+// CRC-32 as in zlib; `crc` is that of the bytes before.
+uint32_t Crc32(const void* data, size_t size, uint32_t crc = 0);
+
+// Spreads ids over slots: the finaliser of MurmurHash3.
+uint64_t HashId(int64_t id);
+
+// A file mapped for reading.
+class MappedFile {
+ public:
+  // Returns null and an error when there is no such file, or it is empty.
+  static std::unique_ptr<MappedFile> Open(const std::string& path,
+                                          std::string* error);
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+  ~MappedFile();
+
+  const char* data() const { return data_; }
+  uint64_t size() const { return size_; }
+
+ private:
+  MappedFile(const char* data, uint64_t size) : data_(data), size_(size) {}
+  const char* data_;
+  uint64_t size_;
+};
+
+// One slot of a hash table's index; `row` is kNoRow in an empty one.
+struct Slot {
+  static constexpr uint64_t kNoRow = ~uint64_t{0};
+  int64_t id;
+  uint64_t row;
+};
+
+// Rows of one table in one file.
+struct Shard {
+  std::string path;
+  uint32_t crc = 0;  // of all bytes after the header
+  uint64_t num_rows = 0;
+  const char* rows = nullptr;
+  const Slot* slots = nullptr;  // null in a dense table
+  uint64_t home_mask = 0;       // of the home slot
+  uint64_t tail = 0;            // slots to look at after the home slot
+  std::unique_ptr<MappedFile> file;
+};
+
+// One table of an embedding version. Threads may share it.
+class EmbeddingTable {
+ public:
+  const std::string& name() const { return name_; }
+  uint32_t dim() const { return dim_; }
+  uint64_t num_rows() const { return num_rows_; }
+  // The vector of the table's default id, for ids that have no row.
+  const std::vector<float>& default_vector() const { return default_vector_; }
+
+  // Writes the vectors of ids[0] ... ids[n - 1] to out, [n, dim]. An id without
+  // a row gets `absent`, or ends the work where that is null. Returns the place
+  // of the id that ended it, or n.
+  size_t Gather(const int64_t* ids, size_t n, const float* absent,
+                float* out) const;
+
+  // Writes one vector for each row of ids [n, width] to out, [n, dim], from the
+  // first lengths[i] ids of row i; a length is clipped to [0, width], and a row
+  // of length 0 gets zeros. Otherwise as Gather; the place is in [0, n].
+  size_t Pool(const int64_t* ids, const int64_t* lengths, size_t n,
+              size_t width, Pooling how, const float* absent, float* out) const;
+
+ private:
+  friend class EmbeddingVersion;
+
+  // Addresses of rows, null for ids without one. Memory is asked for them, so
+  // that they are near when they are read.
+  void Find(const int64_t* ids, size_t n, const char** rows) const;
+  void FindDense(const int64_t* ids, size_t n, const char** rows) const;
+  void FindHashed(const int64_t* ids, size_t n, const char** rows) const;
+  // Calls consume(i, address or null) for each id until it returns false.
+  template <typename Consume>
+  size_t ForEachRow(const int64_t* ids, size_t n, Consume consume) const;
+  template <RowType kType>
+  size_t GatherAs(const int64_t* ids, size_t n, const float* absent,
+                  float* out) const;
+  template <RowType kType>
+  size_t PoolAs(const int64_t* ids, const int64_t* lengths, size_t n,
+                size_t width, Pooling how, const float* absent,
+                float* out) const;
+  void Prefetch(const char* row) const;
+
+  std::string name_;
+  RowType type_ = RowType::kFloat32;
+  bool hashed_ = false;
+  uint32_t dim_ = 0;
+  uint64_t row_bytes_ = 0;
+  uint64_t num_rows_ = 0;
+  int64_t default_id_ = 0;
+  int shift_ = 0;  // dense: id >> shift_ is the shard; hashed: HashId(id) >> it
+  std::vector<float> default_vector_;
+  std::vector<Shard> shards_;
+};
+
+// One opened embedding version; it never changes.
+class EmbeddingVersion {
+ public:
+  // Maps the version in `folder`. Returns null and an error that names the file
+  // and what is wrong with it.
+  static std::shared_ptr<const EmbeddingVersion> Open(const std::string& folder,
+                                                      std::string* error);
+
+  int64_t version() const { return version_; }
+  const std::string& folder() const { return folder_; }
+  const std::map<std::string, EmbeddingTable>& tables() const {
+    return tables_;
+  }
+  // Null when there is none of that name.
+  const EmbeddingTable* table(const std::string& name) const;
+
+  // Reads every byte and compares the checksums. Returns false and an error
+  // that names the file that differs.
+  bool Verify(std::string* error) const;
+
+ private:
+  bool Parse(const std::string& manifest, std::string* error);
+  bool OpenTable(EmbeddingTable* table, std::string* error);
+  bool OpenShard(EmbeddingTable* table, size_t number, uint64_t bytes,
+                 std::string* error);
+
+  int64_t version_ = 0;
+  std::string folder_;
+  std::map<std::string, EmbeddingTable> tables_;
+};
+
+}  // namespace qianmo
+
+#endif  // QIANMO_OPS_CC_EMBEDDING_VERSION_H_
