@@ -70,7 +70,7 @@ class SupportStore(tf.saved_model.experimental.TrackableResource):
         files hold rows of other sizes, or they cannot be read or written.
       RuntimeError: the ops were not compiled.
 
-    Cost: a row takes 24 + 4 * (dim + 2 * num_labels) bytes, a task 80 more. Memory is that of the
+    Cost: a row takes 24 + 4 * (dim + 2 * num_labels) bytes, a task 128 more. Memory is that of the
       rows kept: it comes and goes in pages of 512 KiB. A log that outgrows its snapshot is followed
       by a new snapshot, so the files take up to thrice the rows.
 

@@ -14,6 +14,7 @@
 #ifndef QIANMO_OPS_CC_SUPPORT_LOG_H_
 #define QIANMO_OPS_CC_SUPPORT_LOG_H_
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -80,7 +81,7 @@ class LogFile {
  private:
   LogFile(int fd, uint64_t bytes) : fd_(fd), bytes_(bytes) {}
   const int fd_;
-  uint64_t bytes_;
+  std::atomic<uint64_t> bytes_;
 };
 
 // "what `path`: reason", from errno.

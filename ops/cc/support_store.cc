@@ -221,7 +221,6 @@ bool SupportStore::OpenFiles(std::string* error) {
     return false;
   }
   if (!ReadFiles(error)) return false;
-  table_.SortByWriteTime();
   while (table_.EvictOldest()) {
   }
   table_.StartJournal();
@@ -442,13 +441,11 @@ bool SupportStore::Import(const std::string& path, std::string* error) {
   LogContent content;
   const auto put = [this](int64_t task, const char* row) {
     table_.Load(task, row);
+    table_.EvictOldest();
     AfterPut();
   };
   if (!ReadLog(path, shape(), put, [](int64_t) {}, &content, error)) {
     return false;
-  }
-  table_.SortByWriteTime();
-  while (table_.EvictOldest()) {
   }
   if (content.damaged > 0 || !content.header_ok) {
     *error = "`" + path + "` should be an exported support store, and " +

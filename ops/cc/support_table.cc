@@ -16,18 +16,6 @@ RowHead* HeadOf(char* row) { return reinterpret_cast<RowHead*>(row); }
 
 }  // namespace
 
-void SupportTable::Task::Unlink() {
-  older->newer = newer;
-  newer->older = older;
-}
-
-void SupportTable::Task::LinkBefore(Task* next) {
-  newer = next;
-  older = next->older;
-  older->newer = this;
-  next->older = this;
-}
-
 SupportTable::SupportTable(const SupportShape& shape,
                            std::function<int64_t()> clock)
     : shape_(shape),
@@ -118,11 +106,7 @@ int32_t SupportTable::Apply(int64_t id, char* row, bool stamp) {
   if (stamp) head->written = Written();
   const auto [found, is_new] = shard.tasks.try_emplace(id);
   Task* const task = &found->second;
-  if (is_new) {
-    task->id = id;
-  } else {
-    RemoveExpiredRows(&shard, task);
-  }
+  if (!is_new) RemoveExpiredRows(&shard, task);
 
   // Rows stand in the order of their events; `at` is the first later one.
   char* rows = task->num_rows > 0 ? RowsOf(shard, *task) : nullptr;
@@ -151,13 +135,14 @@ int32_t SupportTable::Apply(int64_t id, char* row, bool stamp) {
 
   if (is_new) {
     ++num_tasks_;
-    task->LinkBefore(&shard.ends);
-  } else if (head->written > task->written) {
-    task->Unlink();
-    task->LinkBefore(&shard.ends);
+    task->age = shard.ages.emplace_hint(shard.ages.end(), head->written, id);
+    shard.oldest = shard.ages.begin()->first;
+  } else if (head->written > task->age->first) {
+    auto age = shard.ages.extract(task->age);
+    age.value().first = head->written;
+    task->age = shard.ages.insert(shard.ages.end(), std::move(age));
+    shard.oldest = shard.ages.begin()->first;
   }
-  task->written = std::max(task->written, head->written);
-  shard.oldest = shard.ends.newer->written;
   Journal(&shard,
           [&](std::vector<char>* out) { AppendPut(id, row, row_bytes_, out); });
   return kStored;
@@ -216,20 +201,23 @@ void SupportTable::RemoveExpiredRows(Shard* shard, Task* task) {
   task->num_rows = static_cast<uint16_t>(kept);
 }
 
-void SupportTable::Erase(Shard* shard, Task* task, Garbage* garbage) {
-  shard->counters.rows -= task->num_rows;
+void SupportTable::Erase(Shard* shard, int64_t id, Garbage* garbage) {
+  const auto found = shard->tasks.find(id);
+  if (found == shard->tasks.end()) return;
+  const Task& task = found->second;
+  shard->counters.rows -= task.num_rows;
   --num_tasks_;
-  Release(shard, *task, garbage);
-  task->Unlink();
-  const int64_t id = task->id;
-  shard->tasks.erase(id);
-  const Task* const oldest = shard->ends.newer;
-  shard->oldest = oldest == &shard->ends ? kNever : oldest->written;
+  Release(shard, task, garbage);
+  shard->ages.erase(task.age);
+  shard->tasks.erase(found);
+  shard->oldest = shard->ages.empty() ? kNever : shard->ages.begin()->first;
   Journal(shard, [&](std::vector<char>* out) { AppendDrop(id, out); });
 }
 
-void SupportTable::Evict(Shard* shard, Task* task, Garbage* garbage) {
-  Erase(shard, task, garbage);
+void SupportTable::EvictOldestOf(Shard* shard, Garbage* garbage) {
+  // A copy, as the id goes with its age.
+  const int64_t id = shard->ages.begin()->second;
+  Erase(shard, id, garbage);
   ++shard->counters.evicted;
 }
 
@@ -237,8 +225,7 @@ void SupportTable::Drop(int64_t id) {
   Shard& shard = shards_[ShardOf(id)];
   Garbage garbage;
   std::lock_guard<std::mutex> lock(shard.mutex);
-  const auto found = shard.tasks.find(id);
-  if (found != shard.tasks.end()) Erase(&shard, &found->second, &garbage);
+  Erase(&shard, id, &garbage);
 }
 
 bool SupportTable::EvictOldest() {
@@ -250,9 +237,8 @@ bool SupportTable::EvictOldest() {
       [](const Shard& a, const Shard& b) { return a.oldest < b.oldest; });
   Garbage garbage;
   std::lock_guard<std::mutex> lock(shard->mutex);
-  Task* const oldest = shard->ends.newer;
-  if (oldest == &shard->ends) return false;
-  Evict(shard, oldest, &garbage);
+  if (shard->ages.empty()) return false;
+  EvictOldestOf(shard, &garbage);
   return true;
 }
 
@@ -264,7 +250,7 @@ bool SupportTable::ExpireSome(size_t number) {
   std::lock_guard<std::mutex> lock(shard.mutex);
   for (int i = 0; i < kTasksAtOnce; ++i) {
     if (shard.oldest > until) return false;
-    Evict(&shard, shard.ends.newer, &garbage);
+    EvictOldestOf(&shard, &garbage);
   }
   return true;
 }
@@ -315,21 +301,6 @@ int32_t SupportTable::Get(int64_t id, int64_t version, int32_t max_rows,
   return count;
 }
 
-void SupportTable::SortByWriteTime() {
-  for (Shard& shard : shards_) {
-    std::lock_guard<std::mutex> lock(shard.mutex);
-    std::vector<Task*> tasks;
-    tasks.reserve(shard.tasks.size());
-    for (auto& entry : shard.tasks) tasks.push_back(&entry.second);
-    std::sort(tasks.begin(), tasks.end(), [](const Task* a, const Task* b) {
-      return a->written < b->written;
-    });
-    shard.ends.older = shard.ends.newer = &shard.ends;
-    for (Task* const task : tasks) task->LinkBefore(&shard.ends);
-    shard.oldest = tasks.empty() ? kNever : tasks.front()->written;
-  }
-}
-
 void SupportTable::DrainJournals(
     const std::function<void(const std::vector<char>&)>& take) {
   for (Shard& shard : shards_) {
@@ -349,10 +320,7 @@ std::vector<int64_t> SupportTable::Tasks(size_t number) {
   std::vector<int64_t> tasks;
   std::lock_guard<std::mutex> lock(shard.mutex);
   tasks.reserve(shard.tasks.size());
-  for (const Task* task = shard.ends.newer; task != &shard.ends;
-       task = task->newer) {
-    tasks.push_back(task->id);
-  }
+  for (const auto& age : shard.ages) tasks.push_back(age.second);
   return tasks;
 }
 
@@ -365,7 +333,7 @@ void SupportTable::Copy(size_t number, const int64_t* tasks, size_t n,
     if (found == shard.tasks.end()) continue;
     const Task& task = found->second;
     for (int32_t row = 0; row < task.num_rows; ++row) {
-      AppendPut(task.id, RowsOf(shard, task) + row * row_bytes_, row_bytes_,
+      AppendPut(tasks[i], RowsOf(shard, task) + row * row_bytes_, row_bytes_,
                 records);
     }
   }

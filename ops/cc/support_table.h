@@ -10,7 +10,9 @@
 #include <functional>
 #include <limits>
 #include <mutex>
+#include <set>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "ops/cc/support_blocks.h"
@@ -45,8 +47,8 @@ struct SupportCounters {
 
 // Tasks and their last rows. Threads may share it.
 //
-// Tasks are spread over shards, each with a lock, an index, a list in the order
-// of last writes, and for each size of task (1, 2, 3, 4, 6, 8, 12 ... max_rows
+// Tasks are spread over shards, each with a lock, an index by id and one by
+// time of writing, and for each size of task (1, 2, 3, 4, 6, 8, 12 ... max_rows
 // rows) a pool of blocks. No lock is held for longer than it takes to copy a
 // few tasks. Changes are also appended to the shard's journal, if it is kept; a
 // journal has the order in which its shard changed.
@@ -66,10 +68,8 @@ class SupportTable {
   // same task and event time; a full task gives up its row of the earliest
   // event.
   int32_t Put(int64_t task, char* row);
-  // The same with the time of writing that the row has. SortByWriteTime() must
-  // follow, as the order of last writes is then not that of the calls.
+  // The same with the time of writing that the row has.
   void Load(int64_t task, const char* row);
-  void SortByWriteTime();
   void Drop(int64_t task);
 
   // Copies the last rows of `version`, the newest last, at most `max_rows`.
@@ -101,27 +101,24 @@ class SupportTable {
   SupportCounters Counters();
 
  private:
-  static constexpr int64_t kTaskBytes = 80;  // of a task in its shard's index
+  static constexpr int64_t kTaskBytes = 128;  // of a task in both indices
   static constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
   static constexpr uint8_t kNoBlock = 255;
 
+  // The last time of writing, and the task.
+  using Ages = std::set<std::pair<int64_t, int64_t>>;
+
   struct Task {
-    int64_t id = 0;
-    int64_t written = 0;  // the last time
-    Task* older = this;
-    Task* newer = this;
+    Ages::iterator age;
     uint32_t block = 0;
     uint16_t num_rows = 0;
     uint8_t size = kNoBlock;  // place in sizes_
-
-    void Unlink();
-    void LinkBefore(Task* next);
   };
 
   struct alignas(64) Shard {
     std::mutex mutex;
     std::unordered_map<int64_t, Task> tasks;
-    Task ends;  // of the list: newer is the oldest task, older the newest
+    Ages ages;
     std::vector<BlockPool> pools;  // for each of sizes_
     std::vector<char> journal;
     SupportCounters counters;
@@ -140,8 +137,8 @@ class SupportTable {
   bool Fit(Shard* shard, Task* task, int32_t num_rows, Garbage* garbage);
   void Release(Shard* shard, const Task& task, Garbage* garbage);
   void RemoveExpiredRows(Shard* shard, Task* task);
-  void Erase(Shard* shard, Task* task, Garbage* garbage);
-  void Evict(Shard* shard, Task* task, Garbage* garbage);
+  void Erase(Shard* shard, int64_t id, Garbage* garbage);
+  void EvictOldestOf(Shard* shard, Garbage* garbage);
   template <typename Append>
   void Journal(Shard* shard, Append append);
 
