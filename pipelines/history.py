@@ -60,7 +60,7 @@ def add(
     Returns:
       The parts with four columns more.
     """
-    columns = {"task": task, "item": item, "label": label}
+    columns: dict[str, Any] = {"task": task, "item": item, "label": label}
     made = {}
     for name, table in parts.items():
         if f"{name}_support" in parts:

@@ -185,6 +185,7 @@ def config(data: pathlib.Path, **changes: Any) -> dict[str, Any]:
             "epochs": 2,
             "optimizer": {"name": "adam", "learning_rate": 0.01},
             "table_optimizer": {"name": "sparse_adam", "learning_rate": 0.05},
+            "meta_optimizer": {"name": "adam", "learning_rate": 0.02},
             "monitor": "auc",
             "patience": 2,
             "checkpoint_every": 8,
