@@ -11,7 +11,7 @@ TENSORFLOW := $(shell sed -n 's/^ *"\(tensorflow[<>=][^"]*\)".*/\1/p' pyproject.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv native demo test lint format bench wheel clean
+.PHONY: help venv native demo test sanitize lint format bench wheel clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):[^#]*## */\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -42,6 +42,9 @@ demo: $(READY)  ## train, export, serve and query on the shipped sample of real 
 
 test: lint  ## lint, check the types, run the tests and the examples in the docstrings
 	$(BIN)/python -m pytest -q -n 2 --doctest-modules --pyargs tests/ $(ROOMS:%=qianmo.%)
+
+sanitize: $(STAMP)  ## test the C++ cores for memory, arithmetic and races; `make test` does it too
+	$(BIN)/python -m pytest -q tests/ops/test_cores.py
 
 lint: $(READY)  ## check the style and the types
 	$(BIN)/ruff check

@@ -26,6 +26,10 @@ bool IsFolder(const std::string& path) {
 // The only line of a short file.
 bool ReadLine(const std::string& path, std::string* line, std::string* error) {
   std::ifstream file(path, std::ios::binary);
+  if (!file) {
+    *error = path + ": there is no such file";
+    return false;
+  }
   char text[4096];
   file.read(text, sizeof(text));
   line->assign(text, static_cast<size_t>(file.gcount()));
