@@ -30,7 +30,7 @@ MANIFEST = "MANIFEST"
 CURRENT = "CURRENT"
 _MAGIC = b"QMROWS1\n"
 _HEADER_BYTES = 4096
-_COPIED = 1 << 24
+_COPIED_BYTES = 1 << 20
 _SLOT = np.dtype([("id", "<i8"), ("row", "<u8")])
 _NO_ROW = np.uint64(2**64 - 1)
 
@@ -284,7 +284,7 @@ def _write_hashed(
         shard.num_rows = len(ids)
         if len(ids):
             with open(f"{spill}.rows", "rb") as file:
-                while block := file.read(_COPIED):
+                while block := file.read(_COPIED_BYTES):
                     shard.write(block)
             own.unlink()
             os.unlink(f"{spill}.rows")
@@ -385,7 +385,7 @@ def verify(version_dir: str | os.PathLike[str]) -> None:
             with path.open("rb") as file:
                 header = file.read(_HEADER_BYTES)
                 found, read = 0, len(header)
-                while block := file.read(_COPIED):
+                while block := file.read(_COPIED_BYTES):
                     found, read = zlib.crc32(block, found), read + len(block)
         except OSError as error:
             raise StoreError(f"{path}: {error.strerror}") from None
