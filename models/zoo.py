@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qianmo.layers.features import Schema
-from qianmo.models import ctr, dual_dnn
+from qianmo.models import cross_domain, ctr, dual_dnn, multi_task, personal
 from qianmo.models.ranker import Ranker
 
 # name -> its function, and the functions and classes whose keyword arguments it passes on.
@@ -21,6 +21,14 @@ MODELS: dict[str, tuple[Callable[..., Ranker], tuple[Callable[..., Ranker], ...]
     "xdeepfm": (ctr.xdeepfm, (ctr.road, Ranker)),
     "dual_dnn": (dual_dnn.dual_dnn, (dual_dnn.DualDNN, Ranker)),
     "teacher_alone": (dual_dnn.teacher_alone, (Ranker,)),
+    "star": (cross_domain.star, (Ranker,)),
+    "cross_domain": (cross_domain.cross_domain, (Ranker,)),
+    "shared_bottom": (multi_task.shared_bottom, (Ranker,)),
+    "mmoe": (multi_task.mmoe, (Ranker,)),
+    "ple": (multi_task.ple, (Ranker,)),
+    "ppnet": (personal.ppnet, (Ranker,)),
+    "poso": (personal.poso, (Ranker,)),
+    "epnet": (personal.epnet, (Ranker,)),
 }
 
 

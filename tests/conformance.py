@@ -16,16 +16,33 @@ import numpy as np
 import numpy.typing as npt
 import tf_keras
 
+from qianmo.layers.auxiliary_network import AuxiliaryNetwork
 from qianmo.layers.bi_interaction import BiInteraction
 from qianmo.layers.bottom import Bottom
 from qianmo.layers.cin import CIN
 from qianmo.layers.cross import CrossNetwork
+from qianmo.layers.domain_column import DomainColumn
+from qianmo.layers.domain_experts import DomainExperts
+from qianmo.layers.domain_towers import DomainTowers
 from qianmo.layers.embed import Embed, Embedded
 from qianmo.layers.encode import Encode, Encoded
+from qianmo.layers.epnet import EPNet
+from qianmo.layers.expert_mixture import ExpertMixture
+from qianmo.layers.extended import Extended
 from qianmo.layers.features import Categorical, Dense, Schema
 from qianmo.layers.fm import FM
 from qianmo.layers.fwfm import FwFM
+from qianmo.layers.gated_tower import GatedTower
+from qianmo.layers.hide_domain import HideDomain
+from qianmo.layers.label_towers import LabelTowers
 from qianmo.layers.mlp import MLP
+from qianmo.layers.mmoe import MMoE
+from qianmo.layers.partitioned_norm import PartitionedNorm
+from qianmo.layers.personal_gate import PersonalGate
+from qianmo.layers.ple import PLE
+from qianmo.layers.select import Select
+from qianmo.layers.star import StarDense
+from qianmo.layers.star_tower import StarTower
 from qianmo.layers.tower import Tower
 from qianmo.models import zoo
 
@@ -36,7 +53,12 @@ DOMAIN = np.array([2, 1, 0, 3, 1, 2], np.int64)  # of three, the third row's unk
 PACKAGES = ("qianmo.layers", "qianmo.models")
 
 # Public layers that are not in the table: full class name -> reason.
-EXEMPT: dict[str, str] = {"qianmo.models.ranker.Ranker": "abstract: says what its heads are"}
+EXEMPT: dict[str, str] = {
+    "qianmo.models.ranker.Ranker": "abstract: says what its heads are",
+    "qianmo.layers.inner_loop.InnerLoop": "adapts a tower: is in the models with `meta`",
+    "qianmo.layers.meta.Meta": "an objective: is in the models with `meta`",
+    "qianmo.layers.star.StarLeaves": "reads another layer's kernel, no row of data: in StarDense",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +92,8 @@ SCHEMA = Schema(
         Dense(name="age", mean=0.5, variance=4.0),
     ),
     labels=("click",),
+    task_id="member",
+    timestamp="time",
 )
 
 
@@ -82,6 +106,39 @@ def raw() -> dict[str, Any]:
         "tags_length": np.array([0, 1, 2, 3, 4, -1], np.int64),
         "age": np.array([0.5, -3.0, 9.0, np.nan, np.inf, 1.0], np.float32),
     }
+
+
+def with_domain(*shape: int) -> Callable[[], Any]:
+    """Standard normal inputs, and a domain of three for each row."""
+    return lambda: (floats(*shape)(), DOMAIN)
+
+
+def with_domain_column(*shape: int) -> Callable[[], npt.NDArray[np.float32]]:
+    """Standard normal inputs, and their domain as the last column."""
+    column = DOMAIN[:, None].astype(np.float32)
+    return lambda: np.concatenate([floats(*shape)(), column], 1)
+
+
+def embedded() -> Embedded:
+    """What `Embed` makes of rows of `DOMAIN_SCHEMA`."""
+    return Embedded((floats(3, 2)(),), floats(3, 1)(), floats(1)(), DOMAIN)
+
+
+def expert(seed: int) -> Bottom:
+    """An expert on embedded rows."""
+    return Bottom(networks=[MLP((4,), seed=seed)])
+
+
+DOMAIN_SCHEMA = Schema(
+    features=(
+        Categorical(name="scene", num_ids=3, dim=2),
+        Categorical(name="user", num_ids=5, dim=2, side="user"),
+        Categorical(name="topic", num_ids=5, dim=2, domains=(1,)),
+        Dense(name="age", mean=0.5, variance=4.0),
+    ),
+    labels=("click", "like"),
+    domain="scene",
+)
 
 
 def encoded() -> Encoded:
@@ -103,6 +160,22 @@ def model(**config: Any) -> Case:
     made = functools.partial(zoo.build, SCHEMA, {"embedding_stddev": 0.1, **config})
     heads = 2 if config["name"] == "dual_dnn" else 1
     return Case(make=made, inputs=raw, smooth=False, float32_outputs=tuple(range(heads)))
+
+
+def raw_of_domains() -> dict[str, Any]:
+    """Rows as `DOMAIN_SCHEMA` describes them, one of an unknown domain."""
+    return {
+        "scene": np.array([1, 0, 7, 2, 0, 1], np.int64),
+        "user": np.array([0, 4, 5, -1, 2, 2], np.int64),
+        "topic": np.array([0, 4, 5, -1, 2, 2], np.int64),
+        "age": np.array([0.5, -3.0, 9.0, np.nan, np.inf, 1.0], np.float32),
+    }
+
+
+def model_of_domains(**config: Any) -> Case:
+    """A model of the zoo whose parts differ by domain."""
+    made = functools.partial(zoo.build, DOMAIN_SCHEMA, {"embedding_stddev": 0.1, **config})
+    return Case(make=made, inputs=raw_of_domains, smooth=False, float32_outputs=(0,))
 
 
 DUAL_DNN = {
@@ -134,6 +207,75 @@ CASES: dict[str, Case] = {
         make=lambda: Bottom([FM()], [MLP((4,), seed=1)], linear=True, flat=True),
         inputs=lambda: Embedded((floats(3, 2)(),), floats(3, 1)(), floats(2)(), DOMAIN),
     ),
+    "Extended": Case(
+        make=lambda: Extended(
+            expert(1), [Select(DOMAIN_SCHEMA, ["user", "age"])], [DomainColumn()]
+        ),
+        inputs=embedded,
+    ),
+    "Select": Case(make=lambda: Select(DOMAIN_SCHEMA, ["scene", "age"]), inputs=embedded),
+    "DomainColumn": Case(make=DomainColumn, inputs=embedded, smooth=False),
+    "HideDomain": Case(make=lambda: HideDomain(0.5, seed=1), inputs=embedded, smooth=False),
+    "DomainExperts": Case(
+        make=lambda: DomainExperts([MLP((4,), seed=p) for p in range(3)]), inputs=with_domain(5)
+    ),
+    "PersonalGate": Case(
+        make=lambda: PersonalGate(4, num_gates=2, units=(3,), seed=1),
+        inputs=lambda: (floats(5)(), floats(4, 3)()),
+    ),
+    "ExpertMixture": Case(
+        make=lambda: ExpertMixture(
+            [expert(1), expert(2)],
+            [expert(3), expert(4), expert(5)],
+            PersonalGate(3, seed=1),
+            Select(DOMAIN_SCHEMA, ["scene", "user"]),
+        ),
+        inputs=embedded,
+    ),
+    "MMoE": Case(make=lambda: MMoE([expert(1), expert(2)], 3, seed=1), inputs=embedded),
+    "MMoE by domain": Case(
+        make=lambda: MMoE([expert(1), expert(2)], 4, by_domain=True, seed=1), inputs=embedded
+    ),
+    "PLE": Case(make=lambda: PLE(2, [[4], [3]], num_own=2, num_shared=2, seed=1), inputs=embedded),
+    "PLE by domain": Case(
+        make=lambda: PLE(3, [[4], [3]], num_shared=2, by_domain=True, seed=1), inputs=embedded
+    ),
+    "AuxiliaryNetwork": Case(make=lambda: AuxiliaryNetwork(2, (3,), seed=1), inputs=embedded),
+    "EPNet": Case(
+        make=lambda: EPNet(Select(DOMAIN_SCHEMA, ["scene"]), units=4, seed=1),
+        inputs=embedded,
+        smooth=False,  # it stops gradients
+    ),
+    "PartitionedNorm": Case(make=lambda: PartitionedNorm(3), inputs=with_domain(5)),
+    "StarDense": Case(make=lambda: StarDense(4, 3, seed=1), inputs=with_domain(5)),
+    "StarTower": Case(
+        make=lambda: StarTower(2, 3, (4, 3), norm=True, auxiliary=True, seed=1),
+        inputs=with_domain_column(7),
+        smooth=False,
+        float32_outputs=(0,),
+    ),
+    "DomainTowers": Case(
+        make=lambda: DomainTowers(2, 3, (4, 3), seed=1),
+        inputs=with_domain_column(5),
+        smooth=False,
+        float32_outputs=(0,),
+    ),
+    "LabelTowers": Case(
+        make=lambda: LabelTowers(2, (4,), split=True, seed=1),
+        inputs=floats(6),
+        smooth=False,
+        float32_outputs=(0,),
+    ),
+    "GatedTower": Case(
+        make=lambda: GatedTower(2, 3, (4, 3), gate_units=5, seed=1),
+        inputs=floats(8),
+        smooth=False,
+        float32_outputs=(0,),
+    ),
+    "Bottom with a seam": Case(
+        make=lambda: Bottom(networks=[MLP((4,), seed=1)], seam_dim=3, seed=2),
+        inputs=lambda: Embedded((floats(3, 2)(),), floats(3, 1)(), floats(2)()),
+    ),
     # Its logits are float32 under every policy: too coarse for finite differences.
     "Tower": Case(
         make=lambda: Tower(2, (4, 3)), inputs=floats(5), smooth=False, float32_outputs=(0,)
@@ -142,6 +284,25 @@ CASES: dict[str, Case] = {
         f"model {name}": model(name=name)
         for name in ("lr", "mlp", "wdl", "deepfm", "dcn", "xdeepfm")
     },
+    "model mlp with meta": model(
+        name="mlp",
+        units=(5,),
+        seam_dim=4,
+        tower_units=(3,),
+        meta={"inner": {"rates": "rank_one", "shrinkage": 3.0}},
+    ),
     "model dual_dnn": model(**DUAL_DNN),
     "model teacher_alone": model(name="teacher_alone", interactions={"fwfm": {}}),
+    "model star": model_of_domains(name="star", units=(4,), norm=True, auxiliary_units=(3,)),
+    "model cross_domain": model_of_domains(
+        name="cross_domain", expert_units=(4, 3), interactions={"fm": {}}, tower_units=(3,)
+    ),
+    **{
+        f"model {name} of {tasks}": model_of_domains(name=name, tasks=tasks, tower_units=(3,))
+        for name in ("shared_bottom", "mmoe", "ple")
+        for tasks in ("labels", "domains")
+    },
+    "model ppnet": model_of_domains(name="ppnet", units=(4, 3), epnet=True),
+    "model poso": model_of_domains(name="poso", units=(4, 3)),
+    "model epnet": model_of_domains(name="epnet", units=(4, 3)),
 }

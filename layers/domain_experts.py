@@ -1,0 +1,57 @@
+"""Experts that belong to one domain each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+import tf_keras
+
+from qianmo.layers.by_domain import by_domain
+
+
+@tf_keras.utils.register_keras_serializable(package="qianmo")
+class DomainExperts(tf_keras.layers.Layer):
+    """Passes each row through its own domain's expert.
+
+        y_i = E_{d_i}(x_i),   y_i = 0 where d_i = 0
+
+    Args:
+      experts: E_1 to E_P, any layers of one output width: x of n rows -> [n, H]. n may be 0.
+
+    Inputs: (x, domain [B]); x is a tensor or a nesting of tensors such as `Embedded`, each
+      [B, ...]; domains are 1 to P, and 0 for an unknown one.
+    Outputs: y, [B, H].
+
+    Cost: each expert computes the rows of its own domain. The graph grows with P.
+    """
+
+    reads_domain = True
+
+    def __init__(self, experts: Sequence[tf_keras.layers.Layer], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not experts:
+            raise ValueError("`experts` should hold one layer for each domain. Received: none")
+        self.experts = list(experts)
+
+    def call(self, inputs: tuple[Any, tf.Tensor], training: bool = False) -> tf.Tensor:
+        """Computes y."""
+        x, domain = inputs
+        return by_domain(
+            lambda p, rows: self.experts[p](rows, training=training),
+            x,
+            domain,
+            len(self.experts),
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        """The layer's arguments, the experts serialised."""
+        experts = [tf_keras.layers.serialize(expert) for expert in self.experts]
+        return {**super().get_config(), "experts": experts}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> DomainExperts:
+        """Builds the layer and its experts."""
+        experts = [tf_keras.layers.deserialize(expert) for expert in config["experts"]]
+        return cls(**{**config, "experts": experts})

@@ -1,0 +1,111 @@
+"""A tower of star topology."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+import tf_keras
+
+from qianmo.layers.domain_column import read_domain
+from qianmo.layers.mlp import Correction
+from qianmo.layers.partitioned_norm import PartitionedNorm
+from qianmo.layers.star import StarLeaves
+from qianmo.layers.tower import DenseShape, Tower, TowerOutput
+
+
+@tf_keras.utils.register_keras_serializable(package="qianmo")
+class StarTower(Tower):
+    """A tower whose every dense layer is a centre shared by all domains and a leaf of each.
+
+        a^l = relu(a^{l-1} (W^l_p * W^l) + b^l_p + b^l),   z = a^L (W_p * W) + b_p + b + s
+
+    with p the row's domain, a^0 the tower's input, normalised if asked, and s what an auxiliary
+    network gave, if any. With leaves at their start it equals the plain `Tower` of the same seed
+    bit for bit. Rows of an unknown domain are scored by the centre.
+
+    What it reads stands in the columns of h: [a^0 ; s, num_labels columns if asked ; domain].
+
+    Args:
+      num_labels: K.
+      num_domains: P.
+      units: widths of the hidden layers.
+      dropout: rate after each hidden layer, in training.
+      activation: of the hidden layers.
+      seed: as for `Tower`.
+      norm: whether a^0 passes a `PartitionedNorm`.
+      auxiliary: whether h holds s.
+
+    Inputs: h, [..., H].
+    Outputs: `TowerOutput`.
+
+    References: Sheng et al. 2021, STAR. Here logits have no activation, and neither has the
+      normalisation a place after a layer.
+    """
+
+    reads_domain = True
+
+    def __init__(
+        self,
+        num_labels: int,
+        num_domains: int,
+        units: Sequence[int] = (),
+        dropout: float = 0.0,
+        activation: str = "relu",
+        seed: int | None = None,
+        norm: bool = False,
+        auxiliary: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_labels, units, dropout, activation, seed, **kwargs)
+        self.num_domains = num_domains
+        self.auxiliary = auxiliary
+        self.norm = (
+            PartitionedNorm(num_domains, dtype=self.dtype_policy, name="norm") if norm else None
+        )
+        dtypes = [self.dtype_policy] * len(self.mlp.units) + [self.head.dtype_policy]
+        self.leaves = [
+            StarLeaves(num_domains, dtype=dtype, name=f"leaves_{index}")
+            for index, dtype in enumerate(dtypes)
+        ]
+
+    def _split(self, h: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        num_extra = self.num_labels if self.auxiliary else 0
+        x, extra, domain = tf.split(h, [h.shape[-1] - num_extra - 1, num_extra, 1], -1)
+        return x, extra, read_domain(domain[..., 0], self.num_domains)
+
+    def dense_shapes(self, h_dim: int) -> list[DenseShape]:
+        """Its dense layers, in the order in which a correction counts them."""
+        return super().dense_shapes(h_dim - 1 - (self.num_labels if self.auxiliary else 0))
+
+    def call(
+        self, h: tf.Tensor, training: bool = False, correction: Correction | None = None
+    ) -> TowerOutput:
+        """Computes logits; see `Tower`."""
+        x, extra, domain = self._split(h)
+        if self.norm is not None:
+            x = self.norm((x, domain), training=training)
+
+        def leaf(number: int, a: tf.Tensor) -> tf.Tensor:
+            leaves = self.leaves[number]
+            is_last = number == len(self.mlp.units)
+            kernel = self.head.kernel if is_last else self.mlp.kernels[number]
+            kernel = tf.cast(kernel, leaves.compute_dtype)
+            added = leaves((tf.cast(a, leaves.compute_dtype), kernel, domain))
+            return added if correction is None else added + correction(number, a)
+
+        found = super().call(x, training, leaf)
+        logits = found.logits
+        if self.auxiliary:
+            logits += tf.cast(extra, logits.dtype)
+        return TowerOutput(logits, found.hidden, h)
+
+    def get_config(self) -> dict[str, Any]:
+        """The layer's arguments."""
+        return {
+            **super().get_config(),
+            "num_domains": self.num_domains,
+            "norm": self.norm is not None,
+            "auxiliary": self.auxiliary,
+        }
