@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 CACHE = ROOT / "runs" / "benchmarks"
 
 
-def movielens_1m(split: str) -> pathlib.Path:
+def movielens_1m(split: str, *, support_history: bool = False) -> pathlib.Path:
     """MovieLens-1M, prepared once."""
     source = os.environ.get("QIANMO_MOVIELENS_1M")
     if not source:
@@ -29,17 +29,17 @@ def movielens_1m(split: str) -> pathlib.Path:
             "Set QIANMO_MOVIELENS_1M to a folder with ratings.parquet, users.parquet and "
             "movies.parquet; the licence of MovieLens-1M does not let us ship it."
         )
-    folder = CACHE / f"movielens_1m_{split}"
+    folder = CACHE / f"movielens_1m_{split}{'_history' * support_history}"
     if not folder.exists():
-        prepare.movielens_1m(source, folder, split=split)
+        prepare.movielens_1m(source, folder, split=split, support_history=support_history)
     return folder
 
 
-def kuairand() -> pathlib.Path:
+def kuairand(*, support_history: bool = False) -> pathlib.Path:
     """The shipped KuaiRand sample, prepared once."""
-    folder = CACHE / "kuairand"
+    folder = CACHE / f"kuairand{'_history' * support_history}"
     if not (folder / "test_support.parquet").exists():
-        prepare.kuairand(None, folder, overwrite=True)
+        prepare.kuairand(None, folder, support_history=support_history, overwrite=True)
     return folder
 
 

@@ -318,6 +318,7 @@ def movielens_1m_melu(
 
     Films have the features that MeLU's authors collected: rate, genres, directors and actors. A
     column `state` says whether user and film are known in training, `task` the user in the state.
+    An epoch is chosen by training on `fit` and scoring `valid`, which are made of `train` alone.
 
     Args:
       source: folder with Parquet tables: ratings with a column melu_split, users, and movies_extra.
@@ -364,6 +365,7 @@ def movielens_1m_melu(
         }
     )
     parts = protocols.melu(table, "user_id", "state", "timestamp")
+    parts |= protocols.melu_within(parts["train"], "user_id", "movie_id")
     if support_history:
         parts = histories.add(
             parts,

@@ -130,6 +130,48 @@ def melu(table: pa.Table, user: str, state: str, time: str) -> dict[str, pa.Tabl
     }
 
 
+def melu_within(
+    train: pa.Table, user: str, item: str, *, seed: int = 0, share: float = 0.2
+) -> dict[str, pa.Table]:
+    """Makes the four states once more within the training rows, to choose an epoch or a size by.
+
+    A share of the users and a share of the items are held out as cold. A third of each user's rows
+    in each state, rounded down and drawn at random, is to be scored.
+
+    Args:
+      train: as made by `melu`.
+      user: column of the user.
+      item: column of the item.
+      seed: of the draws.
+      share: of the users and of the items to hold out.
+
+    Returns:
+      fit: the warm rows that are not to be scored; valid: the rows to be scored; valid_support: the
+      others. `state` and `task` are written anew.
+    """
+    random = np.random.default_rng(seed)
+    cold = np.zeros((2, len(train)), np.int64)
+    for number, column in enumerate((user, item)):
+        ids = train[column].to_numpy()
+        values = np.unique(ids)
+        drawn = random.permutation(values)[: int(share * len(values))]
+        cold[number] = np.isin(ids, drawn)
+    state = cold[0] + 2 * cold[1]
+    task = 10_000 * state + train[user].to_numpy().astype(np.int64)
+    order = random.permutation(len(train))
+    place, count = np.empty((2, len(train)), np.int64)
+    place[order], count[order] = _places(task[order])
+    is_query = place < count // 3
+    made = train.drop_columns(["state", "task"])
+    made = made.append_column("state", pa.array(np.asarray(STATES)[state]))
+    made = made.append_column("task", pa.array(task))
+    return {
+        "fit": made.filter(~is_query & (state == 0)),
+        "valid": made.filter(is_query),
+        "valid_support": made.filter(~is_query),
+    }
+
+
 def _places(ids: _Rows) -> tuple[_Rows, _Rows]:
     """For each row, how many rows of its task are before it, and how many there are."""
     _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)

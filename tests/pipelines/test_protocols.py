@@ -10,7 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qianmo.pipelines import prepare, protocols
+from qianmo.configs import history as history_config
+from qianmo.configs import movielens_1m_melu
+from qianmo.layers.features import Schema
+from qianmo.pipelines import prepare, protocols, readers, statistics
 
 MOVIELENS = pytest.mark.skipif(
     "QIANMO_MOVIELENS_1M" not in os.environ,
@@ -112,6 +115,34 @@ def test_melu_scores_ten_rows_of_each_user_in_a_state() -> None:
         assert (np.diff(part["time"].to_numpy()) >= 0).all()
 
 
+def test_melus_states_within_the_training_rows() -> None:
+    random = np.random.default_rng(3)
+    user = random.permutation(np.repeat(np.arange(50), random.integers(3, 60, 50)))
+    item = random.integers(0, 40, len(user))
+    columns = {"row": np.arange(len(user)), "user": user, "item": item}
+    train = pa.table({**columns, "state": ["warm"] * len(user), "task": user})
+    parts = protocols.melu_within(train, "user", "item")
+    found = {
+        name: {column: part[column].to_numpy() for column in part.column_names}
+        for name, part in parts.items()
+    }
+    valid, support, fit = found["valid"], found["valid_support"], found["fit"]
+    both = {column: np.concatenate([valid[column], support[column]]) for column in valid}
+    assert sorted(both["row"]) == list(range(len(user)))
+    assert support["row"].tolist() == sorted(support["row"])
+    assert fit["row"].tolist() == support["row"][support["state"] == "warm"].tolist()
+    for column, count, cold in (("user", 50, (1, 3)), ("item", 40, (2, 3))):
+        is_cold = np.isin(both["state"], [protocols.STATES[i] for i in cold])
+        new = {*both[column][is_cold]}
+        assert len(new) == count // 5
+        assert not new & {*both[column][~is_cold]}
+    for task in {*both["task"]}:
+        own = both["task"] == task
+        assert (valid["task"] == task).sum() == own.sum() // 3
+        assert {*both["state"][own]} == {protocols.STATES[task // 10_000]}
+        assert {*both["user"][own]} == {task % 10_000}
+
+
 @MOVIELENS
 def test_the_four_states_of_movielens_1m(tmp_path: pathlib.Path) -> None:
     """Counts as published here, and that training knows no user, film or row that it should not."""
@@ -119,7 +150,9 @@ def test_the_four_states_of_movielens_1m(tmp_path: pathlib.Path) -> None:
     if not (source / "ratings.parquet").exists():
         pytest.skip("MeLU's states are in the Parquet tables alone")
     about = prepare.movielens_1m(source, tmp_path / "made", split="melu")
-    assert about["rows"] == {"train": 95_281, "test": 69_070, "test_support": 216_823}
+    expected = {"train": 95_281, "test": 69_070, "test_support": 216_823}
+    assert expected.items() <= about["rows"].items()
+    assert about["rows"]["valid"] + about["rows"]["valid_support"] == 95_281
     parts = {name: pq.read_table(tmp_path / "made" / f"{name}.parquet") for name in about["rows"]}
     state = parts["test"]["state"].to_numpy()
     count = [len(np.unique(parts["test"]["task"].to_numpy()[state == s])) for s in protocols.STATES]
@@ -134,7 +167,7 @@ def test_the_four_states_of_movielens_1m(tmp_path: pathlib.Path) -> None:
         known = np.isin(parts["test"][column].to_numpy(), parts["train"][column].to_numpy())
         for number, name in enumerate(protocols.STATES):
             share = known[state == name].mean()
-            # Of the users of new films, those with over 100 ratings of known ones are not trained on.
+            # Training leaves out users with over 100 ratings of known films, who rate new ones too.
             assert share == 0 if number in cold else share > 0.3, share
     rating = parts["test"]["rating"].to_numpy()
     np.testing.assert_array_equal(4 * parts["test"]["label"].to_numpy() + 1, rating)
@@ -184,3 +217,20 @@ def test_movielens_1m(split: prepare.Split, rows: dict[str, int], tmp_path: path
         joined = joined[np.argsort(joined // 10_000, kind="stable")]
         steps = np.diff(places[joined].astype(int))
         assert (steps[np.diff(joined // 10_000) == 0] > 0).all()
+
+
+@MOVIELENS
+def test_the_schema_of_the_four_states_reads_them(tmp_path: pathlib.Path) -> None:
+    source = pathlib.Path(os.environ["QIANMO_MOVIELENS_1M"])
+    if not (source / "ratings.parquet").exists():
+        pytest.skip("MeLU's states are in the Parquet tables alone")
+    made = tmp_path / "made"
+    prepare.movielens_1m(source, made, split="melu", support_history=True)
+    config = movielens_1m_melu.schema(ids=("movie_id",))
+    config["features"] += history_config.features(config["features"][-1])
+    schema = statistics.complete(Schema.from_config(config), made / "train.parquet")
+    for part in ("test", "valid", "test_support", "valid_support", "fit"):
+        blocks = list(readers.blocks(schema, made / f"{part}.parquet"))
+        rows = pq.read_metadata(made / f"{part}.parquet").num_rows
+        assert sum(len(block["label"]) for block in blocks) == rows
+    assert schema.tables["director"].num_rows > 1000
