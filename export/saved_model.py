@@ -11,7 +11,8 @@ import contextlib
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -30,6 +31,7 @@ STATUS = "status"
 PYTHON_OPS = frozenset({"PyFunc", "PyFuncStateless", "EagerPyFunc"})
 
 Rows = Mapping[str, np.ndarray]
+Specs = Mapping[str, tf.TensorSpec]
 Signature = Callable[..., dict[str, tf.Tensor]]
 
 
@@ -77,7 +79,8 @@ def vector_specs(model: Ranker) -> dict[str, tf.TensorSpec]:
     return specs
 
 
-def _answer(schema: Schema, logits: tf.Tensor, status: tf.Tensor) -> dict[str, tf.Tensor]:
+def answer(schema: Schema, logits: tf.Tensor, status: tf.Tensor) -> dict[str, tf.Tensor]:
+    """Outputs of a scoring signature: a probability for each label, and the rows' status."""
     probability = tf.sigmoid(tf.cast(logits, tf.float32))
     finite = tf.reduce_all(tf.math.is_finite(probability), 1)
     probability = tf.where(tf.math.is_finite(probability), probability, 0.0)
@@ -89,7 +92,7 @@ def _scorer(model: Ranker, head: str) -> Signature:
     def score(**features: tf.Tensor) -> dict[str, tf.Tensor]:
         encoded = model.encode(features)
         logits = model.heads(model.embed(encoded), (head,))[head].logits
-        return _answer(model.schema, logits, encoded.status)
+        return answer(model.schema, logits, encoded.status)
 
     return score
 
@@ -106,7 +109,7 @@ def _fed_scorer(model: Ranker, head: str) -> Signature:
             status |= tf.where(finite, OK, BAD_DENSE)
         embedded = model.embed.assemble(features, dense, domain)
         logits = model.heads(embedded, (head,))[head].logits
-        return _answer(model.schema, logits, status)
+        return answer(model.schema, logits, status)
 
     return score
 
@@ -126,13 +129,13 @@ def _save(
     folder: pathlib.Path,
     model: Ranker,
     functions: Mapping[str, Signature],
-    specs: Mapping[str, tf.TensorSpec],
+    specs: Mapping[str, Specs],
+    module: tf.Module,
 ) -> None:
     """Writes signatures with the variables and lookup tables that they use, and no others."""
     concrete = {
-        name: tf.function(f).get_concrete_function(**specs) for name, f in functions.items()
+        name: tf.function(f).get_concrete_function(**specs[name]) for name, f in functions.items()
     }
-    module = tf.Module()
     module.used = list({v.ref(): v for f in concrete.values() for v in f.graph.variables}.values())
     captured = {id(x) for f in concrete.values() for x, _ in f.graph.captures}
     tables = [x.lookup_table for x in model.encode.lookups if hasattr(x, "lookup_table")]
@@ -160,18 +163,16 @@ def _check_ops(version_dir: pathlib.Path) -> None:
         raise ExportError(f"The graph holds ops that stock TensorFlow Serving lacks: {foreign}.")
 
 
-def _write_warmup(
-    version_dir: pathlib.Path, name: str, signatures: Iterable[str], inputs: Rows
-) -> None:
+def _write_warmup(version_dir: pathlib.Path, name: str, inputs: Mapping[str, Rows]) -> None:
     """One record for each signature: a version that cannot answer then fails at load."""
     folder = version_dir / "assets.extra"
     folder.mkdir(exist_ok=True)
     with tf.io.TFRecordWriter(str(folder / "tf_serving_warmup_requests")) as writer:
-        for signature in signatures:
+        for signature, rows in inputs.items():
             request = predict_pb2.PredictRequest(
                 model_spec=model_pb2.ModelSpec(name=name, signature_name=signature)
             )
-            for key, value in inputs.items():
+            for key, value in rows.items():
                 request.inputs[key].CopyFrom(tf.make_tensor_proto(value[:1]))
             log = prediction_log_pb2.PredictionLog(
                 predict_log=prediction_log_pb2.PredictLog(request=request)
@@ -222,7 +223,8 @@ def check_parity(
     return float(difference.max())
 
 
-def _cast(rows: Rows, specs: Mapping[str, tf.TensorSpec]) -> Rows:
+def cast(rows: Rows, specs: Specs) -> Rows:
+    """The columns that are inputs, in the inputs' dtypes."""
     found = {}
     for name, spec in specs.items():
         value = rows[name]
@@ -238,7 +240,7 @@ def next_version(base_path: str | os.PathLike[str]) -> int:
 
 
 @contextlib.contextmanager
-def _publishing(base_path: pathlib.Path, version: int) -> Iterator[pathlib.Path]:
+def publishing(base_path: pathlib.Path, version: int) -> Iterator[pathlib.Path]:
     """A folder under a temporary name that takes its number when all went well."""
     target = base_path / str(version)
     if target.exists():
@@ -253,21 +255,32 @@ def _publishing(base_path: pathlib.Path, version: int) -> Iterator[pathlib.Path]
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _fill(
+def fill(
     folder: pathlib.Path,
     name: str,
     model: Ranker,
     functions: Mapping[str, Signature],
-    specs: Mapping[str, tf.TensorSpec],
-    inputs: Rows,
+    specs: Mapping[str, Specs],
+    inputs: Mapping[str, Rows],
+    module: tf.Module | None = None,
 ) -> None:
-    """Makes a version of stock ops, with its warm-up records."""
-    _save(folder, model, functions, specs)
+    """Makes a version of stock ops, with its warm-up records.
+
+    Args:
+      folder: the version's.
+      name: of the model in serving.
+      model: what `functions` read.
+      functions: signature -> its function.
+      specs: signature -> its inputs.
+      inputs: signature -> rows for it, the first of which becomes its warm-up record.
+      module: holds what else should be saved, such as hash tables.
+    """
+    _save(folder, model, functions, specs, module or tf.Module())
     _check_ops(folder)
-    _write_warmup(folder, name, functions, inputs)
+    _write_warmup(folder, name, inputs)
 
 
-def _replay(
+def replay(
     folder: pathlib.Path, model: Ranker, signatures: Mapping[str, str], inputs: Rows, rows: Rows
 ) -> float:
     """Largest difference between the signatures, given `inputs`, and Keras, given raw `rows`."""
@@ -278,6 +291,10 @@ def _replay(
             check_parity(run(name, inputs), keras[head], model.schema, rows, name)
             for name, head in signatures.items()
         )
+
+
+def _each(functions: Mapping[str, Signature], value: Any) -> dict[str, Any]:
+    return dict.fromkeys(functions, value)
 
 
 def _signatures(model: Ranker, heads: Sequence[str]) -> dict[str, str]:
@@ -319,12 +336,12 @@ def export_in_graph(
     signatures = _signatures(model, heads or (model.serving_head,))
     functions = {name: _scorer(model, head) for name, head in signatures.items()}
     specs = raw_specs(model.schema)
-    inputs = _cast(rows, specs)
+    inputs = cast(rows, specs)
     base = pathlib.Path(base_path)
     version = version or next_version(base)
-    with _publishing(base, version) as folder:
-        _fill(folder, base.name, model, functions, specs, inputs)
-        worst = _replay(folder, model, signatures, inputs, inputs)
+    with publishing(base, version) as folder:
+        fill(folder, base.name, model, functions, _each(functions, specs), _each(functions, inputs))
+        worst = replay(folder, model, signatures, inputs, inputs)
     write_serving_files(base, any(f.is_list for f in model.schema.categorical))
     return base / str(version), worst
 
@@ -354,22 +371,31 @@ def export_fed(
     functions = {name: _fed_scorer(model, head) for name, head in signatures.items()}
     raw = raw_specs(schema)
     dense = {d.name: raw.pop(d.name) for d in schema.dense}
-    ids = _cast(rows, raw)
-    numbers = _cast(rows, dense)
+    ids = cast(rows, raw)
+    numbers = cast(rows, dense)
     base = pathlib.Path(base_path)
     lookup_base = base.with_name(base.name + "_lookup")
     version = version or max(next_version(base), next_version(lookup_base))
     # Left in reverse: a graph never stands there without what makes its inputs.
-    with _publishing(base, version) as folder, _publishing(lookup_base, version) as lookup:
-        _fill(lookup, lookup_base.name, model, {"serving_default": _lookup(model)}, raw, ids)
+    with publishing(base, version) as folder, publishing(lookup_base, version) as lookup:
+        default = "serving_default"
+        fill(
+            lookup,
+            lookup_base.name,
+            model,
+            {default: _lookup(model)},
+            {default: raw},
+            {default: ids},
+        )
         with session(lookup) as run:
             vectors = dict(run("serving_default", ids))
         del vectors[STATUS]
         fed = {**vectors, **numbers}
         if name := domain_input(model):
             fed[name] = ids[schema.domain]
-        _fill(folder, base.name, model, functions, vector_specs(model), fed)
-        worst = _replay(folder, model, signatures, fed, {**ids, **numbers})
+        specs = vector_specs(model)
+        fill(folder, base.name, model, functions, _each(functions, specs), _each(functions, fed))
+        worst = replay(folder, model, signatures, fed, {**ids, **numbers})
     write_serving_files(base, lists=False)
     write_serving_files(lookup_base, any(f.is_list for f in schema.categorical))
     return base / str(version), worst

@@ -1,0 +1,323 @@
+"""SavedModels whose tower adapts, within each request, to the tasks that the request is about.
+
+Signatures, all [B, ...] and row-independent; stock ops only, unless the store is a `SupportStore`:
+
+    serving_default      the plain score
+    adapted              the score of the row's task, whose support the store holds
+    adapted_by_request   the same with the support in the request
+    put_support          stores a row that has got its labels
+    stats                what the store holds
+
+Tasks that stand in a batch many times are adapted once.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from qianmo.export.saved_model import (
+    STATUS,
+    TOLERANCE,
+    ExportError,
+    Rows,
+    Signature,
+    Specs,
+    answer,
+    cast,
+    fill,
+    next_version,
+    publishing,
+    raw_specs,
+    replay,
+    session,
+    write_serving_files,
+)
+from qianmo.export.support_table import SupportTable
+from qianmo.layers.inner_loop import Support
+from qianmo.layers.meta import Meta
+from qianmo.models.ranker import Ranker
+from qianmo.ops.support_store import SupportStore
+
+BAD_SUPPORT = 32  # a support row in the request could not be read and was left out
+ADAPT = "adapt"
+COUNT = "support_count"
+
+
+def _meta(model: Ranker) -> Meta:
+    if model.meta is None:
+        raise ExportError("The model has no `meta`, which says how its tower adapts.")
+    return model.meta
+
+
+def support_name(name: str) -> str:
+    """Input of `adapted_by_request` for a column of the support rows."""
+    return f"support_{name}"
+
+
+def _column(name: str, dtype: tf.DType) -> tf.TensorSpec:
+    return tf.TensorSpec([None], dtype, name)
+
+
+def adapted_specs(schema: Any) -> dict[str, tf.TensorSpec]:
+    """Inputs of `adapted`: the raw features, the task, and whether to adapt."""
+    specs = raw_specs(schema)
+    task = specs.setdefault(schema.task_id, _column(schema.task_id, tf.int64))
+    if task.dtype != tf.int64 or task.shape.rank != 1:
+        raise ExportError(f"feature `{schema.task_id}`, the task, should be one int64 a row.")
+    return {**specs, ADAPT: _column(ADAPT, tf.bool)}
+
+
+def by_request_specs(schema: Any) -> dict[str, tf.TensorSpec]:
+    """Inputs of `adapted_by_request`: features, and features and labels of support rows.
+
+    The latter are [B, S], oldest first, or [B, S, L] for lists; `support_count` of them are valid.
+    A label of -1 is not defined for the row.
+    """
+    specs = {**raw_specs(schema), ADAPT: _column(ADAPT, tf.bool)}
+    for name, spec in raw_specs(schema).items():
+        shape = [None, None, *spec.shape[1:]]
+        specs[support_name(name)] = tf.TensorSpec(shape, spec.dtype, support_name(name))
+    for label in schema.labels:
+        name = support_name(label)
+        specs[name] = tf.TensorSpec([None, None], tf.float32, name)
+    return {**specs, COUNT: _column(COUNT, tf.int64)}
+
+
+def put_specs(schema: Any) -> dict[str, tf.TensorSpec]:
+    """Inputs of `put_support`: features, task, event time, and labels; -1 is not defined."""
+    specs = raw_specs(schema)
+    for name in (schema.task_id, schema.timestamp):
+        specs.setdefault(name, _column(name, tf.int64))
+    return {**specs, **{label: _column(label, tf.float32) for label in schema.labels}}
+
+
+def _labels(columns: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Labels and their weights [..., K], and whether all labels of a row can be read [...]."""
+    labels = tf.stack(columns, -1)
+    defined = labels != -1.0
+    good = tf.logical_or(tf.logical_and(labels >= 0.0, labels <= 1.0), ~defined)
+    labels = tf.where(tf.logical_and(good, defined), labels, 0.0)
+    return labels, tf.cast(defined, tf.float32), tf.reduce_all(good, -1)
+
+
+def _scored(
+    model: Ranker,
+    features: Mapping[str, tf.Tensor],
+    adapt: tf.Tensor,
+    place: tf.Tensor,
+    support: Support,
+    status: tf.Tensor,
+) -> dict[str, tf.Tensor]:
+    head = model.serving_head
+    encoded = model.encode({name: features[name] for name in model.schema.input_names})
+    h = model.heads(model.embed(encoded), (head,))[head].h
+    tower = model.tower_of(head)
+    adapted, how = _meta(model).score(tower, h, place, support)
+    logits = tf.where(adapt[:, None], adapted, tower(h).logits)
+    return answer(model.schema, logits, encoded.status | tf.where(adapt, how | status, 0))
+
+
+def _adapted(model: Ranker, store: SupportTable | SupportStore, bottom: int) -> Signature:
+    def adapted(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+        tasks, place = tf.unique(inputs[model.schema.task_id])
+        most = _meta(model).inner.max_support
+        found = (
+            store.get(tasks, most)
+            if isinstance(store, SupportTable)
+            else store.get(tasks, bottom, most)
+        )
+        support = Support(found.h, found.labels, found.weights)
+        status = tf.zeros_like(place)
+        return _scored(model, inputs, inputs[ADAPT], place, support, status)
+
+    return adapted
+
+
+def _distinct(columns: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+    """First row of each distinct content [U], and each row's place among those [B]."""
+    prints = [tf.fingerprint(column) for column in columns]
+    whole = tf.bitcast(tf.fingerprint(tf.concat(prints, 1)), tf.int64)
+    _, place = tf.unique(whole)
+    rows = tf.range(tf.size(place))
+    size = tf.reduce_max(tf.concat([place, [-1]], 0)) + 1
+    return tf.math.unsorted_segment_min(rows, place, size), place
+
+
+def _adapted_by_request(model: Ranker) -> Signature:
+    schema = model.schema
+    names = (*schema.input_names, *schema.labels)
+
+    def adapted_by_request(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+        columns = {name: inputs[support_name(name)] for name in names}
+        first, place = _distinct([*columns.values(), inputs[COUNT]])
+        columns = {name: tf.gather(column, first) for name, column in columns.items()}
+        shape = tf.shape(columns[schema.labels[0]])
+        width = tf.cast(shape[1], tf.int64)
+        count = tf.gather(inputs[COUNT], first)
+        valid = tf.clip_by_value(count, 0, width)
+        kept = tf.minimum(valid, _meta(model).inner.max_support)
+        # The newest rows alone, wherever the count ends.
+        most = tf.minimum(width, _meta(model).inner.max_support)
+        index = tf.minimum((valid - kept)[:, None] + tf.range(most), width - 1)
+        columns = {name: tf.gather(c, index, batch_dims=1) for name, c in columns.items()}
+
+        def flat(column: tf.Tensor) -> tf.Tensor:
+            return tf.reshape(column, tf.concat([[-1], tf.shape(column)[2:]], 0))
+
+        features = {name: flat(columns[name]) for name in schema.input_names}
+        for feature in schema.categorical:
+            if feature.is_list:
+                features[feature.name].set_shape([None, None])
+        encoded = model.encode(features)
+        head = model.serving_head
+        h = model.heads(model.embed(encoded), (head,))[head].h
+        readable = tf.reduce_all(tf.math.is_finite(h), 1) & (encoded.status == 0)
+        labels, weights, good = _labels([columns[label] for label in schema.labels])
+        readable = tf.reshape(readable, tf.shape(good)) & good
+        inside = tf.range(most) < kept[:, None]
+        width_h = h.shape[-1]
+        h = tf.where(readable[:, :, None], tf.reshape(h, [-1, tf.shape(good)[1], width_h]), 0.0)
+        weights *= tf.cast(inside & readable, tf.float32)[:, :, None]
+        bad = tf.reduce_any(inside & ~readable, 1) | (count != valid)
+        status = tf.where(tf.gather(bad, place), BAD_SUPPORT, 0)
+        support = Support(h, labels, weights)
+        return _scored(model, inputs, inputs[ADAPT], place, support, status)
+
+    return adapted_by_request
+
+
+def _put(model: Ranker, store: SupportTable | SupportStore, bottom: int) -> Signature:
+    schema = model.schema
+
+    def put_support(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+        encoded = model.encode({name: inputs[name] for name in schema.input_names})
+        head = model.serving_head
+        h = model.heads(model.embed(encoded), (head,))[head].h
+        labels, weights, good = _labels([inputs[label] for label in schema.labels])
+        # What cannot be read is not stored: a value that is not finite says so to the store.
+        nan = float("nan")
+        h = tf.where((encoded.status == 0)[:, None], h, nan)
+        labels = tf.where(good[:, None], labels, nan)
+        row = (inputs[schema.task_id], h, labels, weights, inputs[schema.timestamp])
+        if isinstance(store, SupportTable):
+            return {STATUS: store.put(*row)}
+        return {STATUS: store.put(*row, tf.fill(tf.shape(row[0]), tf.constant(bottom, tf.int64)))}
+
+    return put_support
+
+
+def _stats(model: Ranker, store: SupportTable | SupportStore) -> Signature:
+    def stats(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"stats": store.stats(inputs[model.schema.task_id])}
+
+    return stats
+
+
+def export_adapted(
+    model: Ranker,
+    base_path: str | os.PathLike[str],
+    rows: Rows,
+    support: Rows,
+    *,
+    ttl_seconds: float = 0.0,
+    version: int | None = None,
+) -> tuple[pathlib.Path, float]:
+    """Writes a model with its plain score, and the score of a tower adapted to the row's task.
+
+    Args:
+      model: a model with `meta`.
+      base_path: folder of the versions.
+      rows: real rows: features and the task's column.
+      support: real support rows, in order of time: features, the columns of task and time, labels.
+        The table starts with them.
+      ttl_seconds: support that was written longer ago is not used; 0: for ever.
+      version: default: one above the highest.
+
+    Returns:
+      The version's folder, and the largest difference to the Keras model on `rows`, plain and
+      adapted.
+
+    Raises:
+      ExportError: no `meta`; foreign ops, scores that differ, a version that exists.
+    """
+    schema, meta = model.schema, _meta(model)
+    for role in ("task_id", "timestamp"):
+        if not getattr(schema, role):
+            raise ExportError(f"Adapted scores need `schema.{role}`.")
+    head = model.serving_head
+    h_dim = model.tower_input(cast_to_tensors(cast(rows, raw_specs(schema))), head).shape[-1]
+    store = SupportTable(h_dim, len(schema.labels), meta.inner.max_support, ttl_seconds=ttl_seconds)
+    put = tf.function(_put(model, store, 0), reduce_retracing=True)
+    seeds = cast_to_tensors(cast(support, put_specs(schema)))
+    size = len(support[schema.task_id])
+    for first in range(0, size, 8192):
+        put(**{name: column[first : first + 8192] for name, column in seeds.items()})
+
+    def plain(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+        encoded = model.encode(inputs)
+        logits = model.heads(model.embed(encoded), (head,))[head].logits
+        return answer(schema, logits, encoded.status)
+
+    functions: dict[str, Signature] = {
+        "serving_default": plain,
+        "adapted": _adapted(model, store, 0),
+        "adapted_by_request": _adapted_by_request(model),
+        "put_support": _put(model, store, 0),
+        "stats": _stats(model, store),
+    }
+    specs: dict[str, Specs] = {
+        "serving_default": raw_specs(schema),
+        "adapted": adapted_specs(schema),
+        "adapted_by_request": by_request_specs(schema),
+        "put_support": put_specs(schema),
+        "stats": {schema.task_id: _column(schema.task_id, tf.int64)},
+    }
+    on = {ADAPT: np.ones(len(rows[schema.task_id]), bool)}
+    one = {name: column[:1] for name, column in support.items()}
+    inputs: dict[str, Rows] = {
+        "serving_default": cast(rows, raw_specs(schema)),
+        "adapted": cast({**rows, **on}, adapted_specs(schema)),
+        "adapted_by_request": cast(
+            {
+                **{name: column[:1] for name, column in {**rows, **on}.items()},
+                **{support_name(name): column[:, None] for name, column in one.items()},
+                COUNT: np.ones(1),
+            },
+            by_request_specs(schema),
+        ),
+        # A warm-up writes: the row that it writes is one that is there already.
+        "put_support": cast(one, put_specs(schema)),
+        "stats": cast(one, specs["stats"]),
+    }
+    base = pathlib.Path(base_path)
+    version = version or next_version(base)
+    with publishing(base, version) as folder:
+        module = tf.Module()
+        module.store = store
+        fill(folder, base.name, model, functions, specs, inputs, module)
+        raw = inputs["serving_default"]
+        worst = replay(folder, model, {"serving_default": head}, raw, raw)
+        keras = tf.function(functions["adapted"])(**cast_to_tensors(inputs["adapted"]))
+        with session(folder) as run:
+            served = run("adapted", inputs["adapted"])
+        for label in schema.labels:
+            difference = np.abs(served[label] - keras[label].numpy())
+            if not difference.max() <= TOLERANCE:
+                raise ExportError(
+                    f"signature `adapted`: row {int(difference.argmax())} differs from the Keras "
+                    f"model by {difference.max():.1e} in `{label}`."
+                )
+            worst = max(worst, float(difference.max()))
+    write_serving_files(base, any(f.is_list for f in schema.categorical))
+    return base / str(version), worst
+
+
+def cast_to_tensors(rows: Rows) -> dict[str, tf.Tensor]:
+    """Columns as tensors."""
+    return {name: tf.constant(column) for name, column in rows.items()}

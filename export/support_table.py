@@ -1,0 +1,149 @@
+"""Support rows of tasks in a hash table of the graph, made of stock ops alone."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from qianmo.ops.support_store import (
+    BAD_LABEL,
+    BAD_TIME,
+    BAD_VECTOR,
+    STORED,
+    TOO_OLD,
+    SupportRows,
+)
+
+METRICS = ("tasks",)
+
+
+class SupportTable(tf.Module):
+    """The last rows of each task, in the graph: the form that stock TensorFlow Serving loads.
+
+    It has the calls of `SupportStore`, and lives in the session of one model version: what Predict
+    wrote is lost with the version, so what should last is put in at export. It is not replicated.
+    Rows are never of another bottom, since its own graph wrote them. Two calls of `put` that write
+    the same task at the same time may lose one of the rows, and no other.
+
+    Args:
+      dim: width of h.
+      num_labels: labels, and label weights, of a row.
+      max_rows: rows kept of a task, the last ones by event time.
+      ttl_seconds: tasks that were written longer ago count as unknown. 0: for ever.
+
+    Cost: a task takes 4 * max_rows * (dim + 2 * num_labels + 2) + 8 bytes, however few rows it has.
+    """
+
+    def __init__(
+        self, dim: int, num_labels: int, max_rows: int, *, ttl_seconds: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.num_labels = num_labels
+        self.max_rows = max_rows
+        self.ttl_seconds = ttl_seconds
+        self._width = dim + 2 * num_labels
+        # A hash table's values have rank 1. The times: of each row's event, 0 where there is no
+        # row, and of the writing, in milliseconds.
+        table = tf.lookup.experimental.MutableHashTable
+        self._rows = table(tf.int64, tf.float32, [0.0] * (max_rows * self._width))
+        self._times = table(tf.int64, tf.int64, [0] * (max_rows + 1))
+
+    def _read(self, task_id: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Rows [U, S, width] and times [U, S]; rows stand at the end, the newest last."""
+        times = tf.reshape(self._times.lookup(task_id), [-1, self.max_rows + 1])
+        if self.ttl_seconds:
+            age = _now() - times[:, -1:]
+            times = tf.where(age <= int(self.ttl_seconds * 1000), times, 0)
+        rows = tf.reshape(self._rows.lookup(task_id), [-1, self.max_rows, self._width])
+        return rows, times[:, :-1]
+
+    def get(self, task_id: tf.Tensor, max_rows: int = 0) -> SupportRows:
+        """Returns the last rows of tasks, see `SupportStore.get`."""
+        rows, time = self._read(task_id)
+        count = tf.reduce_sum(tf.cast(time > 0, tf.int32), 1)
+        kept = tf.minimum(count, max_rows or self.max_rows)
+        places = tf.range(max_rows or self.max_rows)
+        inside = places < kept[:, None]
+        index = tf.where(inside, self.max_rows - kept[:, None] + places, 0)
+        rows = tf.where(inside[:, :, None], tf.gather(rows, index, batch_dims=1), 0.0)
+        h, labels, weights = tf.split(rows, [self.dim, self.num_labels, self.num_labels], 2)
+        time = tf.where(inside, tf.gather(time, index, batch_dims=1), 0)
+        return SupportRows(h, labels, weights, time, kept)
+
+    def put(
+        self,
+        task_id: tf.Tensor,
+        h: tf.Tensor,
+        labels: tf.Tensor,
+        weights: tf.Tensor,
+        time: tf.Tensor,
+    ) -> tf.Tensor:
+        """Stores rows and returns a status for each, see `SupportStore.put`."""
+
+        def bit(good: tf.Tensor, flag: int) -> tf.Tensor:
+            return tf.where(tf.reduce_all(tf.reshape(good, [tf.shape(time)[0], -1]), 1), 0, flag)
+
+        finite = tf.math.is_finite
+        status = (
+            bit(time > 0, BAD_TIME)
+            | bit(finite(h), BAD_VECTOR)
+            | bit(finite(labels), BAD_LABEL)
+            | bit(tf.logical_and(finite(weights), weights >= 0), BAD_LABEL)
+        )
+        batch = tf.shape(time)[0]
+        tasks, task = tf.unique(task_id)
+        known_rows, known_times = self._read(tasks)
+        size = tf.shape(tasks)[0]
+        # All rows in one list, those already there first: a stable sort leaves a row that was put
+        # after the one that it replaces, and of two in the batch the later one.
+        rows = tf.concat(
+            [tf.reshape(known_rows, [-1, self._width]), tf.concat([h, labels, weights], 1)], 0
+        )
+        times = tf.concat([tf.reshape(known_times, [-1]), tf.where(status == STORED, time, 0)], 0)
+        owner = tf.concat([tf.repeat(tf.range(size), self.max_rows), task], 0)
+        order = tf.argsort(times, stable=True)
+        order = tf.gather(order, tf.argsort(tf.gather(owner, order), stable=True))
+        times, owner = tf.gather(times, order), tf.gather(owner, order)
+        replaced = tf.logical_and(times[:-1] == times[1:], owner[:-1] == owner[1:])
+        is_row = tf.logical_and(times > 0, tf.logical_not(tf.concat([replaced, [False]], 0)))
+        # Rows to come of the same task, this one included, tell how far from the end it stands.
+        ones = tf.cast(is_row, tf.int32)
+        of_task = tf.math.unsorted_segment_sum(ones, owner, size)
+        before = tf.cumsum(ones, exclusive=True) - tf.gather(
+            tf.cumsum(of_task, exclusive=True), owner
+        )
+        from_end = tf.gather(of_task, owner) - before
+        kept = tf.logical_and(is_row, from_end <= self.max_rows)
+        source = tf.boolean_mask(order, kept)
+        where = tf.stack(
+            [tf.boolean_mask(owner, kept), self.max_rows - tf.boolean_mask(from_end, kept)], 1
+        )
+        shape = tf.stack([size, self.max_rows])
+        stored = tf.scatter_nd(where, tf.gather(rows, source), [*tf.unstack(shape), self._width])
+        stored_times = tf.scatter_nd(where, tf.boolean_mask(times, kept), shape)
+        is_kept = tf.scatter_nd(source[:, None], tf.ones_like(source), tf.shape(order))[-batch:]
+        oldest = tf.gather(stored_times[:, 0], task)
+        full = tf.logical_and(oldest > 0, time < oldest)
+        status |= tf.where(tf.logical_and(is_kept == 0, full), TOO_OLD, 0)
+        # A task of which nothing was stored keeps the time at which it was written.
+        changed = tf.math.unsorted_segment_max(tf.cast(status == STORED, tf.int32), task, size) > 0
+        written = tf.boolean_mask(tasks, changed)
+        now = tf.fill([size, 1], _now())
+        values = tf.reshape(stored, [size, self.max_rows * self._width])
+        times = tf.concat([stored_times, now], 1)
+        with tf.control_dependencies(
+            [
+                self._rows.insert(written, tf.boolean_mask(values, changed)),
+                self._times.insert(written, tf.boolean_mask(times, changed)),
+            ]
+        ):
+            return tf.identity(status)
+
+    def stats(self, task_id: tf.Tensor) -> tf.Tensor:
+        """Returns int64 [B, len(METRICS)], every row the same, for any int64 [B]."""
+        return tf.fill([tf.shape(task_id)[0], 1], self._times.size())
+
+
+def _now() -> tf.Tensor:
+    """Wall clock in milliseconds."""
+    return tf.cast(tf.timestamp() * 1000, tf.int64)

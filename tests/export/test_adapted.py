@@ -1,0 +1,283 @@
+"""Adaptation inside the served graph: right scores, in any company, whatever the rows hold."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+
+from qianmo.export.adapted import (
+    ADAPT,
+    BAD_SUPPORT,
+    COUNT,
+    export_adapted,
+    support_name,
+)
+from qianmo.export.saved_model import STATUS, ExportError, export_in_graph, op_types, session
+from qianmo.layers.features import Categorical, Dense, Schema
+from qianmo.layers.inner_loop import Support
+from qianmo.layers.meta import DIVERGED, NO_SUPPORT
+from qianmo.models import zoo
+from qianmo.ops.support_store import BAD_LABEL, BAD_TIME, BAD_VECTOR
+
+SCHEMA = Schema(
+    features=(
+        Categorical(name="item", num_ids=40, dim=8),
+        Categorical(name="city", dtype="string", vocabulary=("a", "b"), dim=8),
+        Categorical(name="seen", num_ids=40, dim=8, max_length=3),
+        Dense(name="price", mean=0.0, variance=1.0),
+    ),
+    labels=("click", "like"),
+    task_id="user",
+    timestamp="time",
+)
+USERS, MOST = 12, 5
+
+
+def columns(size, seed):
+    rng = np.random.default_rng(seed)
+    return {
+        "item": rng.integers(0, 40, size),
+        "city": rng.choice(np.array([b"a", b"b", b"c"], object), size),
+        "seen": rng.integers(0, 40, (size, 3)),
+        "seen_length": rng.integers(0, 4, size),
+        "price": rng.normal(size=size).astype(np.float32),
+        "user": rng.integers(0, USERS, size),
+    }
+
+
+SUPPORT = {
+    **columns(60, 1),
+    "click": np.random.default_rng(2).integers(0, 2, 60).astype(np.float32),
+    "like": np.random.default_rng(3).integers(-1, 2, 60).astype(np.float32),
+    "time": np.arange(1, 61),
+}
+SUPPORT["user"] %= USERS - 2  # two users without support
+ROWS = columns(80, 4)
+
+
+@pytest.fixture(scope="module")
+def model():
+    tf_keras.utils.set_random_seed(3)
+    made = zoo.build(
+        SCHEMA,
+        {
+            "name": "mlp",
+            "units": (16,),
+            "tower_units": (6,),
+            "embedding_stddev": 0.5,
+            "meta": {
+                "inner": {"steps": 2, "step_size": 0.3, "shrinkage": 1.0, "max_support": MOST},
+                "min_support": 2,
+            },
+        },
+    )
+    made.build()
+    return made
+
+
+@pytest.fixture(scope="module")
+def served(model, tmp_path_factory):
+    base = tmp_path_factory.mktemp("served") / "ranker"
+    folder, worst = export_adapted(model, base, ROWS, SUPPORT)
+    assert worst <= 1e-6
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(served):
+    def once(signature, rows):
+        with session(served) as run:  # which makes its graph the default one
+            return run(signature, rows)
+
+    return once
+
+
+def newest(user):
+    """Row numbers of a user's last support rows, oldest first."""
+    return np.flatnonzero(SUPPORT["user"] == user)[-MOST:]
+
+
+def expected(model):
+    """Adapted probabilities, by the layers alone, one user at a time."""
+    inputs = {k: tf.constant(v) for k, v in ROWS.items() if k != "user"}
+    h = model.tower_input(inputs, "model")
+    own = {k: tf.constant(SUPPORT[k]) for k in SCHEMA.input_names}
+    support_h = model.tower_input(own, "model")
+    logits = model.tower(h).logits.numpy()
+    for user in range(USERS):
+        rows, mine = newest(user), np.flatnonzero(ROWS["user"] == user)
+        if len(rows) < 2 or not len(mine):
+            continue
+        labels = np.stack([SUPPORT[label][rows] for label in SCHEMA.labels], 1)
+        weights = (labels >= 0).astype(np.float32)
+        support = Support(
+            tf.gather(support_h, rows)[None],
+            tf.constant(np.maximum(labels, 0))[None],
+            tf.constant(weights)[None],
+        )
+        correction = model.meta.inner.adapt(model.tower, support)
+        logits[mine] = model.tower(tf.gather(h, mine)[None], correction=correction).logits[0]
+    return 1 / (1 + np.exp(-logits))
+
+
+def probabilities(answer):
+    return np.stack([answer[label] for label in SCHEMA.labels], 1)
+
+
+def switched(on=True):
+    return {**ROWS, ADAPT: np.full(len(ROWS["user"]), on)}
+
+
+def by_request(width=MOST, rows=ROWS):
+    """Inputs of `adapted_by_request` that hold what the table holds."""
+    size = len(rows["user"])
+    found = {k: v for k, v in rows.items() if k != "user"}
+    found[ADAPT] = np.ones(size, bool)
+    index = np.zeros((size, width), np.int64)
+    count = np.zeros(size, np.int64)
+    for i, user in enumerate(rows["user"]):
+        own = newest(user)
+        index[i, : len(own)], count[i] = own, len(own)
+    for name in (*SCHEMA.input_names, *SCHEMA.labels):
+        found[support_name(name)] = SUPPORT[name][index]
+    return {**found, COUNT: count}
+
+
+def test_scores_are_those_of_the_layers(model, run):
+    answer = run("adapted", switched())
+    reference = expected(model)
+    np.testing.assert_allclose(probabilities(answer), reference, atol=1e-6)
+    known = np.array([len(newest(user)) >= 2 for user in ROWS["user"]])
+    np.testing.assert_array_equal(answer[STATUS], np.where(known, 0, NO_SUPPORT))
+    plain = run("serving_default", {k: v for k, v in ROWS.items() if k != "user"})
+    moved = np.abs(probabilities(plain) - probabilities(answer)).max(1)
+    assert (moved[known] > 1e-4).all()
+    assert (moved[~known] == 0).all()
+    assert known.any()
+    assert not known.all()
+
+
+def test_support_in_the_request_gives_the_same(model, run):
+    answer = run("adapted_by_request", by_request())
+    np.testing.assert_allclose(probabilities(answer), expected(model), atol=1e-6)
+    # More rows than are used: the newest count.
+    wide = by_request(9)
+    for i, user in enumerate(ROWS["user"]):
+        every = np.flatnonzero(SUPPORT["user"] == user)[-9:]
+        for name in (*SCHEMA.input_names, *SCHEMA.labels):
+            wide[support_name(name)][i, : len(every)] = SUPPORT[name][every]
+        wide[COUNT][i] = len(every)
+    assert wide[COUNT].max() > MOST
+    answer = run("adapted_by_request", wide)
+    np.testing.assert_allclose(probabilities(answer), expected(model), atol=1e-6)
+
+
+def test_the_switch_turns_adaptation_off_row_by_row(model, run, tmp_path):
+    plain = run("serving_default", {k: v for k, v in ROWS.items() if k != "user"})
+    off = run("adapted", switched(False))
+    np.testing.assert_array_equal(probabilities(off), probabilities(plain))
+    assert not off[STATUS].any()
+    on = probabilities(run("adapted", switched()))
+    mixed = {**ROWS, ADAPT: np.arange(len(ROWS["user"])) % 2 == 0}
+    found = probabilities(run("adapted", mixed))
+    np.testing.assert_array_equal(found, np.where(mixed[ADAPT][:, None], on, probabilities(plain)))
+    folder, _ = export_in_graph(model, tmp_path / "plain", ROWS)
+    with session(folder) as other:
+        features = {k: v for k, v in ROWS.items() if k != "user"}
+        np.testing.assert_allclose(
+            probabilities(other("serving_default", features)), probabilities(plain), atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("signature", ["adapted", "adapted_by_request"])
+def test_a_row_is_the_same_in_any_company(run, signature):
+    inputs = switched() if signature == "adapted" else by_request()
+    together = probabilities(run(signature, inputs))
+    for i in (0, 7, 79):
+        alone = probabilities(run(signature, {k: v[i : i + 1] for k, v in inputs.items()}))
+        np.testing.assert_allclose(alone[0], together[i], atol=1e-6)
+    order = np.random.default_rng(0).permutation(80)
+    shuffled = probabilities(run(signature, {k: v[order] for k, v in inputs.items()}))
+    np.testing.assert_allclose(shuffled, together[order], atol=1e-6)
+    # Batching fills a batch up with its first row, and pads lists with their tensor's first value.
+    filled = np.r_[np.arange(5), 0, 0, 0]
+    repeated = probabilities(run(signature, {k: v[filled] for k, v in inputs.items()}))
+    np.testing.assert_allclose(repeated, together[filled], atol=1e-6)
+    padded = {}
+    for name, value in inputs.items():
+        widths = [(0, 0), *[(0, 2)] * (value.ndim - 1)]
+        padded[name] = np.pad(value, widths, constant_values=value.flat[0])
+    np.testing.assert_allclose(probabilities(run(signature, padded)), together, atol=1e-6)
+
+
+def test_what_cannot_be_read_touches_no_neighbour(run):
+    inputs = by_request()
+    together = probabilities(run("adapted_by_request", inputs))
+    mine = np.flatnonzero((inputs[COUNT] >= 3) & (np.arange(80) > 3))[:4]
+    bad = {k: v.copy() for k, v in inputs.items()}
+    bad[support_name("price")][mine[0], 0] = np.nan
+    bad[support_name("click")][mine[1], 1] = 7.0
+    bad[COUNT][mine[2]] = 99
+    bad[support_name("price")][mine[3], 0] = 1e25  # finite, but no step from it is
+    answer = run("adapted_by_request", bad)
+    assert answer[STATUS][mine].tolist() == [BAD_SUPPORT, BAD_SUPPORT, BAD_SUPPORT, DIVERGED]
+    others = np.setdiff1d(np.arange(80), mine)
+    np.testing.assert_allclose(probabilities(answer)[others], together[others], atol=1e-6)
+    assert np.isfinite(probabilities(answer)).all()
+    plain = run("serving_default", {k: v for k, v in ROWS.items() if k != "user"})
+    np.testing.assert_array_equal(probabilities(answer)[mine[3]], probabilities(plain)[mine[3]])
+
+
+def test_one_class_in_the_support_and_no_rows_at_all(run):
+    inputs = by_request()
+    inputs[support_name("click")][:] = 1.0
+    answer = run("adapted_by_request", inputs)
+    assert np.isfinite(probabilities(answer)).all()
+    inputs[COUNT][:] = 0
+    answer = run("adapted_by_request", inputs)
+    plain = run("serving_default", {k: v for k, v in ROWS.items() if k != "user"})
+    np.testing.assert_array_equal(probabilities(answer), probabilities(plain))
+    assert (answer[STATUS] == NO_SUPPORT).all()
+
+
+def test_rows_that_are_put_count_at_once_and_only_once(served):
+    user = USERS - 1  # had no support
+    mine = {k: v[:1] for k, v in switched().items()} | {"user": np.array([user])}
+    put = {k: v[:3].copy() for k, v in SUPPORT.items()} | {"user": np.full(3, user)}
+    put["like"][:] = 1
+    with session(served) as run:
+        before = run("stats", {"user": np.array([user])})["stats"]
+        plain = probabilities(run("adapted", mine))
+        assert run("put_support", put)[STATUS].tolist() == [0, 0, 0]
+        first = run("adapted", mine)
+        assert first[STATUS].tolist() == [0]
+        assert np.abs(probabilities(first) - plain).max() > 1e-4
+        twice = {k: np.concatenate([v, v[:1], v[:1]]) for k, v in put.items()}
+        run("put_support", twice)  # as batching repeats rows
+        np.testing.assert_array_equal(probabilities(run("adapted", mine)), probabilities(first))
+        assert (run("stats", {"user": np.array([user])})["stats"] == before + 1).all()
+        bad = {k: v.copy() for k, v in put.items()}
+        bad["time"][0], bad["price"][1], bad["click"][2] = 0, np.nan, np.nan
+        assert run("put_support", bad)[STATUS].tolist() == [BAD_TIME, BAD_VECTOR, BAD_LABEL]
+        np.testing.assert_array_equal(probabilities(run("adapted", mine)), probabilities(first))
+
+
+def test_support_that_is_too_old_is_not_used(model, tmp_path):
+    folder, _ = export_adapted(model, tmp_path / "ranker", ROWS, SUPPORT, ttl_seconds=1e-3)
+    with session(folder) as run:
+        answer = run("adapted", switched())
+        assert (answer[STATUS] == NO_SUPPORT).all()
+
+
+def test_it_is_made_of_stock_ops_and_warms_up_every_signature(served):
+    assert not [op for op in op_types(served) if ">" in op]
+    path = served / "assets.extra" / "tf_serving_warmup_requests"
+    assert sum(1 for _ in tf.data.TFRecordDataset(str(path))) == 5
+
+
+def test_a_model_without_meta_is_refused(tmp_path):
+    plain = zoo.build(SCHEMA, {"name": "mlp", "units": (4,)})
+    plain.build()
+    with pytest.raises(ExportError, match="no `meta`"):
+        export_adapted(plain, tmp_path / "ranker", ROWS, SUPPORT)
+    assert not list(tmp_path.iterdir())
