@@ -209,6 +209,8 @@ class Schema:
         it among its features too, with a vocabulary or `num_ids`.
       label_domains: label -> ids of the domains whose rows have it. Labels not named here are those
         of every row; those of other domains' rows are not read.
+      only_domains: ids of the domains whose rows are read, so that one recipe trains a model of one
+        domain on the rows of all; empty for every row.
       group: column (int64 or string) by which evaluation reports groups of users, if any.
     """
 
@@ -219,6 +221,7 @@ class Schema:
     task_id: str = ""
     domain: str = ""
     label_domains: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    only_domains: tuple[int, ...] = ()
     group: str = ""
 
     def __post_init__(self) -> None:
@@ -264,6 +267,8 @@ class Schema:
             if not self.domain:
                 raise ValueError(f"label `{label}` has domains; `domain` should name a column.")
             object.__setattr__(self, "label_domains", {**self.label_domains, label: tuple(domains)})
+        if self.only_domains and not self.domain:
+            raise ValueError("`only_domains` needs `domain`, which names no column.")
         feature = self.domain_feature
         if owned and feature is None:
             raise ValueError(

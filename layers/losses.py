@@ -13,8 +13,13 @@ def binary_cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
     """Cross-entropy of each row, summed over its K labels: [B, K], [B, K] -> [B].
 
     BCE(y, z) = max(z, 0) - z y + log(1 + exp(-|z|))
+
+    A label that is NaN is one that the row does not have; it adds nothing.
     """
-    return tf.reduce_sum(tf.nn.sigmoid_cross_entropy_with_logits(labels, logits), 1)
+    is_there = ~tf.math.is_nan(labels)
+    labels = tf.where(is_there, labels, tf.zeros_like(labels))
+    losses = tf.nn.sigmoid_cross_entropy_with_logits(labels, logits)
+    return tf.reduce_sum(tf.where(is_there, losses, tf.zeros_like(losses)), 1)
 
 
 def distillation(

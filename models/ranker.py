@@ -164,7 +164,10 @@ class Ranker(tf_keras.Model):
         """What `meta` adds to the loss: `Meta.loss` of the serving head's tower."""
         assert self.meta is not None
         rows = {"h": h, **{k: targets[k] for k in ("labels", "task_id")}}
-        rows["label_weights"] = tf.ones_like(targets["labels"])
+        # NaN is a label that the row does not have.
+        is_there = ~tf.math.is_nan(rows["labels"])
+        rows["label_weights"] = tf.cast(is_there, rows["labels"].dtype)
+        rows["labels"] = tf.where(is_there, rows["labels"], 0.0)
         rows["timestamp"] = targets.get("timestamp", targets["task_id"])
         if "episode" in targets:
             rows = {k: tf.boolean_mask(v, targets["episode"] > 0) for k, v in rows.items()}

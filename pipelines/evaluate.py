@@ -55,7 +55,13 @@ def score(model: Ranker, path: str, batch_size: int = 8192, *, progress: bool = 
 def measure(
     labels: np.ndarray, probabilities: np.ndarray, task_id: np.ndarray | None
 ) -> dict[str, float]:
-    """AUC, GAUC, log loss and PCOC of one label on some rows, with the counts behind them."""
+    """AUC, GAUC, log loss and PCOC of one label on some rows, with the counts behind them.
+
+    Rows that do not have the label, where it is NaN, are left out.
+    """
+    is_there = ~np.isnan(labels)
+    labels, probabilities = labels[is_there], probabilities[is_there]
+    task_id = None if task_id is None else task_id[is_there]
     is_binary = bool(np.isin(labels, (0, 1)).all())  # ranks of other labels have no AUC
     found = {
         "rows": len(labels),

@@ -60,6 +60,10 @@ class _Column:
     Attributes:
       any_key: whether integers are also taken for the strings that `dtype` asks for.
       low, high: bounds of float32 values, themselves allowed.
+      tells_domain: whether it is the column of the rows' domains.
+      only: ids of the domains whose rows are kept; empty for all. Of the domains' column.
+      owners: ids of the domains whose rows have a value; empty for all.
+      is_label: whether values in rows of other domains are passed over instead of refused.
     """
 
     name: str
@@ -69,6 +73,10 @@ class _Column:
     any_key: bool = False
     low: float = -math.inf
     high: float = math.inf
+    tells_domain: bool = False
+    only: tuple[int, ...] = ()
+    owners: tuple[int, ...] = ()
+    is_label: bool = False
 
     @property
     def expected(self) -> str:
@@ -121,10 +129,12 @@ def blocks(
         be scored need not have.
 
     Yields:
-      Arrays by column name: features int64 `[n]`, bytes (UTF-8, as objects) `[n]` or float32
-      `[n]`; lists `[n, max_length]`, padded at the end with 0 or b"", with `<name>_length` int64
-      `[n]`; labels and weight float32 `[n]`; timestamp, task_id and domain int64 `[n]`; group as
-      bytes `[n]`, unless its column is also one of the int64 columns above.
+      Arrays by column name, of the rows of `schema.only_domains` if any are named: features int64
+      `[n]`, bytes (UTF-8, as objects) `[n]` or float32 `[n]`; lists `[n, max_length]`, padded at
+      the end with 0 or b"", with `<name>_length` int64 `[n]`; labels and weight float32 `[n]`,
+      labels NaN in rows whose domain does not have them; what other domains own, as padding;
+      timestamp, task_id and domain int64 `[n]`; group as bytes `[n]`, unless its column is also
+      one of the int64 columns above.
 
     Raises:
       DataError: the data do not fit the schema or cannot be read.
@@ -248,8 +258,12 @@ def own_errors() -> Iterator[None]:
 def count_rows(schema: Schema, path: PathLike) -> int:
     """Counts the rows; Parquet's are written in the files, others are read once."""
     columns = _columns(schema)
+    plan = _plan(columns, path, (0, 1))
+    if schema.only_domains:
+        kept = {name: column for name, column in columns.items() if column.tells_domain}
+        return sum(map(_num_rows, _in_order(kept, plan, path, _DECODED_ROWS)))
     count = 0
-    for part in _plan(columns, path, (0, 1)).parts:
+    for part in plan.parts:
         if part.metadata is not None:
             count += part.metadata.row_group(part.row_group).num_rows
             continue
@@ -280,28 +294,46 @@ def _columns(schema: Schema, targets: bool = True) -> dict[str, _Column]:
                 f"as the {role}, {column.expected}; copy it under another name."
             )
         low, high = max(first.low, column.low), min(first.high, column.high)
-        found[column.name] = dataclasses.replace(first, low=low, high=high)
+        found[column.name] = dataclasses.replace(
+            first,
+            low=low,
+            high=high,
+            tells_domain=first.tells_domain or column.tells_domain,
+            only=first.only or column.only,
+            owners=first.owners if first.owners == column.owners else (),
+        )
 
     for feature in schema.features:
         if isinstance(feature, Dense):
-            add(_Column(name=feature.name, dtype="float32"), "feature")
+            add(_Column(name=feature.name, dtype="float32", owners=feature.domains), "feature")
         else:
             column = _Column(
                 name=feature.name,
                 dtype=feature.dtype,
                 max_length=feature.max_length,
                 keep=feature.keep,
+                tells_domain=feature.name == schema.domain,
+                owners=feature.domains,
             )
             add(column, "feature")
     if not targets:
         return found
     for label in schema.labels:
-        add(_Column(name=label, dtype="float32", low=0.0, high=1.0), "label")
+        owners = schema.label_domains.get(label, ())
+        column = _Column(
+            name=label, dtype="float32", low=0.0, high=1.0, owners=owners, is_label=True
+        )
+        add(column, "label")
     if schema.weight:
         add(_Column(name=schema.weight, dtype="float32", low=0.0), "weight")
-    for role in ("timestamp", "task_id", "domain"):
+    for role in ("timestamp", "task_id"):
         if name := getattr(schema, role):
             add(_Column(name=name, dtype="int64"), role)
+    if schema.domain:
+        column = _Column(
+            name=schema.domain, dtype="int64", tells_domain=True, only=schema.only_domains
+        )
+        add(column, "domain")
     if schema.group and getattr(found.get(schema.group), "expected", "") not in ("int64", "string"):
         add(_Column(name=schema.group, dtype="string", any_key=True), "group")
     for feature in schema.categorical:
@@ -395,7 +427,8 @@ def _parts(file: pathlib.Path, columns: Mapping[str, _Column]) -> list[_Part]:
         opened = pq.ParquetFile(file)
     _check_names(file, opened.schema_arrow.names, columns)
     # The types of a shard without rows mean nothing, and writers get them wrong.
-    for column in columns.values() if opened.metadata.num_rows else ():
+    present = [c for c in columns.values() if c.name in opened.schema_arrow.names]
+    for column in present if opened.metadata.num_rows else ():
         _check_type(_Part(file), column, opened.schema_arrow.field(column.name).type)
     parts = []
     row = 0
@@ -431,23 +464,36 @@ def _in_order(
     Raises:
       DataError: there are none, or they do not fit the schema.
     """
-    empty = True
+    empty = none_kept = True
+    # The domain first: it says which rows have the others' values.
+    ordered = sorted(columns.values(), key=lambda column: not column.tells_domain)
     for part in plan.parts:
         row = part.first_row
         is_text = part.file.name.endswith((".csv", ".csv.gz"))
         for arrays in _reader(part.file)(part, columns, decoded_rows):
             here = dataclasses.replace(part, first_row=row)
             block: Block = {}
-            for column in columns.values():
-                block.update(_convert(here, column, arrays[column.name], is_text))
+            domain, only = None, ()
+            for column in ordered:
+                block.update(_convert(here, column, arrays[column.name], is_text, domain))
+                if column.tells_domain:
+                    domain, only = block[column.name], column.only
             rows = _num_rows(block)
             empty = empty and not rows
             if plan.stride > 1:
                 own = slice((plan.offset - row) % plan.stride, None, plan.stride)
                 block = {name: values[own] for name, values in block.items()}
             row += rows
+            if domain is not None and only:
+                block = _taken(block, np.flatnonzero(np.isin(block[ordered[0].name], only)))
             if _num_rows(block):
+                none_kept = False
                 yield block
+    if not empty and none_kept and plan.stride == 1 and ordered[0].only:
+        raise DataError(
+            f"{os.fspath(path)}: no rows of domains {ordered[0].only}. Give other rows, or name "
+            "other domains in `only_domains`."
+        )
     if empty:
         raise _no_rows(path)
 
@@ -497,8 +543,10 @@ def _readable(file: pathlib.Path, kind: str) -> Iterator[None]:
 
 
 def _check_names(file: pathlib.Path, names: Sequence[str], columns: Mapping[str, _Column]) -> None:
-    for name in columns:
+    for name, column in columns.items():
         if name not in names:
+            if column.owners:
+                continue  # a file of other domains' rows
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean `{near[0]}`?" if near else f"it holds: {', '.join(names)}."
             raise DataError(
@@ -529,6 +577,8 @@ def _is_string(found: pa.DataType) -> bool:
 
 def _check_type(part: _Part, column: _Column, found: pa.DataType) -> None:
     """Checks the type that a file gives to a column; CSV gives none."""
+    if pa.types.is_null(found) and column.owners:
+        return  # no row of this file has one
     value = found
     if _is_list(found) == bool(column.max_length):
         value = found.value_type if _is_list(found) else found
@@ -546,7 +596,13 @@ def _check_type(part: _Part, column: _Column, found: pa.DataType) -> None:
     raise part.error(column.name, part.first_row, f"{fault}, or declare it so.")
 
 
-def _convert(part: _Part, column: _Column, array: pa.Array, is_text: bool) -> Block:
+def _convert(
+    part: _Part,
+    column: _Column,
+    array: pa.Array,
+    is_text: bool,
+    domain: npt.NDArray[np.int64] | None,
+) -> Block:
     """Checks a column's values and makes them NumPy arrays.
 
     Args:
@@ -554,23 +610,56 @@ def _convert(part: _Part, column: _Column, array: pa.Array, is_text: bool) -> Bl
       column: what they should be.
       array: the values.
       is_text: whether they are a CSV's, still to be parsed.
+      domain: of the rows, where it is known.
     """
     if not is_text:
         _check_type(part, column, array.type)
+    rows = np.arange(len(array))
+    if not column.owners:
+        return _converted(part, column, array, is_text, rows)
+    if column.max_length and pa.types.is_null(array.type):
+        array = pa.nulls(len(array), pa.list_(pa.null()))
+    own = np.isin(domain, column.owners)
+    is_given = pc.is_valid(array).to_numpy(zero_copy_only=False)
+    if column.max_length:
+        is_given &= pc.fill_null(pc.list_value_length(array), 0).to_numpy() > 0
+    foreign = is_given & ~own
+    if foreign.any() and not column.is_label:
+        row = int(np.argmax(foreign))
+        raise part.error(
+            column.name,
+            part.first_row + row,
+            f"belongs to domains {column.owners} and should be absent from a row of domain "
+            f"{domain[row]}. Received: {array[row].as_py()!r}. Leave it empty, or let the "
+            "feature's `domains` name that domain.",
+        )
+    found = _converted(part, column, array.filter(pa.array(own)), is_text, rows[own])
+    block = {}
+    for name, values in found.items():
+        fill = math.nan if column.is_label else b"" if values.dtype == object else 0
+        block[name] = np.full((len(array), *values.shape[1:]), fill, values.dtype)
+        block[name][own] = values
+    return block
+
+
+def _converted(
+    part: _Part, column: _Column, array: pa.Array, is_text: bool, rows: npt.NDArray[np.int64]
+) -> Block:
+    """Checks a column's values, of the part's `rows`, and makes them NumPy arrays."""
     if array.null_count:
-        row = part.first_row + pc.index(pc.is_null(array), True).as_py()
+        row = part.first_row + int(rows[pc.index(pc.is_null(array), True).as_py()])
         raise part.error(column.name, row, "is null or absent. Give it a value.")
     if not column.max_length:
-        return {column.name: _values(part, column, array, is_text, np.arange(len(array)))}
+        return {column.name: _values(part, column, array, is_text, rows)}
 
     lengths = pc.list_value_length(array).to_numpy().astype(np.int64)
     flat = pc.list_flatten(array)
     ends = np.cumsum(lengths)
     if flat.null_count:
         value = pc.index(pc.is_null(flat), True).as_py()
-        row = part.first_row + int(np.searchsorted(ends, value, side="right"))
+        row = part.first_row + int(rows[np.searchsorted(ends, value, side="right")])
         raise part.error(column.name, row, "its list holds a null. Leave it out of the list.")
-    values = _values(part, column, flat, is_text, np.repeat(np.arange(len(array)), lengths))
+    values = _values(part, column, flat, is_text, np.repeat(rows, lengths))
     kept = np.minimum(lengths, column.max_length)
     starts = ends - (kept if column.keep == "last" else lengths)
     padded = np.full(
@@ -653,10 +742,12 @@ def _read_parquet(
             pre_buffer=False,
             page_checksum_verification=True,
         )
+        names = [name for name in columns if name in file.schema_arrow.names]
         for batch in file.iter_batches(
-            decoded_rows, row_groups=[part.row_group], columns=[*columns], use_threads=False
+            decoded_rows, row_groups=[part.row_group], columns=names, use_threads=False
         ):
-            yield {name: batch.column(name) for name in columns}
+            absent = dict.fromkeys(columns, pa.nulls(len(batch)))
+            yield absent | {name: batch.column(name) for name in names}
 
 
 def _csv_header(file: pathlib.Path) -> list[str]:
@@ -672,6 +763,8 @@ def _read_csv(
     part: _Part, columns: Mapping[str, _Column], decoded_rows: int
 ) -> Iterator[dict[str, pa.Array]]:
     del decoded_rows  # a block has a size in bytes
+    header = _csv_header(part.file)
+    names = [name for name in columns if name in header]
     with _readable(part.file, "CSV"), _equal_rows(part.file) as remember:
         reader = pa_csv.open_csv(
             str(part.file),
@@ -681,15 +774,16 @@ def _read_csv(
             ),
             # An empty cell is a null; "" in quotes is an empty string.
             convert_options=pa_csv.ConvertOptions(
-                include_columns=[*columns],
-                column_types={name: pa.binary() for name in columns},
+                include_columns=names,
+                column_types=dict.fromkeys(names, pa.binary()),
                 null_values=[""],
                 strings_can_be_null=True,
                 quoted_strings_can_be_null=False,
             ),
         )
         for batch in reader:
-            arrays = {name: batch.column(name) for name in columns}
+            absent = dict.fromkeys(columns, pa.nulls(len(batch), pa.binary()))
+            arrays = absent | {name: batch.column(name) for name in names}
             for name, column in columns.items():
                 if column.max_length:
                     arrays[name] = _split(arrays[name])
@@ -758,41 +852,48 @@ def _read_tfrecord(
                 values = pa.LargeListArray.from_arrays(splits, values)
             else:
                 lengths = np.diff(splits)
-                if (lengths != 1).any():
-                    i = int(np.argmax(lengths != 1))
+                wrong = lengths > 1 if column.owners else lengths != 1
+                if wrong.any():
+                    i = int(np.argmax(wrong))
                     held = f"holds {lengths[i]} values. Write one" if lengths[i] else "is absent"
                     fault = f"{held}. Give it a value." if not lengths[i] else f"{held} value."
                     raise part.error(name, row + i, fault)
+                if column.owners:
+                    values = values.take(pa.array(splits[:-1], mask=lengths == 0))
             arrays[name] = values
         yield arrays
         row += len(batch)
 
 
 _TFRECORD_DTYPES = {"int64_list": tf.int64, "bytes_list": tf.string, "float_list": tf.float32}
+_TFRECORD_LOOKED_AT = 1000  # records
 _TFRECORD_KINDS = {"int64": "int64_list", "string": "bytes_list", "float32": "float_list"}
 
 
 def _tfrecord_kinds(file: pathlib.Path, columns: Mapping[str, _Column]) -> dict[str, str]:
-    """How the first record stores each column; the others should do likewise."""
-    kinds = {name: _TFRECORD_KINDS[column.dtype] for name, column in columns.items()}
+    """How the first record that has a column stores it; the others should do likewise."""
+    kinds: dict[str, str] = {}
+    # Only what domains own may be absent from the first record.
+    count = _TFRECORD_LOOKED_AT if any(c.owners for c in columns.values()) else 1
     try:
-        first = next(iter(tf.data.TFRecordDataset(str(file)).take(1)), None)
-        if first is None:
-            return kinds
-        found = tf.train.Example.FromString(first.numpy()).features.feature
+        for row, record in enumerate(tf.data.TFRecordDataset(str(file)).take(count)):
+            found = tf.train.Example.FromString(record.numpy()).features.feature
+            if not row:
+                # A list that is empty in the first row need not be there.
+                required = {n: c for n, c in columns.items() if not (c.max_length or c.owners)}
+                _check_names(file, [*found], required)
+            for name in columns.keys() - kinds.keys():
+                if name in found and (kind := found[name].WhichOneof("kind")):
+                    kinds[name] = kind
+            if len(kinds) == len(columns):
+                break
     except tf.errors.DataLossError as error:
         raise _tfrecord_loss(file) from error
     except DecodeError as error:
         raise DataError(
-            f"{file}, row 0 (counted from 0): should be a tf.train.Example; write it again."
+            f"{file}, row {row} (counted from 0): should be a tf.train.Example; write it again."
         ) from error
-    # A list that is empty in the first row need not be there.
-    scalars = {name: c for name, c in columns.items() if not c.max_length}
-    _check_names(file, [*found], scalars)
-    for name in columns:
-        if name in found:
-            kinds[name] = found[name].WhichOneof("kind") or kinds[name]
-    return kinds
+    return {name: kinds.get(name, _TFRECORD_KINDS[c.dtype]) for name, c in columns.items()}
 
 
 def _tfrecord_loss(file: pathlib.Path) -> DataError:

@@ -29,6 +29,8 @@ class _Moments:
     squares: float = 0.0
 
     def add(self, values: np.ndarray[Any, Any]) -> None:
+        if not values.size:
+            return
         values = values.astype(np.float64)
         mean = float(values.mean())
         count = self.count + len(values)
@@ -65,11 +67,17 @@ def inherit(schema: Schema, start: Schema) -> Schema:
     return schema.with_features(features)
 
 
+def _own_rows(schema: Schema, feature: Feature, block: readers.Block) -> Any:
+    """Index of the rows whose domains have the feature."""
+    return np.isin(block[schema.domain], feature.domains) if feature.domains else slice(None)
+
+
 def complete(schema: Schema, path: readers.PathLike) -> Schema:
     """Counts in one pass what the schema does not give, and checks every row on the way.
 
     Features that share a table are counted together. A vocabulary is ordered by count, largest
-    first, then by value. Items cut off from long lists are not counted.
+    first, then by value. Items cut off from long lists are not counted. What a domain owns is
+    counted from its own rows.
 
     Args:
       schema: any schema; returned as it is when nothing is left to count.
@@ -90,17 +98,20 @@ def complete(schema: Schema, path: readers.PathLike) -> Schema:
         for feature in schema.categorical:
             if feature.table not in counts:
                 continue
-            values = block[feature.name]
+            own = _own_rows(schema, feature, block)
+            values = block[feature.name][own]
             if feature.is_list:
-                values = values[np.arange(feature.max_length) < block[feature.length_name][:, None]]
+                lengths = block[feature.length_name][own]
+                values = values[np.arange(feature.max_length) < lengths[:, None]]
             if feature.dtype == "int64":
                 distinct, times = np.unique(values, return_counts=True)
                 for value, number in zip(distinct.tolist(), times.tolist(), strict=True):
                     counts[feature.table][value] += number
             else:
                 counts[feature.table].update(values.tolist())
-        for name, seen in moments.items():
-            seen.add(block[name])
+        for dense in schema.dense:
+            if dense.name in moments:
+                moments[dense.name].add(block[dense.name][_own_rows(schema, dense, block)])
 
     vocabularies: dict[str, tuple[Any, ...]] = {}
     for name, counter in counts.items():

@@ -1,0 +1,177 @@
+"""Rows of several domains: what a domain owns, labels that it lacks, and models of one domain."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tensorflow as tf
+
+from qianmo.layers.features import Schema
+from qianmo.pipelines import evaluate, readers, statistics
+
+Row = dict[str, Any]
+
+SCHEMA = Schema.from_config(
+    {
+        "features": [
+            {"name": "scene", "vocabulary": [1, 4]},
+            {"name": "user"},
+            {"name": "topic", "dtype": "string", "domains": [4]},
+            {"name": "seen", "max_length": 2, "domains": [4]},
+            {"kind": "dense", "name": "price", "domains": [1]},
+        ],
+        "labels": ["click", "buy"],
+        "domain": "scene",
+        "label_domains": {"buy": [1]},
+    }
+)
+ROWS: list[Row] = [
+    {"user": 5, "scene": 1, "price": 1.0, "click": 0, "buy": 1},
+    {"user": 6, "scene": 4, "topic": "a", "seen": [1, 2, 3], "click": 1},
+    {"user": 7, "scene": 1, "price": 3.0, "click": 1, "buy": 0},
+    {"user": 8, "scene": 9, "click": 1},
+    {"user": 9, "scene": 4, "topic": "b", "seen": [4], "click": 0, "buy": 1},  # passed over
+]
+NAMES = ["user", "scene", "topic", "seen", "price", "click", "buy"]
+
+
+def write_parquet(file: pathlib.Path, rows: Sequence[Row]) -> None:
+    found = [name for name in NAMES if any(name in row for row in rows)]
+    table = pa.table({name: [row.get(name) for row in rows] for name in found})
+    pq.write_table(table, file, row_group_size=3)
+
+
+def write_csv(file: pathlib.Path, rows: Sequence[Row]) -> None:
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, NAMES)
+        writer.writeheader()
+        for row in rows:
+            text = {**row, "seen": "|".join(map(str, row.get("seen", [])))}
+            writer.writerow({name: text.get(name, "") for name in NAMES})
+
+
+def write_tfrecord(file: pathlib.Path, rows: Sequence[Row]) -> None:
+    with tf.io.TFRecordWriter(str(file)) as writer:
+        for row in rows:
+            features = {}
+            for name, value in row.items():
+                values = value if isinstance(value, list) else [value]
+                if isinstance(values[0], str):
+                    kind = {"bytes_list": tf.train.BytesList(value=[v.encode() for v in values])}
+                elif isinstance(values[0], float):
+                    kind = {"float_list": tf.train.FloatList(value=values)}
+                else:
+                    kind = {"int64_list": tf.train.Int64List(value=values)}
+                features[name] = tf.train.Feature(**kind)
+            example = tf.train.Example(features=tf.train.Features(feature=features))
+            writer.write(example.SerializeToString())
+
+
+WRITERS: dict[str, Callable[[pathlib.Path, Sequence[Row]], None]] = {
+    "parquet": write_parquet,
+    "csv": write_csv,
+    "tfrecord": write_tfrecord,
+}
+each_format = pytest.mark.parametrize("extension", WRITERS)
+
+
+def read(schema: Schema, path: pathlib.Path) -> dict[str, Any]:
+    blocks = list(readers.blocks(schema, path))
+    return {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
+
+
+@each_format
+def test_what_a_domain_lacks_reads_as_padding(tmp_path: pathlib.Path, extension: str) -> None:
+    file = tmp_path / f"a.{extension}"
+    WRITERS[extension](file, ROWS)
+    found = read(SCHEMA, file)
+    assert found["user"].tolist() == [5, 6, 7, 8, 9]
+    assert found["topic"].tolist() == [b"", b"a", b"", b"", b"b"]
+    assert found["seen"].tolist() == [[0, 0], [2, 3], [0, 0], [0, 0], [4, 0]]
+    assert found["seen_length"].tolist() == [0, 2, 0, 0, 1]
+    assert found["price"].tolist() == [1, 0, 3, 0, 0]
+    assert found["click"].tolist() == [0, 1, 1, 1, 0]
+    np.testing.assert_array_equal(found["buy"], [1, np.nan, 0, np.nan, np.nan])
+    _, targets = next(iter(readers.dataset(SCHEMA, file, batch_size=5)))
+    np.testing.assert_array_equal(np.isnan(targets["labels"]).any(1), [False, True] * 2 + [True])
+
+
+@each_format
+@pytest.mark.parametrize(
+    ("row", "change", "column", "message"),
+    [
+        (1, {"price": 2.0}, "price", r"belongs to domains \(1,\) and should be absent .* domain 4"),
+        (3, {"topic": "a"}, "topic", "domain 9. Received: '?b?'a'"),
+        (0, {"seen": [3]}, "seen", "should be absent"),
+        (2, {"price": None}, "price", "is null or absent"),
+        (4, {"topic": None}, "topic", "is null or absent"),
+        (2, {"buy": None}, "buy", "is null or absent"),
+        (2, {"scene": None}, "scene", "is null or absent|is absent"),
+    ],
+)
+def test_rows_that_do_not_fit_their_domain_are_refused(
+    tmp_path: pathlib.Path,
+    extension: str,
+    row: int,
+    change: Row,
+    column: str,
+    message: str,
+) -> None:
+    rows = [dict(r) for r in ROWS]
+    rows[row].update(change)
+    rows[row] = {name: value for name, value in rows[row].items() if value is not None}
+    file = tmp_path / f"a.{extension}"
+    WRITERS[extension](file, rows)
+    with pytest.raises(readers.DataError, match=rf"column `{column}`, row {row} .*{message}"):
+        read(SCHEMA, file)
+
+
+def test_a_row_of_two_domains_is_refused(tmp_path: pathlib.Path) -> None:
+    table = pa.table({"scene": [[1, 4]], "user": [1], "click": [0], "buy": [1], "price": [1.0]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(readers.DataError, match=r"`scene`, row 0 .* should be int64\. Found: list"):
+        read(SCHEMA, tmp_path)
+
+
+def test_each_domain_may_have_a_source_of_its_own_columns(tmp_path: pathlib.Path) -> None:
+    for name, writer in (("one.parquet", write_parquet), ("two.tfrecord", write_tfrecord)):
+        writer(tmp_path / name, [r for r in ROWS if r["scene"] == (1 if "one" in name else 4)])
+    assert "topic" not in pq.read_schema(tmp_path / "one.parquet").names
+    found = read(SCHEMA, tmp_path)
+    assert found["user"].tolist() == [5, 7, 6, 9]
+    assert found["topic"].tolist() == [b"", b"", b"a", b"b"]
+
+
+def test_statistics_of_what_a_domain_owns_are_those_of_its_rows(tmp_path: pathlib.Path) -> None:
+    write_parquet(tmp_path / "a.parquet", ROWS)
+    known = {f.name: f for f in statistics.complete(SCHEMA, tmp_path).features}
+    assert known["topic"].vocabulary == ("a", "b")
+    assert known["seen"].vocabulary == (2, 3, 4)
+    assert (known["price"].mean, known["price"].variance) == (2.0, 1.0)
+
+
+def test_a_model_of_one_domain_reads_its_rows_alone(tmp_path: pathlib.Path) -> None:
+    write_parquet(tmp_path / "a.parquet", ROWS)
+    one = dataclasses.replace(SCHEMA, only_domains=(4, 9))
+    assert read(one, tmp_path)["user"].tolist() == [6, 8, 9]
+    assert readers.count_rows(one, tmp_path) == 3
+    assert readers.count_rows(SCHEMA, tmp_path) == 5
+    none = dataclasses.replace(SCHEMA, only_domains=(2,))
+    with pytest.raises(readers.DataError, match=r"no rows of domains \(2,\)"):
+        read(none, tmp_path)
+
+
+def test_metrics_leave_out_rows_without_the_label() -> None:
+    labels = np.array([[1.0, 0], [0, np.nan], [1, 1], [0, np.nan]])
+    scored = evaluate.Scored({"model": np.full((4, 2), 0.5)}, labels, {})
+    found = evaluate.evaluate(scored, SCHEMA)["model"]
+    assert (found["click"]["all"]["rows"], found["buy"]["all"]["rows"]) == (4, 2)
+    assert found["buy"]["all"]["log_loss"] == pytest.approx(np.log(2))
