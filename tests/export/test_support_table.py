@@ -1,0 +1,80 @@
+"""Support rows in the graph's hash table, against a Python model of it."""
+
+import numpy as np
+import tensorflow as tf
+
+from qianmo.export.support_table import SupportTable
+from qianmo.ops.support_store import BAD_LABEL, BAD_TIME, BAD_VECTOR, TOO_OLD
+
+
+def int64(values):
+    return tf.constant(values, tf.int64)
+
+
+def put(table, task_id, time, values):
+    """Rows whose h, labels and weights follow from one value."""
+    v = tf.constant(values, tf.float32)[:, None]
+    h = tf.concat([v, -v], 1)
+    return table.put(int64(task_id), h, v / 2, tf.ones_like(v), int64(time)).numpy().tolist()
+
+
+def content(table, task):
+    """Event time -> value of one task, after checking that the parts of a row belong together."""
+    rows = table.get(int64([task]))
+    count = int(rows.count[0])
+    h = rows.h.numpy()[0]
+    assert not h[count:].any()
+    np.testing.assert_array_equal(h[:, 1], -h[:, 0])
+    np.testing.assert_array_equal(rows.labels[0, :, 0], h[:, 0] / 2)
+    np.testing.assert_array_equal(rows.weights[0, :, 0], np.arange(len(h)) < count)
+    times = rows.time.numpy()[0, :count].tolist()
+    assert times == sorted(times)
+    return dict(zip(times, h[:count, 0].tolist(), strict=True))
+
+
+def test_the_last_rows_stay_and_each_event_stands_once():
+    table = SupportTable(2, 1, 3)
+    assert put(table, [7, 7, 8], [20, 10, 5], [1, 2, 3]) == [0, 0, 0]
+    assert content(table, 7) == {10: 2, 20: 1}
+    assert put(table, [7, 7, 7, 7], [20, 30, 40, 40], [4, 5, 6, 7]) == [0, 0, 0, 0]
+    assert content(table, 7) == {20: 4, 30: 5, 40: 7}
+    assert content(table, 8) == {5: 3}
+    assert put(table, [7], [19], [1]) == [TOO_OLD]
+    assert content(table, 9) == {}
+    assert table.stats(int64([1, 2])).numpy().tolist() == [[2], [2]]
+
+
+def test_bad_rows_are_refused_alone():
+    table = SupportTable(1, 1, 3)
+    nan = float("nan")
+    status = table.put(
+        int64([1, 1, 1, 1, 1]),
+        tf.constant([[1.0], [nan], [1.0], [1.0], [1.0]]),
+        tf.constant([[1.0], [1.0], [nan], [1.0], [1.0]]),
+        tf.constant([[1.0], [1.0], [1.0], [-1.0], [1.0]]),
+        int64([1, 2, 3, 4, 0]),
+    )
+    assert status.numpy().tolist() == [0, BAD_VECTOR, BAD_LABEL, BAD_LABEL, BAD_TIME]
+    assert table.get(int64([1])).time.numpy().tolist() == [[1, 0, 0]]
+
+
+def test_fewer_rows_are_the_newest():
+    table = SupportTable(2, 1, 4)
+    put(table, [3] * 4, [1, 2, 3, 4], [1, 2, 3, 4])
+    rows = table.get(int64([3]), 2)
+    assert rows.time.numpy().tolist() == [[3, 4]]
+    assert rows.count.numpy().tolist() == [2]
+
+
+def test_it_equals_a_python_model_under_random_calls():
+    table, expected, random = SupportTable(2, 1, 4), {}, np.random.default_rng(0)
+    for _ in range(100):
+        size = random.integers(1, 9)
+        task, time = random.integers(-2, 3, size), random.integers(1, 12, size)
+        values = random.normal(size=size).astype(np.float32)
+        put(table, task, time, values)
+        for t, when, value in zip(task.tolist(), time.tolist(), values.tolist(), strict=True):
+            expected.setdefault(t, {})[when] = value
+        for t, rows in expected.items():
+            expected[t] = {when: rows[when] for when in sorted(rows)[-4:]}
+    assert {t: content(table, t) for t in range(-2, 3)} == expected
