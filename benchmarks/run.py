@@ -29,6 +29,7 @@ NAMES = {
     "distillation": "the dual DNN and its relatives on MovieLens-1M",
     "distillation_speed": "a student in serving against its teachers",
     "kuairand": "KuaiRand clicks",
+    "meta_ctr": "towers that adapt to each user, on clicks and likes",
     "serving": "the embedded server against a direct session.run",
 }
 

@@ -1,0 +1,179 @@
+"""Clicks and likes by towers that adapt to each user, beside what they should be better than.
+
+Four protocols: MovieLens-1M's new users and all users, KuaiRand with and without the user's id. A
+row is one method under one protocol, means over seeds; k is the number of support rows used. The
+plain column of a model with a meta tower are the scores of the same weights, unadapted.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import common
+import numpy as np
+import tf_keras
+
+from qianmo.configs import kuairand_meta, movielens_1m_meta
+from qianmo.layers import metrics
+from qianmo.pipelines import adapted, evaluate
+from qianmo.pipelines.recipe import Recipe
+from qianmo.pipelines.train import Run
+
+SEEDS = (1, 2, 3)
+SIZES = (1, 2, 5, 10, 20)
+PARTIAL = common.CACHE / "meta_ctr.partial.json"
+PROTOCOLS = {
+    "new_users": "ML-1M, new users",
+    "all_users": "ML-1M, all users",
+    "kuairand_id": "KuaiRand, user id",
+    "kuairand_no_id": "KuaiRand, no user id",
+}
+METHODS = {
+    "plain": "plain",
+    "fine-tuned": "plain, fine-tuned at serving",
+    "ppnet": "PPNet",
+    "poso": "POSO",
+    "meta": "meta tower",
+    "rate": "rate only",
+    "history": "history features",
+    "history_meta": "history + meta tower",
+}
+METRICS = ("auc", "gauc")
+
+
+def folder(protocol: str) -> pathlib.Path:
+    """The protocol's rows, prepared once."""
+    if protocol.startswith("kuairand"):
+        return common.kuairand(support_history=True)
+    return common.movielens_1m(protocol, support_history=True)
+
+
+def measured(labels: Any, probabilities: Any, users: Any) -> dict[str, float]:
+    """AUC and GAUC."""
+    return {
+        "auc": metrics.auc(labels, probabilities),
+        "gauc": metrics.gauc(labels, probabilities, users),
+    }
+
+
+def unit(protocol: str, method: str, seed: int, *, quick: bool) -> dict[str, Any]:
+    """Trains one model; returns "plain" and, for each k, "adapted" metrics on the test rows."""
+    data = folder(protocol)
+    recipes = kuairand_meta if protocol.startswith("kuairand") else movielens_1m_meta
+    config = recipes.get_config(f"{protocol}-{method}")
+    common.point(config, data, valid=protocol.startswith("kuairand"))
+    config.data.test = ""
+    config.train.seed = seed
+    if quick:
+        config.train.epochs = 1
+    tf_keras.backend.clear_session()
+    with tempfile.TemporaryDirectory() as temporary:
+        run = Run(Recipe.from_config(config.to_dict()), pathlib.Path(temporary) / "model")
+        run.train()
+    model, test = run.model, str(data / "test.parquet")
+    if model.meta is None:
+        scored = evaluate.score(model, test)
+        found = scored.probabilities[model.serving_head][:, 0]
+        return {"plain": measured(scored.labels[:, 0], found, scored.columns["task_id"])}
+    support = adapted.support_rows(model, str(data / "test_support.parquet"))
+    # History features hold the last 20 rows, whatever k is.
+    sizes = SIZES if method in ("plain", "meta") else SIZES[-1:]
+    result: dict[str, Any] = {}
+    for k in sizes:
+        scored, _ = adapted.score(model, test, support.newest(k))
+        for head, values in scored.probabilities.items():
+            found = measured(scored.labels[:, 0], values[:, 0], scored.columns["task_id"])
+            if head == "plain":
+                result["plain"] = found
+            else:
+                result[f"{k}"] = found
+    return result
+
+
+def all_units(*, quick: bool) -> dict[str, dict[str, Any]]:
+    """Every unit's metrics, from what an interrupted run left and then by training."""
+    PARTIAL.parent.mkdir(parents=True, exist_ok=True)
+    done = json.loads(PARTIAL.read_text()) if PARTIAL.exists() and not quick else {}
+    for seed in SEEDS[:1] if quick else SEEDS:
+        for protocol in PROTOCOLS:
+            for method in movielens_1m_meta.METHODS:
+                key = f"{protocol} {method} {seed}"
+                if key not in done:
+                    done[key] = unit(protocol, method, seed, quick=quick)
+                    print(key, json.dumps(done[key]), flush=True)
+                    if not quick:
+                        PARTIAL.write_text(json.dumps(done, indent=1))
+    return done
+
+
+class Found:
+    """Metrics over seeds, by protocol, shown method, k and metric."""
+
+    def __init__(self, done: Mapping[str, Mapping[str, Any]]) -> None:
+        self.values: dict[tuple[str, str, str, str], list[float]] = {}
+        for key, result in done.items():
+            protocol, method, _ = key.split()
+            for k, found in result.items():
+                shown = "fine-tuned" if method == "plain" and k != "plain" else method
+                for metric in METRICS:
+                    self.values.setdefault((protocol, shown, k, metric), []).append(found[metric])
+
+    def mean(self, *key: str) -> float:
+        """Mean over seeds."""
+        return float(np.mean(self.values[key]))  # type: ignore[index]
+
+    def gain(self, protocol: str, method: str, metric: str, k: str = "20") -> float:
+        """Adapted minus unadapted, of the same weights."""
+        base = "plain" if method == "fine-tuned" else method
+        return self.mean(protocol, method, k, metric) - self.mean(protocol, base, "plain", metric)
+
+
+def run(*, quick: bool) -> dict[str, Any]:
+    """All methods under all protocols."""
+    found = Found(all_units(quick=quick))
+    rows = []
+    for protocol, shown_protocol in PROTOCOLS.items():
+        for method, shown in METHODS.items():
+            row: dict[str, Any] = {"data": shown_protocol, "method": shown}
+            for k in ("plain", *map(str, SIZES)):
+                for metric in METRICS:
+                    if metric == "gauc" and k not in ("plain", "20"):
+                        continue
+                    values = found.values.get((protocol, method, k, metric))
+                    column = f"{metric.upper()} {'unadapted' if k == 'plain' else f'k = {k}'}"
+                    row[column] = common.shown(values) if values else ""
+            rows.append(row)
+    new, every, kuairand = "new_users", "all_users", ("kuairand_id", "kuairand_no_id")
+    plain_auc = found.mean(new, "plain", "plain", "auc")
+    plain_gauc = found.mean(new, "plain", "plain", "gauc")
+    auc, gauc = found.mean(new, "meta", "20", "auc"), found.mean(new, "meta", "20", "gauc")
+    worst = min(
+        found.mean(p, "meta", str(k), "auc") - found.mean(p, "meta", "plain", "auc")
+        for p in PROTOCOLS
+        for k in SIZES
+    )
+    target = common.target
+    targets = {
+        "new users, k = 20: AUC over plain": target(auc - plain_auc, 0.03),
+        "new users, k = 20: GAUC over plain": target(gauc - plain_gauc, 0.003),
+        "new users, k = 20: AUC over fine-tuned": target(
+            auc - found.mean(new, "fine-tuned", "20", "auc"), 0.004
+        ),
+        "new users, history + meta, k = 20: GAUC adapted - unadapted": target(
+            found.gain(new, "history_meta", "gauc"), 0.001
+        ),
+        "all users: AUC adapted - unadapted": target(found.gain(every, "meta", "auc"), 0.003),
+        **{
+            f"{PROTOCOLS[p]}: AUC adapted - unadapted": target(found.gain(p, "meta", "auc"), 0.001)
+            for p in kuairand
+        },
+        "least AUC adapted - unadapted of any protocol and k": target(worst, -0.002),
+    }
+    sha256 = {
+        name: common.sha256(folder(name)) for name in (*movielens_1m_meta.PROTOCOLS, kuairand[0])
+    }
+    return {"data_sha256": sha256, "rows": rows, "targets": targets}

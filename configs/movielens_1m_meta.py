@@ -1,0 +1,89 @@
+"""MovieLens-1M likes: towers that adapt to each user, and what they should be better than.
+
+Protocols, as `qianmo-prepare --dataset=movielens_1m --split=<protocol>` makes them:
+
+    new_users  users that training has not seen; no user id among the features
+    all_users  the last rows of every user; the user id is a feature
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from qianmo.configs import history, movielens_1m
+from qianmo.configs.base import base_config
+
+PROTOCOLS = ("new_users", "all_users")
+METHODS = ("plain", "ppnet", "poso", "meta", "rate", "history", "history_meta")
+SUPPORT_SIZES = (1, 2, 3, 5, 8, 12, 20)
+# Fine-tuning at serving: the steps with which the plain model does best on held-out rows.
+FINE_TUNED = {"inner": {"steps": 5, "step_size": 0.1, "shrinkage": 3.0}, "weight": 0.0}
+META: dict[str, Any] = {
+    "inner": {"steps": 3, "step_size": 0.1, "rates": "rank_one", "shrinkage": 3.0},
+    "support_sizes": SUPPORT_SIZES,
+    "weight": 1.0,
+}
+
+
+def method(
+    name: str,
+    features: list[dict[str, Any]],
+    item: str,
+    *,
+    stop_at_seam: bool,
+    personal: tuple[str, ...],
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Features and model of a method, whatever the data.
+
+    Args:
+      name: one of METHODS.
+      features: of the plain model.
+      item: feature of the item.
+      stop_at_seam: whether the meta gradient stops at the tower seam.
+      personal: features that the gates of PPNet and POSO read.
+    """
+    items = next(f for f in features if f["name"] == item)
+    features = list(features)
+    if name in ("history", "history_meta", "rate"):
+        features += history.features(items, lists=name != "rate")
+    if name in ("ppnet", "poso"):
+        return features, {"name": name, "units": (256, 128, 64), "gate_features": personal}
+    meta = FINE_TUNED
+    if name.endswith("meta"):
+        meta = {**META, "gradient_to": "tower" if stop_at_seam else "bottom"}
+    model = {"name": "mlp", "units": (256, 128), "seam_dim": 64, "tower_units": (64,)}
+    return features, {**model, "meta": meta}
+
+
+def get_config(variant: str = "new_users-meta") -> ConfigDict:
+    """The recipe of `<protocol>-<method>`."""
+    protocol, name = variant.split("-")
+    if protocol not in PROTOCOLS or name not in METHODS:
+        raise ValueError(
+            f"The variant should be one of {PROTOCOLS}, a -, and one of {METHODS}. "
+            f"Received: {variant!r}"
+        )
+    config = base_config()
+    schema = movielens_1m.schema()
+    is_new = protocol == "new_users"
+    features = [f for f in schema["features"] if not (is_new and f["name"] == "user_id")]
+    users = tuple(f["name"] for f in features if f["side"] == "user")
+    schema["features"], model = method(
+        name,
+        features,
+        "movie_id",
+        stop_at_seam=not is_new,
+        personal=users if is_new else ("user_id",),
+    )
+    config.schema = schema
+    config.model = {**model, "embedding_l2": 1e-2}
+    for part in ("train", "test"):
+        config.data[part] = f"runs/movielens_1m_{protocol}/{part}.parquet"
+    config.train.batch_size = 1024
+    config.train.epochs = 2
+    if name.endswith("meta"):
+        config.data.chunk_rows, config.data.chunk_tasks = 40, 100
+        config.data.chunks_beside = not is_new
+    return config
