@@ -297,6 +297,7 @@ def write(
     version: int,
     tables: Iterable[tuple[Table, Iterable[DenseRows] | Iterable[IdRows]]],
     *,
+    space: int | None = None,
     shard_rows: int = SHARD_ROWS,
 ) -> pathlib.Path:
     """Writes one embedding version, under a temporary name that a rename ends.
@@ -308,6 +309,8 @@ def write(
       version: its number, from 1 on.
       tables: each table with its rows in chunks of any size: arrays [n, dim], in the order of the
         ids; for a hashed table pairs of ids [n] and such arrays, in any order.
+      space: the version whose graphs can read this one as well: its vectors are of one space with
+        that one's. Default: the version itself, which begins a new space.
       shard_rows: rows of a shard; a power of two. Shards of a hashed table have about as many.
 
     Returns:
@@ -318,10 +321,11 @@ def write(
         Nothing is left behind.
     """
     store = pathlib.Path(store)
-    if version < 1 or shard_rows < 1 or shard_rows & (shard_rows - 1):
+    space = version if space is None else space
+    if not 1 <= space <= version or shard_rows < 1 or shard_rows & (shard_rows - 1):
         raise StoreError(
-            "`version` should be >= 1 and `shard_rows` a power of two. "
-            f"Received: {version} and {shard_rows}"
+            "`version` should be >= 1, `space` in [1, version] and `shard_rows` a power of two. "
+            f"Received: {version}, {space} and {shard_rows}"
         )
     target = store / str(version)
     if target.exists():
@@ -330,7 +334,7 @@ def write(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        lines = ["qianmo embeddings 1", f"version {version}"]
+        lines = ["qianmo embeddings 1", f"version {version} space {space}"]
         for table, chunks in tables:
             lines += [_table_line(table, shard_rows)]
             write_rows = _write_hashed if table.hashed else _write_dense

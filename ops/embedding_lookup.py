@@ -10,8 +10,6 @@ import tensorflow as tf
 
 from qianmo.ops.library import library
 
-NEWEST = 2**63 - 1  # as `max_version`: every later version
-
 tf.no_gradient("Qianmo>EmbeddingLookup")
 
 
@@ -45,11 +43,10 @@ class EmbeddingStore(tf.saved_model.experimental.TrackableResource):
     Args:
       path: the store's folder, or a `tf.saved_model.Asset`: a file whose only line names the
         folder, from the file's own folder on.
-      min_version: the oldest embedding version that the graph was made for.
-      max_version: the newest one.
-      on_mismatch: when the folder publishes another version, "fall_back" reads the newest accepted
-        one there, and "refuse" makes lookups fail until an accepted one is published. When the
-        store opens and none is accepted, both fail.
+      space: accepts embedding versions of this space, whose vectors fit the graph; 0 for all.
+      on_mismatch: when the folder publishes a version of another space, "fall_back" reads the
+        newest one there that is of this space, and "refuse" makes lookups fail until one is
+        published. When the store opens and there is none, both fail.
       verify: compare the checksums of all rows before a version is used. Without it those of the
         manifest and of the shards' headers are compared, and the files' sizes.
 
@@ -61,8 +58,7 @@ class EmbeddingStore(tf.saved_model.experimental.TrackableResource):
         self,
         path: str | tf.saved_model.Asset,
         *,
-        min_version: int = 1,
-        max_version: int = NEWEST,
+        space: int = 0,
         on_mismatch: Literal["fall_back", "refuse"] = "fall_back",
         verify: bool = False,
     ) -> None:
@@ -71,8 +67,7 @@ class EmbeddingStore(tf.saved_model.experimental.TrackableResource):
         if isinstance(path, tf.saved_model.Asset):
             self._track_trackable(path, "path")
         self._open: dict[str, Any] = {
-            "min_version": min_version,
-            "max_version": max_version,
+            "space": space,
             "on_mismatch": on_mismatch,
             "verify": verify,
         }

@@ -71,8 +71,7 @@ class StoreHandleOp : public tensorflow::ResourceOpKernel<StoreResource> {
 class StoreOpenOp : public tensorflow::OpKernel {
  public:
   explicit StoreOpenOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("min_version", &accepted_.min));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("max_version", &accepted_.max));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("space", &accepted_.space));
     std::string on_mismatch;
     OP_REQUIRES_OK(ctx, ctx->GetAttr("on_mismatch", &on_mismatch));
     accepted_.fall_back = on_mismatch == "fall_back";

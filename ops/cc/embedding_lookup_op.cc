@@ -68,8 +68,7 @@ A handle to an embedding store, which `Qianmo>EmbeddingStoreOpen` opens.
 REGISTER_OP("Qianmo>EmbeddingStoreOpen")
     .Input("store: resource")
     .Input("path: string")
-    .Attr("min_version: int >= 1")
-    .Attr("max_version: int >= 1")
+    .Attr("space: int >= 0")
     .Attr("on_mismatch: {'fall_back', 'refuse'}")
     .Attr("verify: bool")
     .SetIsStateful()
@@ -84,12 +83,10 @@ Graphs of a process that open the same folder share it.
 
 path: the folder, or a file whose only line names it, from the file's own folder
   on.
-min_version: the oldest embedding version that the graph was made for.
-max_version: the newest one.
-on_mismatch: what to read when the version published is not accepted:
-  'fall_back' is the newest accepted one in the folder, 'refuse' none, so that
-  lookups fail until an accepted version is published. Without any accepted
-  version both fail here.
+space: accepts embedding versions of this space; 0 for all.
+on_mismatch: what to read when the version published is of another space:
+  'fall_back' is the newest one in the folder that is of this space, 'refuse'
+  none, so that lookups fail until one is published. Without any both fail here.
 verify: read every byte of a version and compare the checksums before it is
   used.
 )doc");

@@ -54,17 +54,13 @@ int64_t VersionOf(const std::string& name) {
   return std::atoll(name.c_str());
 }
 
-// The accepted versions in a folder, the newest first.
-std::vector<int64_t> VersionsIn(const std::string& folder,
-                                const Accepted& accepted) {
+// The versions in a folder, the newest first.
+std::vector<int64_t> VersionsIn(const std::string& folder) {
   std::vector<int64_t> found;
   if (DIR* const listing = opendir(folder.c_str())) {
     while (const dirent* const entry = readdir(listing)) {
       const int64_t version = VersionOf(entry->d_name);
-      if (version >= std::max<int64_t>(accepted.min, 0) &&
-          version <= accepted.max) {
-        found.push_back(version);
-      }
+      if (version > 0) found.push_back(version);
     }
     closedir(listing);
   }
@@ -213,20 +209,22 @@ std::shared_ptr<const EmbeddingVersion> EmbeddingStore::Choose(
     *error = folder_ + "/CURRENT: it should hold a version's number";
     return nullptr;
   }
-  if (named >= accepted_.min && named <= accepted_.max) {
-    return OpenVersion(folder_, named, verify_, error);
-  }
-  std::string what = folder_ + ": the graph accepts embedding versions " +
-                     std::to_string(accepted_.min) + " to " +
-                     std::to_string(accepted_.max) + ", and CURRENT names " +
-                     std::to_string(named);
+  const auto accepts = [this](const EmbeddingVersion& version) {
+    return accepted_.space == 0 || accepted_.space == version.space();
+  };
+  auto opened = OpenVersion(folder_, named, verify_, error);
+  if (opened == nullptr || accepts(*opened)) return opened;
+  std::string what =
+      folder_ + ": the graph accepts embedding versions of space " +
+      std::to_string(accepted_.space) + ", and CURRENT names " +
+      std::to_string(named) + " of space " + std::to_string(opened->space());
   if (accepted_.fall_back) {
-    for (const int64_t version : VersionsIn(folder_, accepted_)) {
+    for (const int64_t version : VersionsIn(folder_)) {
       std::string ignored;
-      auto opened = OpenVersion(folder_, version, verify_, &ignored);
-      if (opened != nullptr) return opened;
-      what += "; " + ignored;
+      opened = OpenVersion(folder_, version, verify_, &ignored);
+      if (opened != nullptr && accepts(*opened)) return opened;
     }
+    what += "; no version in the folder is of that space";
   }
   *refused = !accepted_.fall_back;
   *error = what;

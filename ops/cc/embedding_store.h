@@ -19,15 +19,13 @@ namespace qianmo {
 
 // The embedding versions that a graph was made for.
 struct Accepted {
-  int64_t min = 0;
-  int64_t max = 0;
-  // When CURRENT names another one: read the newest accepted version in the
-  // folder, or nothing.
+  int64_t space = 0;  // 0 for all
+  // When CURRENT names a version of another space: read the newest one of this
+  // space in the folder, or nothing.
   bool fall_back = true;
 
   bool operator<(const Accepted& other) const {
-    return std::tie(min, max, fall_back) <
-           std::tie(other.min, other.max, other.fall_back);
+    return std::tie(space, fall_back) < std::tie(other.space, other.fall_back);
   }
 };
 

@@ -15,8 +15,6 @@
 namespace qianmo {
 namespace {
 
-constexpr int64_t kNewest = std::numeric_limits<int64_t>::max();
-
 template <typename T>
 void Append(std::string* bytes, T value) {
   bytes->append(reinterpret_cast<const char*>(&value), sizeof(value));
@@ -44,7 +42,7 @@ class Folder {
   ~Folder() { std::filesystem::remove_all(path_); }
   const std::string& path() const { return path_; }
 
-  void Add(int64_t version) const {
+  void Add(int64_t version, int64_t space = 1) const {
     std::string data;
     Append(&data, static_cast<float>(version));
     const uint32_t crc = Crc32(data.data(), data.size());
@@ -57,7 +55,8 @@ class Folder {
     header.resize(4092);
     Append(&header, Crc32(header.data(), header.size()));
     const std::string lines =
-        "qianmo embeddings 1\nversion " + std::to_string(version) +
+        "qianmo embeddings 1\nversion " + std::to_string(version) + " space " +
+        std::to_string(space) +
         "\ntable t dense float32 dim 1 rows 1 default 0 shard_rows 1\n"
         "shard t.rows rows 1 bytes 4100 crc " +
         Hex(crc) + "\n";
@@ -77,8 +76,7 @@ class Folder {
 };
 
 std::shared_ptr<EmbeddingStore> Open(const std::string& path,
-                                     const Accepted& accepted = {1, kNewest,
-                                                                 true}) {
+                                     const Accepted& accepted = {0, true}) {
   std::string error;
   auto store = EmbeddingStore::Open(path, accepted, /*verify=*/true, &error);
   if (store == nullptr) std::fprintf(stderr, "%s\n", error.c_str());
@@ -115,7 +113,7 @@ void GraphsShareWhatIsOpen() {
   folder.Publish(1);
   const auto one = Open(folder.path());
   CHECK(Open(folder.path() + "/.") == one);
-  const auto other = Open(folder.path(), {1, 1, true});
+  const auto other = Open(folder.path(), {1, true});
   CHECK(other != one);
   std::string error;
   CHECK(one->Snapshot(&error) == other->Snapshot(&error));
@@ -135,23 +133,27 @@ void AFileMayNameTheFolder() {
   std::string error;
   for (const char* text : {"", "\n", "../..", "a\nb\n"}) {
     Write(file, text);
-    CHECK(EmbeddingStore::Open(file, {1, kNewest, true}, false, &error) ==
-          nullptr);
+    CHECK(EmbeddingStore::Open(file, {0, true}, false, &error) == nullptr);
     CHECK(error.find(file + ": it should hold one line") == 0);
   }
 }
 
 void AcceptedVersionsAreRead() {
   const Folder folder;
-  for (const int64_t version : {2, 3, 5}) folder.Add(version);
+  folder.Add(2);
+  folder.Add(3);
+  folder.Add(5, /*space=*/5);
   folder.Publish(2);
   const auto newest = Open(folder.path());
-  const auto falls_back = Open(folder.path(), {1, 4, true});
-  const auto refuses = Open(folder.path(), {1, 4, false});
+  const auto falls_back = Open(folder.path(), {1, true});
+  const auto refuses = Open(folder.path(), {1, false});
   folder.Publish(5);
   CHECK(ComesToRead(*newest, 5));
   CHECK(ComesToRead(*falls_back, 3));
   CHECK(ComesToRead(*refuses, 0));
+  folder.Add(6);  // back to the space, while 5 is published
+  folder.Publish(6);
+  CHECK(ComesToRead(*refuses, 6));
   folder.Publish(3);
   for (const auto& store : {newest, falls_back, refuses}) {
     CHECK(ComesToRead(*store, 3));
@@ -164,7 +166,7 @@ void ABrokenVersionLeavesTheOneBefore() {
   folder.Add(3);
   folder.Publish(1);
   for (const bool fall_back : {true, false}) {
-    const auto store = Open(folder.path(), {1, kNewest, fall_back});
+    const auto store = Open(folder.path(), {1, fall_back});
     folder.Publish(2);
     std::this_thread::sleep_for(std::chrono::milliseconds(300));
     CHECK(Reads(*store) == 1);
@@ -179,7 +181,7 @@ void ABrokenVersionLeavesTheOneBefore() {
   std::string error;
   std::filesystem::rename(folder.path() + "/3", folder.path() + "/4");
   folder.Publish(4);
-  CHECK(EmbeddingStore::Open(folder.path(), {4, 4, true}, false, &error) ==
+  CHECK(EmbeddingStore::Open(folder.path(), {0, false}, false, &error) ==
         nullptr);
   CHECK(error.find("/4/MANIFEST: it is of version 3") != std::string::npos);
 }

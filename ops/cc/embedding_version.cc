@@ -489,12 +489,15 @@ bool EmbeddingVersion::Parse(const std::string& manifest, std::string* error) {
     lines.push_back(Words(manifest.substr(at, next - at)));
     at = next + 1;
   }
-  uint64_t number;
-  if (lines.size() < 2 || lines[1].size() != 2 || lines[1][0] != "version" ||
-      !ParseNumber(lines[1][1], std::numeric_limits<int64_t>::max(), &number)) {
-    return refuse("line 2 should be `version NUMBER`");
+  const auto& of = lines[1];
+  uint64_t version, space;
+  if (of.size() != 4 || of[0] != "version" ||
+      !ParseNumber(of[1], std::numeric_limits<int64_t>::max(), &version) ||
+      of[2] != "space" || !ParseNumber(of[3], version, &space) || space == 0) {
+    return refuse("line 2 should be `version NUMBER space NUMBER`");
   }
-  version_ = static_cast<int64_t>(number);
+  version_ = static_cast<int64_t>(version);
+  space_ = static_cast<int64_t>(space);
   for (size_t i = 2; i < lines.size();) {
     const auto& w = lines[i];
     const std::string where = "line " + std::to_string(i + 1);

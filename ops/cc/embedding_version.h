@@ -10,18 +10,19 @@
 // MANIFEST, words separated by one space:
 //
 //   qianmo embeddings 1
-//   version 7
+//   version 7 space 5
 //   table item dense float32 dim 16 rows 1500000 default 0 shard_rows 1048576
 //   shard item-00000-of-00002.rows rows 1048576 bytes 67112960 crc 0123abcd
 //   shard item-00001-of-00002.rows rows 451424 bytes 28895232 crc 4567cdef
 //   crc 89ab0123
 //
-// A table's shards follow it. Row `id` of a dense table is row id mod
-// shard_rows of shard id / shard_rows. A hash table (`hash`; shard_rows 0) has
-// 2^s shards; HashId(id) names the shard by its top s bits and the home slot by
-// its lowest ones, and the row stands in the home slot or in one of the few
-// after it. Vectors are float32, float16, bfloat16, or int8 after a float
-// scale.
+// Versions of one space hold vectors that fit the same graphs; the space has
+// the number of the version that began it. A table's shards follow it. Row `id`
+// of a dense table is row id mod shard_rows of shard id / shard_rows. A hash
+// table (`hash`; shard_rows 0) has 2^s shards; HashId(id) names the shard by
+// its top s bits and the home slot by its lowest ones, and the row stands in
+// the home slot or in one of the few after it. Vectors are float32, float16,
+// bfloat16, or int8 after a float scale.
 //
 // Opening maps the files and reads manifest and headers alone, which must agree
 // with each other and with the files' sizes; Verify() reads every byte. Nothing
@@ -148,6 +149,7 @@ class EmbeddingVersion {
                                                       std::string* error);
 
   int64_t version() const { return version_; }
+  int64_t space() const { return space_; }
   const std::string& folder() const { return folder_; }
   const std::map<std::string, EmbeddingTable>& tables() const {
     return tables_;
@@ -166,6 +168,7 @@ class EmbeddingVersion {
                  std::string* error);
 
   int64_t version_ = 0;
+  int64_t space_ = 0;
   std::string folder_;
   std::map<std::string, EmbeddingTable> tables_;
 };

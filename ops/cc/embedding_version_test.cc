@@ -108,7 +108,7 @@ std::string Shard(const std::string& table, bool hashed, uint64_t number,
 // A version with one table of each kind: file name -> bytes.
 Files Version() {
   Files files;
-  std::string lines = "qianmo embeddings 1\nversion 7\n";
+  std::string lines = "qianmo embeddings 1\nversion 7 space 5\n";
   std::string line;
   lines += "table d dense float32 dim 3 rows 150 default 0 shard_rows 64\n";
   for (int64_t k = 0; k < 3; ++k) {
@@ -204,6 +204,7 @@ void ReadsWhatWasWritten() {
   const auto version = EmbeddingVersion::Open(folder.path(), &error);
   CHECK(version != nullptr);
   CHECK(version->version() == 7);
+  CHECK(version->space() == 5);
   CHECK(version->Verify(&error));
   CHECK(ReadsRight(*version));
   CHECK(version->table("none") == nullptr);
@@ -280,6 +281,9 @@ void ManifestsThatLieAreRefused() {
       {"version 7", "version 07"},
       {"version 7", "version 9999999999999999999"},
       {"version 7", "version -7"},
+      {"version 7 space 5", "version 7"},
+      {"space 5", "space 0"},
+      {"space 5", "space 8"},
       {"table h", "table d"},
       {"table h", "table h\ntable h"},
       {"table d", "table ../d"},

@@ -113,8 +113,10 @@ def test_versions_are_kept_and_published_only_whole(tmp_path: pathlib.Path) -> N
     assert shards.published(tmp_path) == 1
     with pytest.raises(StoreError, match="1 exists; give another version"):
         shards.write(tmp_path, 1, [(dense(), [ROWS])])
-    with pytest.raises(StoreError, match="`version` should be >= 1 and `shard_rows` a power"):
+    with pytest.raises(StoreError, match=r"a power of two\. Received: 2, 2 and 3"):
         shards.write(tmp_path, 2, [(dense(), [ROWS])], shard_rows=3)
+    with pytest.raises(StoreError, match="Received: 2, 3 and"):
+        shards.write(tmp_path, 2, [(dense(), [ROWS])], space=3)
     with pytest.raises(StoreError, match="2/MANIFEST: No such file"):
         shards.publish(tmp_path, 2)
     folder = shards.write(tmp_path, 2, [(dense(), [ROWS])])

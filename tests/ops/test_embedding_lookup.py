@@ -14,7 +14,7 @@ from tensorflow.python.eager import cancellation
 from qianmo.export import embedding_shards as shards
 from qianmo.export.saved_model import session
 from qianmo.layers.embed import pool
-from qianmo.ops.embedding_lookup import NEWEST, EmbeddingStore, Read
+from qianmo.ops.embedding_lookup import EmbeddingStore, Read
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 RNG = np.random.default_rng(0)
@@ -236,10 +236,10 @@ def test_sixteen_threads_read_while_versions_change(tmp_path: pathlib.Path) -> N
     assert seen == {100.0 * k for k in range(5)}
 
 
-def publish(folder: pathlib.Path, version: int) -> None:
+def publish(folder: pathlib.Path, version: int, space: int = 1) -> None:
     if not (folder / str(version)).exists():
         table = shards.Table(name="t", dim=2, num_rows=4)
-        shards.write(folder, version, [(table, [np.full((4, 2), version)])])
+        shards.write(folder, version, [(table, [np.full((4, 2), version)])], space=space)
     shards.publish(folder, version)
 
 
@@ -259,23 +259,27 @@ def reads_soon(following: EmbeddingStore, expected: int | str) -> bool:
 
 
 def test_which_versions_a_graph_accepts(tmp_path: pathlib.Path) -> None:
-    for version in (1, 2, 3, 5):
-        publish(tmp_path, version)
+    for version, space in ((1, 1), (2, 2), (3, 2), (5, 5)):
+        publish(tmp_path, version, space)
     publish(tmp_path, 2)
     newest = EmbeddingStore(str(tmp_path))
-    falls_back = EmbeddingStore(str(tmp_path), min_version=2, max_version=3)
-    refuses = EmbeddingStore(str(tmp_path), min_version=2, max_version=3, on_mismatch="refuse")
+    falls_back = EmbeddingStore(str(tmp_path), space=2)
+    refuses = EmbeddingStore(str(tmp_path), space=2, on_mismatch="refuse")
     for each in (newest, falls_back, refuses):
         assert reads_soon(each, 2)
     publish(tmp_path, 5)
     assert reads_soon(newest, 5)
     assert reads_soon(falls_back, 3)
-    assert reads_soon(refuses, "accepts embedding versions 2 to 3, and CURRENT names 5")
+    assert reads_soon(
+        refuses, "accepts embedding versions of space 2, and CURRENT names 5 of space 5"
+    )
     publish(tmp_path, 2)
     for each in (newest, falls_back, refuses):
         assert reads_soon(each, 2)
-    with pytest.raises(tf.errors.FailedPreconditionError, match="versions 6 to 9, and CURRENT"):
-        EmbeddingStore(str(tmp_path), min_version=6, max_version=9)
+    with pytest.raises(
+        tf.errors.FailedPreconditionError, match="no version in the folder is of that space"
+    ):
+        EmbeddingStore(str(tmp_path), space=4)
 
 
 def test_a_version_that_cannot_be_opened_leaves_the_one_before(tmp_path: pathlib.Path) -> None:
@@ -294,7 +298,7 @@ def test_a_version_that_cannot_be_opened_leaves_the_one_before(tmp_path: pathlib
     time.sleep(0.4)
     assert reads_soon(following, 2)
     with pytest.raises(tf.errors.FailedPreconditionError, match="checksum of its rows differs"):
-        EmbeddingStore(str(tmp_path), min_version=3, max_version=NEWEST, verify=True)
+        EmbeddingStore(str(tmp_path), on_mismatch="refuse", verify=True)
 
 
 def test_in_a_saved_model(tmp_path: pathlib.Path) -> None:
@@ -332,6 +336,8 @@ def test_in_a_saved_model(tmp_path: pathlib.Path) -> None:
     with refused, session(folder):
         pass
     (folder.parents[1] / "other").mkdir()
-    refused = pytest.raises(tf.errors.FailedPreconditionError, match="CURRENT: there is no such file")
+    refused = pytest.raises(
+        tf.errors.FailedPreconditionError, match="CURRENT: there is no such file"
+    )
     with refused, session(folder):
         pass
