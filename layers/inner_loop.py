@@ -83,6 +83,44 @@ class Adaptation(NamedTuple):
         return Adaptation(tuple(changes), ())
 
 
+def tower_size(shapes: Sequence[DenseShape]) -> int:
+    """Numbers in a tower's dense layers."""
+    return sum((s.num_inputs + 1) * s.num_outputs for s in shapes)
+
+
+def flat(adaptation: Adaptation, shapes: Sequence[DenseShape]) -> tf.Tensor:
+    """What each task's tower differs by, as one vector a task, [T, `tower_size(shapes)`].
+
+    A layer's kernel comes before its bias; a layer that does not adapt differs by zeros.
+    """
+    parts = []
+    for change, shape in zip(adaptation.changes, shapes, strict=True):
+        size = shape.num_inputs * shape.num_outputs
+        if change is None:
+            tasks = next(tf.shape(c.bias)[0] for c in adaptation.changes if c is not None)
+            parts.append(tf.zeros([tasks, size + shape.num_outputs]))
+            continue
+        kernel = change.kernel
+        if kernel is None:
+            kernel = -tf.matmul(change.x, change.d, transpose_a=True)
+        parts += [tf.reshape(kernel, [-1, size]), change.bias[:, 0]]
+    return tf.concat(parts, 1)
+
+
+def of_flat(vectors: tf.Tensor, shapes: Sequence[DenseShape]) -> Adaptation:
+    """The adaptation that `flat` made vectors of."""
+    changes, first = [], 0
+    for shape in shapes:
+        size = shape.num_inputs * shape.num_outputs
+        kernel = tf.reshape(
+            vectors[:, first : first + size], [-1, shape.num_inputs, shape.num_outputs]
+        )
+        first += size + shape.num_outputs
+        bias = vectors[:, None, first - shape.num_outputs : first]
+        changes.append(_Change(None, None, kernel, bias))
+    return Adaptation(tuple(changes), ())
+
+
 def elementwise(loss: Loss, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
     """The loss of each row and label, in the shape of the logits."""
     if loss == "binary_cross_entropy":

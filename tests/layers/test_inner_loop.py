@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from qianmo.layers.inner_loop import InnerLoop, Support
+from qianmo.layers.inner_loop import InnerLoop, Support, flat, of_flat, tower_size
 from qianmo.layers.tower import Tower
 
 T, S, Q, H, K = 4, 5, 6, 4, 2
@@ -231,6 +231,17 @@ def test_rows_in_any_order_find_their_task():
     rows = query[task, task % 8][:, None]
     found = phi(tf.constant(rows), correction=correction.rows(tf.constant(task))).logits
     np.testing.assert_allclose(found[:, 0], together[task, task % 8], atol=1e-6)
+
+
+@pytest.mark.parametrize("last_layer_only", [False, True])
+def test_an_adaptation_as_vectors_is_the_same(last_layer_only):
+    phi, loop, arrays, query = float32_case(form="dual", last_layer_only=last_layer_only)
+    shapes = phi.dense_shapes(16)
+    support = Support(*(tf.constant(x) for x in arrays))
+    vectors = flat(loop.adapt(phi, support), shapes)
+    assert vectors.shape == (256, tower_size(shapes))
+    found = phi(tf.constant(query), correction=of_flat(vectors, shapes)).logits
+    np.testing.assert_allclose(found, adapted(phi, loop, arrays, query), atol=1e-6)
 
 
 def test_forms_agree_in_float32():
