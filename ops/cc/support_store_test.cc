@@ -90,7 +90,8 @@ Moments Times(SupportStore* store, int64_t task, int64_t version = 1,
 
 void PagesComeAndGo() {
   const size_t block_bytes = 100'000;  // 5 in a page
-  BlockPool pool(block_bytes);
+  PageStock stock;
+  BlockPool pool(block_bytes, &stock);
   for (int round = 0; round < 2; ++round) {
     for (char i = 0; i < 12; ++i) {
       CHECK(pool.Add());
@@ -103,7 +104,7 @@ void PagesComeAndGo() {
     while (pool.size() > 0) pages += pool.RemoveLast() != nullptr;
     CHECK(pages == 3);
   }
-  BlockPool large(3'000'000);
+  BlockPool large(3'000'000, &stock);
   CHECK(large.Add() && large.Add());
   large.At(1)[2'999'999] = 1;
   CHECK(large.RemoveLast() != nullptr && large.RemoveLast() != nullptr);

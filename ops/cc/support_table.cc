@@ -35,7 +35,7 @@ SupportTable::SupportTable(const SupportShape& shape,
   }
   for (Shard& shard : shards_) {
     for (const int32_t rows : sizes_) {
-      shard.pools.emplace_back(kOwnerBytes + rows * row_bytes_);
+      shard.pools.emplace_back(kOwnerBytes + rows * row_bytes_, &stock_);
     }
   }
 }
@@ -182,12 +182,13 @@ void SupportTable::Release(Shard* shard, const Task& task, Garbage* garbage) {
     owner->block = task.block;
   }
   block_bytes_ -= pool.block_bytes();
-  if (BlockPool::Page page = pool.RemoveLast()) {
+  if (PageStock::Page page = pool.RemoveLast()) {
     garbage->push_back(std::move(page));
   }
 }
 
 void SupportTable::RemoveExpiredRows(Shard* shard, Task* task) {
+  if (ttl_micros_ == 0) return;
   const int64_t until = ExpiredUntil();
   char* const rows = RowsOf(*shard, *task);
   int32_t kept = 0;

@@ -126,7 +126,7 @@ class SupportTable {
   };
 
   // Pages that are given back after the lock: declare it before the guard.
-  using Garbage = std::vector<BlockPool::Page>;
+  using Garbage = std::vector<PageStock::Page>;
 
   static size_t ShardOf(int64_t task);
   char* RowsOf(const Shard& shard, const Task& task) const;
@@ -152,6 +152,7 @@ class SupportTable {
   std::atomic<int64_t> last_written_{0};
   std::atomic<int64_t> num_tasks_{0}, block_bytes_{0}, journal_bytes_{0};
   std::mutex evicting_;  // one thread at a time, so that none evicts too much
+  PageStock stock_;
   std::array<Shard, kShards> shards_;
 };
 
