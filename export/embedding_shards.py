@@ -374,6 +374,11 @@ def manifest(version_dir: str | os.PathLike[str]) -> Iterator[list[str]]:
     yield from (line.split(" ") for line in lines.decode("ascii").splitlines())
 
 
+def space(version_dir: str | os.PathLike[str]) -> int:
+    """The space of a version's vectors."""
+    return int(next(words for words in manifest(version_dir) if words[0] == "version")[3])
+
+
 def verify(version_dir: str | os.PathLike[str]) -> None:
     """Reads every byte of a version and compares sizes and checksums.
 

@@ -153,11 +153,12 @@ def op_types(version_dir: str | os.PathLike[str]) -> set[str]:
     return {n.op for n in nodes} - functions
 
 
-def _check_ops(version_dir: pathlib.Path) -> None:
+def _check_ops(version_dir: pathlib.Path, own_ops: bool) -> None:
     foreign = sorted(
         op
         for op in op_types(version_dir)
-        if op in PYTHON_OPS or ">" in op or op_def_registry.get(op) is None
+        if not (own_ops and op.startswith("Qianmo>"))
+        and (op in PYTHON_OPS or ">" in op or op_def_registry.get(op) is None)
     )
     if foreign:
         raise ExportError(f"The graph holds ops that stock TensorFlow Serving lacks: {foreign}.")
@@ -200,16 +201,21 @@ def session(version_dir: str | os.PathLike[str]) -> Iterator[Callable[[str, Rows
 
 
 def check_parity(
-    answers: Rows, expected: np.ndarray, schema: Schema, rows: Rows, signature: str
+    answers: Rows,
+    expected: np.ndarray,
+    schema: Schema,
+    rows: Rows,
+    signature: str,
+    tolerance: float = TOLERANCE,
 ) -> float:
     """Compares served probabilities with the Keras model's; returns the largest difference.
 
     Raises:
-      ExportError: they differ by more than `TOLERANCE`; it names the rows.
+      ExportError: they differ by more than `tolerance`; it names the rows.
     """
     served = np.stack([answers[label] for label in schema.labels], 1)
     difference = np.abs(served - expected).max(1)
-    wrong = np.flatnonzero(~(difference <= TOLERANCE))
+    wrong = np.flatnonzero(~(difference <= tolerance))
     if len(wrong):
         shown = "; ".join(
             f"row {i}: served {served[i].tolist()}, Keras {expected[i].tolist()}, features "
@@ -218,7 +224,7 @@ def check_parity(
         )
         raise ExportError(
             f"signature `{signature}`: {len(wrong)} of {len(expected)} rows differ from the Keras "
-            f"model by more than {TOLERANCE}: {shown}"
+            f"model by more than {tolerance}: {shown}"
         )
     return float(difference.max())
 
@@ -263,6 +269,7 @@ def fill(
     specs: Mapping[str, Specs],
     inputs: Mapping[str, Rows],
     module: tf.Module | None = None,
+    own_ops: bool = False,
 ) -> None:
     """Makes a version of stock ops, with its warm-up records.
 
@@ -274,21 +281,27 @@ def fill(
       specs: signature -> its inputs.
       inputs: signature -> rows for it, the first of which becomes its warm-up record.
       module: holds what else should be saved, such as hash tables.
+      own_ops: allows the ops of this package, which a server must have linked in.
     """
     _save(folder, model, functions, specs, module or tf.Module())
-    _check_ops(folder)
+    _check_ops(folder, own_ops)
     _write_warmup(folder, name, inputs)
 
 
 def replay(
-    folder: pathlib.Path, model: Ranker, signatures: Mapping[str, str], inputs: Rows, rows: Rows
+    folder: pathlib.Path,
+    model: Ranker,
+    signatures: Mapping[str, str],
+    inputs: Rows,
+    rows: Rows,
+    tolerance: float = TOLERANCE,
 ) -> float:
     """Largest difference between the signatures, given `inputs`, and Keras, given raw `rows`."""
     logits = model({k: tf.constant(v) for k, v in rows.items()})
     keras = {head: tf.sigmoid(tf.cast(z, tf.float32)).numpy() for head, z in logits.items()}
     with session(folder) as run:
         return max(
-            check_parity(run(name, inputs), keras[head], model.schema, rows, name)
+            check_parity(run(name, inputs), keras[head], model.schema, rows, name, tolerance)
             for name, head in signatures.items()
         )
 
@@ -297,10 +310,11 @@ def _each(functions: Mapping[str, Signature], value: Any) -> dict[str, Any]:
     return dict.fromkeys(functions, value)
 
 
-def _signatures(model: Ranker, heads: Sequence[str]) -> dict[str, str]:
+def signature_heads(model: Ranker, heads: Sequence[str]) -> dict[str, str]:
     """Signature name -> head. The first head answers `serving_default`."""
+    heads = heads or (model.serving_head,)
     unknown = sorted(set(heads) - set(model.head_names))
-    if unknown or not heads:
+    if unknown:
         raise ExportError(f"`heads` should be some of {model.head_names}. Received: {list(heads)}")
     return {"serving_default": heads[0], **{head: head for head in heads}}
 
@@ -333,7 +347,7 @@ def export_in_graph(
     Raises:
       ExportError: foreign ops, scores that differ, a version that exists. Nothing is left behind.
     """
-    signatures = _signatures(model, heads or (model.serving_head,))
+    signatures = signature_heads(model, heads)
     functions = {name: _scorer(model, head) for name, head in signatures.items()}
     specs = raw_specs(model.schema)
     inputs = cast(rows, specs)
@@ -364,7 +378,7 @@ def export_fed(
 
     Args, returns and errors are those of `export_in_graph`.
     """
-    signatures = _signatures(model, heads or (model.serving_head,))
+    signatures = signature_heads(model, heads)
     schema = model.schema
     if not schema.categorical:
         raise ExportError("A model without categorical features has no embeddings to cut off.")

@@ -85,6 +85,10 @@ class EmbeddingStore(tf.saved_model.experimental.TrackableResource):
     def _destroy_resource(self) -> None:
         tf.raw_ops.DestroyResourceOp(resource=self.resource_handle, ignore_lookup_error=True)
 
+    def close(self) -> None:
+        """Stops following the folder; lookups fail from now on."""
+        self._destroy_resource()
+
     def lookup(
         self,
         reads: Sequence[Read],
