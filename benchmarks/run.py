@@ -31,6 +31,7 @@ NAMES = {
     "kuairand": "KuaiRand clicks",
     "meta_ctr": "towers that adapt to each user, on clicks and likes",
     "serving": "the embedded server against a direct session.run",
+    "support_store": "rows of a million tasks: rates, memory, eviction, threads, kills",
 }
 
 
