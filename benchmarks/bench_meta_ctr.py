@@ -84,7 +84,7 @@ def unit(protocol: str, method: str, seed: int, *, quick: bool) -> dict[str, Any
     sizes = SIZES if method in ("plain", "meta") else SIZES[-1:]
     result: dict[str, Any] = {}
     for k in sizes:
-        scored, _ = adapted.score(model, test, support.newest(k))
+        scored = adapted.score(model, test, support.newest(k))
         for head, values in scored.probabilities.items():
             found = measured(scored.labels[:, 0], values[:, 0], scored.columns["task_id"])
             if head == "plain":

@@ -12,6 +12,7 @@ def base_config() -> ConfigDict:
                 "train": "",
                 "valid": "",  # empty: no early stopping
                 "test": "",
+                "test_support": "",  # earlier rows of the test rows' tasks, for towers that adapt
                 "shuffle_rows": 2**18,  # rows held in memory while shuffling
                 # Batches of chunks, which are consecutive rows of one task.
                 "chunk_rows": 0,  # rows of a chunk; 0: no chunks, batches of shuffled rows

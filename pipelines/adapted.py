@@ -13,7 +13,11 @@ import tensorflow as tf
 from qianmo.layers.inner_loop import Support
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines import readers
-from qianmo.pipelines.evaluate import Scored
+from qianmo.pipelines.evaluate import Scored, evaluate
+
+SIZES = (1, 2, 5, 10, 20)
+# Bounds of the groups of tasks by their support rows.
+GROUPS = ((0, 0), (1, 2), (3, 5), (6, 10), (11, 20), (21, None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +92,8 @@ def support_rows(model: Ranker, path: str, most: int = 20) -> SupportRows:
     return found
 
 
-def score(
-    model: Ranker, path: str, support: SupportRows, batch_size: int = 4096
-) -> tuple[Scored, npt.NDArray[np.int64]]:
-    """Scores rows by heads "plain" and "adapted"; also the support rows behind each."""
+def score(model: Ranker, path: str, support: SupportRows, batch_size: int = 4096) -> Scored:
+    """Scores rows by heads "plain" and "adapted"; their group tells their tasks' support rows."""
     if model.meta is None:
         raise ValueError("The model has no `meta`, which says how a tower adapts.")
     meta, head = model.meta, model.serving_head
@@ -118,9 +120,44 @@ def score(
             for name, value in targets.items():
                 columns.setdefault(name, []).append(value.numpy())
     joined = {name: np.concatenate(values) for name, values in columns.items()}
-    scored = Scored(
+    joined["group"] = _named(np.concatenate(counts))
+    return Scored(
         {name: np.concatenate(values) for name, values in found.items()},
         joined.pop("labels"),
         joined,
     )
-    return scored, np.concatenate(counts)
+
+
+def _named(counts: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """Names of the groups by support rows, in an order that sorting keeps."""
+    names = np.empty(len(counts), object)
+    for first, last in GROUPS:
+        inside = (counts >= first) & (counts <= (np.inf if last is None else last))
+        names[inside] = f"support {first:02d}" + (f"-{last:02d}" if last else "+" * (last is None))
+    return names
+
+
+def measure(model: Ranker, path: str, support_path: str) -> dict[str, Any]:
+    """What adaptation brings on rows whose tasks have support.
+
+    Args:
+      model: a model with `meta`.
+      path: rows to score.
+      support_path: support rows of their tasks, all older, those of a task in order of time.
+
+    Returns:
+      `test`: metrics as of `evaluate`, with all support, by group of support rows; `curve`: for
+      each number of support rows used, metrics of all rows: {k: {head: {label: metrics}}}.
+    """
+    assert model.meta is not None
+    support = support_rows(model, support_path, model.meta.inner.max_support)
+    found: dict[str, Any] = {"curve": {}}
+    most = int(support.count.max(initial=0))
+    for k in sorted({*(size for size in SIZES if size < most), most}):
+        report = evaluate(score(model, path, support.newest(k)), model.schema)
+        found["curve"][str(k)] = {
+            head: {label: parts["all"] for label, parts in labels.items()}
+            for head, labels in report.items()
+        }
+        found["test"] = report
+    return found

@@ -30,6 +30,7 @@ class Data:
     train: str
     valid: str
     test: str
+    test_support: str
     shuffle_rows: int
     chunk_rows: int
     chunk_tasks: int
@@ -94,6 +95,11 @@ class Recipe:
         )
         if recipe.train.monitor == "gauc" and not recipe.schema.task_id:
             raise ValueError("`train.monitor` gauc needs `schema.task_id`, whose rows it groups.")
+        if recipe.data.test_support:
+            if not recipe.data.test:
+                raise ValueError("`data.test_support` needs `data.test`, whose tasks it supports.")
+            if not recipe.model.get("meta"):
+                raise ValueError("`data.test_support` needs `model.meta`, which says how to adapt.")
         for role in ("task_id", "timestamp") if recipe.data.chunk_rows else ():
             if not getattr(recipe.schema, role):
                 raise ValueError(f"`data.chunk_rows` needs `schema.{role}`, to cut chunks by.")

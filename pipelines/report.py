@@ -25,7 +25,13 @@ from qianmo.models.ranker import Ranker
 from qianmo.pipelines import run_dir
 from qianmo.pipelines.evaluate import Scored, parts_of
 
-COLOURS = {"student": "#0b6e99", "teacher": "#d9822b", "model": "#0b6e99"}
+COLOURS = {
+    "student": "#0b6e99",
+    "teacher": "#d9822b",
+    "model": "#0b6e99",
+    "adapted": "#0b6e99",
+    "plain": "#999999",
+}
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto;
        padding: 0 1rem }
@@ -184,6 +190,21 @@ def size_and_latency(found: Mapping[str, Any]) -> Any:
     return figure
 
 
+def adaptation(curve: Mapping[str, Any], label: str) -> Any:
+    """AUC and GAUC of the adapted and the plain tower, by support rows used."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
+    sizes = [int(k) for k in curve]
+    for axis, metric in zip(axes, ("auc", "gauc"), strict=True):
+        for head, style in (("adapted", "o-"), ("plain", "--")):
+            values = [curve[str(k)][head][label].get(metric, np.nan) for k in sizes]
+            axis.plot(sizes, values, style, color=COLOURS[head], label=head)
+        axis.set(title=f"{metric.upper()} of {label}", xlabel="newest support rows used")
+        axis.set_xticks(sizes)
+        axis.legend(frameon=False)
+        axis.grid(alpha=0.25)
+    return figure
+
+
 def _metrics_table(test: Mapping[str, Any]) -> str:
     rows = [
         "<tr><th>head, label, rows of</th><th>rows</th><th>AUC</th><th>GAUC</th>"
@@ -214,8 +235,13 @@ def write_html(path: pathlib.Path, found: Mapping[str, Any], scored: Scored | No
         body += ["<h2>Test rows</h2>", _metrics_table(found["test"])]
         for k, label in enumerate(recipe["schema"]["labels"]):
             body.append(_picture(calibration(scored, k, label), f"calibration of {label}"))
-            if len(scored.probabilities) > 1:
+            if "teacher" in scored.probabilities and len(scored.probabilities) > 1:
                 body.append(_picture(agreement(scored, k, label), "student against teacher"))
+    if "adapted" in found:
+        body += ["<h2>Adapted to each task</h2>", _metrics_table(found["adapted"]["test"])]
+        for label in recipe["schema"]["labels"]:
+            picture = adaptation(found["adapted"]["curve"], label)
+            body.append(_picture(picture, f"metrics of {label} by number of support rows"))
     body += [
         "<h2>Size and latency</h2>",
         _picture(size_and_latency(found), "size and latency of each head"),

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from qianmo.models import zoo
 from qianmo.models.ranker import Ranker
-from qianmo.pipelines import chunks, program, readers, report, run_dir, runtime, statistics
+from qianmo.pipelines import adapted, chunks, program, readers, report, run_dir, runtime, statistics
 from qianmo.pipelines.evaluate import evaluate, score, table
 from qianmo.pipelines.recipe import Recipe, optimizer
 
@@ -115,7 +115,7 @@ class Run:
             optimizer(train.meta_optimizer, "train.meta_optimizer"),
         )
         zoo.check(recipe.model)
-        for path in (recipe.data.valid, recipe.data.test):
+        for path in (recipe.data.valid, recipe.data.test, recipe.data.test_support):
             if path:
                 readers.count_rows(recipe.schema, path)
         self.recipe = self._known(recipe) or self._completed(recipe)
@@ -329,6 +329,7 @@ class Run:
                     ("train", data.train),
                     ("valid", data.valid),
                     ("test", data.test),
+                    ("test_support", data.test_support),
                 )
                 if path
             },
@@ -344,6 +345,9 @@ class Run:
             found["rows"]["test"] = len(scored.labels)
             found["test"] = evaluate(scored, self.recipe.schema)
             print(table(found["test"]))
+        if data.test_support:
+            found["adapted"] = adapted.measure(self.model, data.test, data.test_support)
+            print(table(found["adapted"]["test"]))
         run_dir.write_json(self.dir / "report.json", found)
         report.write_html(self.dir / "report.html", found, scored)
         print(f"Report: {self.dir / 'report.html'}")

@@ -57,7 +57,13 @@ def data(tmp_path_factory):
 def config(data, **changes):
     found = {
         "data": {k: str(data / f"{k}.parquet") for k in ("train", "valid", "test")}
-        | {"shuffle_rows": 10_000, "chunk_rows": 0, "chunk_tasks": 8, "chunks_beside": False},
+        | {
+            "test_support": "",
+            "shuffle_rows": 10_000,
+            "chunk_rows": 0,
+            "chunk_tasks": 8,
+            "chunks_beside": False,
+        },
         "schema": SCHEMA,
         "model": {
             "name": "dual_dnn",
