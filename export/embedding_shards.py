@@ -134,7 +134,7 @@ class _Shard:
         self.file.write(bytes(_HEADER_BYTES))
         self.name, self.num_rows, self.bytes, self.crc = name, 0, _HEADER_BYTES, 0
 
-    def write(self, data: np.ndarray | bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         self.crc = zlib.crc32(data, self.crc)
         self.bytes += memoryview(data).nbytes
         self.file.write(data)
@@ -202,7 +202,7 @@ def _write_dense(
                 shard = _Shard(folder, f"{table.name}-{len(lines):05d}-of-{count:05d}.rows")
             part = rows[: min(shard_rows - shard.num_rows, table.num_rows - written)]
             rows = rows[len(part) :]
-            shard.write(part)
+            shard.write(part.data)
             shard.num_rows += len(part)
             written += len(part)
             if shard.num_rows == shard_rows or written == table.num_rows:
@@ -264,9 +264,9 @@ def _write_hashed(
         for k, part in enumerate(np.split(order, ends[:-1])):
             if len(part):
                 with open(f"{spills[k]}.ids", "ab") as file:
-                    file.write(ids[part])
+                    file.write(ids[part].data)
                 with open(f"{spills[k]}.rows", "ab") as file:
-                    file.write(rows[part])
+                    file.write(rows[part].data)
         written += len(ids)
     _check_count(table, written)
     if not default_found:
@@ -279,7 +279,7 @@ def _write_hashed(
         own = pathlib.Path(f"{spill}.ids")
         ids = np.fromfile(own, np.int64) if own.exists() else np.zeros(0, np.int64)
         slots, home_slots = _index(table, ids)
-        shard.write(slots.view(np.uint8))
+        shard.write(slots.view(np.uint8).data)
         shard.write(bytes(_rows_offset(len(slots)) - shard.bytes))
         shard.num_rows = len(ids)
         if len(ids):

@@ -91,6 +91,7 @@ STOCK_OPS = frozenset(
         "Split",
         "SplitV",
         "Square",
+        "Squeeze",
         "StatefulPartitionedCall",
         "StaticRegexFullMatch",
         "StopGradient",
@@ -277,12 +278,12 @@ def test_every_input_and_output_has_the_batch_as_its_first_dim(tmp_path):
 
 def test_a_graph_that_scores_otherwise_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
     made = model("deepfm")
-    honest = saved_model._answer
+    honest = saved_model.answer
 
     def off_for_user_7(schema, logits, status):
         return honest(schema, logits + 1e-4, status)
 
-    monkeypatch.setattr(saved_model, "_answer", off_for_user_7)
+    monkeypatch.setattr(saved_model, "answer", off_for_user_7)
     with pytest.raises(ExportError, match=r"rows differ from the Keras model.*row 0: .*'user'"):
         export_in_graph(made, tmp_path / "m", rows())
     assert list((tmp_path / "m").iterdir()) == []
@@ -290,13 +291,13 @@ def test_a_graph_that_scores_otherwise_is_refused_and_leaves_nothing(tmp_path, m
 
 def test_python_ops_are_refused(tmp_path, monkeypatch):
     made = model("lr")
-    honest = saved_model._answer
+    honest = saved_model.answer
 
     def by_python(schema, logits, status):
         logits = tf.ensure_shape(tf.numpy_function(lambda z: z, [logits], tf.float32), [None, 2])
         return honest(schema, logits, status)
 
-    monkeypatch.setattr(saved_model, "_answer", by_python)
+    monkeypatch.setattr(saved_model, "answer", by_python)
     with pytest.raises(ExportError, match=r"lacks: \['PyFunc'\]"):
         export_in_graph(made, tmp_path / "m", rows())
     assert list((tmp_path / "m").iterdir()) == []
