@@ -7,6 +7,7 @@ The models keep their paths and names either way, and so do the clients.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -161,8 +162,11 @@ def serve_embedded(values: flags.FlagValues) -> None:
         signal.signal(number, lambda *_: stopped.set())
     models = read_models(values)
     # TensorFlow takes seconds to import, which the genuine server does not need.
+    from qianmo.ops.library import library
     from qianmo.pipelines.serving import ModelServer
 
+    with contextlib.suppress(FileNotFoundError):  # only graphs that hold the ops need them
+        library()
     server = ModelServer(
         models,
         host=values.host,
