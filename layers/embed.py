@@ -242,8 +242,10 @@ class Embed(tf_keras.layers.Layer):
             squares = [tf.reduce_sum(tf.square(s)) for s in stacks]
             batch = tf.cast(tf.shape(stacks[0])[0], squares[0].dtype)
             self.add_loss(self.l2 * tf.add_n(squares) / batch)
-        domain = tf.zeros_like(encoded.status, tf.int64)
-        if (feature := self.schema.domain_feature) is not None:
+        feature = self.schema.domain_feature
+        if feature is None:
+            domain = tf.zeros_like(encoded.status, tf.int64)
+        else:
             domain = encoded.ids[feature.name]
         return self._embedded(stacks, encoded.dense, domain)
 
