@@ -13,6 +13,7 @@ Tasks that stand in a batch many times are adapted once.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -39,11 +40,13 @@ from qianmo.export.saved_model import (
     write_serving_files,
 )
 from qianmo.export.support_table import SupportTable
+from qianmo.layers.encode import example
 from qianmo.layers.inner_loop import Support
 from qianmo.layers.meta import Meta
 from qianmo.models.ranker import Ranker
 from qianmo.ops.support_store import SupportStore
 
+UNDEFINED = -1.0  # a label that a row does not have
 BAD_SUPPORT = 32  # a support row in the request could not be read and was left out
 ADAPT = "adapt"
 COUNT = "support_count"
@@ -100,7 +103,7 @@ def put_specs(schema: Any) -> dict[str, tf.TensorSpec]:
 def _labels(columns: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Labels and their weights [..., K], and whether all labels of a row can be read [...]."""
     labels = tf.stack(columns, -1)
-    defined = labels != -1.0
+    defined = labels != UNDEFINED
     good = tf.logical_or(tf.logical_and(labels >= 0.0, labels <= 1.0), ~defined)
     labels = tf.where(tf.logical_and(good, defined), labels, 0.0)
     return labels, tf.cast(defined, tf.float32), tf.reduce_all(good, -1)
@@ -130,7 +133,7 @@ def _adapted(model: Ranker, store: SupportTable | SupportStore, bottom: int) -> 
         found = (
             store.get(tasks, most)
             if isinstance(store, SupportTable)
-            else store.get(tasks, bottom, most)
+            else store.get(tasks, tf.constant(bottom, tf.int64), most)
         )
         support = Support(found.h, found.labels, found.weights)
         status = tf.zeros_like(place)
@@ -219,12 +222,29 @@ def _stats(model: Ranker, store: SupportTable | SupportStore) -> Signature:
     return stats
 
 
+def bottom_version(model: Ranker) -> int:
+    """A number, int64, of the weights left of the tower seam: equal weights, equal number.
+
+    Support rows that other weights made do not fit a tower; a `SupportStore` refuses them by this.
+    """
+    graph = (
+        tf.function(lambda x: model.tower_input(x, model.serving_head))
+        .get_concrete_function(example(model.schema))
+        .graph
+    )
+    digest = hashlib.sha256()
+    for variable in graph.variables:
+        digest.update(np.ascontiguousarray(variable.numpy()).data)
+    return int.from_bytes(digest.digest()[:8], "little", signed=True)
+
+
 def export_adapted(
     model: Ranker,
     base_path: str | os.PathLike[str],
     rows: Rows,
     support: Rows,
     *,
+    store: SupportStore | None = None,
     ttl_seconds: float = 0.0,
     version: int | None = None,
 ) -> tuple[pathlib.Path, float]:
@@ -235,8 +255,10 @@ def export_adapted(
       base_path: folder of the versions.
       rows: real rows: features and the task's column.
       support: real support rows, in order of time: features, the columns of task and time, labels.
-        The table starts with them.
-      ttl_seconds: support that was written longer ago is not used; 0: for ever.
+        The table, or the store, gets them.
+      store: where support rows live instead of a table in the graph: beyond a version, and for all
+        versions. Its ops must be linked into the server. It is as wide as the tower's input.
+      ttl_seconds: of the table: support that was written longer ago is not used; 0: for ever.
       version: default: one above the highest.
 
     Returns:
@@ -252,8 +274,16 @@ def export_adapted(
             raise ExportError(f"Adapted scores need `schema.{role}`.")
     head = model.serving_head
     h_dim = model.tower_input(cast_to_tensors(cast(rows, raw_specs(schema))), head).shape[-1]
-    store = SupportTable(h_dim, len(schema.labels), meta.inner.max_support, ttl_seconds=ttl_seconds)
-    put = tf.function(_put(model, store, 0), reduce_retracing=True)
+    held: SupportTable | SupportStore = store or SupportTable(
+        h_dim, len(schema.labels), meta.inner.max_support, ttl_seconds=ttl_seconds
+    )
+    if held.dim != h_dim or held.num_labels != len(schema.labels):
+        raise ExportError(
+            f"The store should hold rows of {h_dim} numbers and {len(schema.labels)} labels. "
+            f"Received: {held.dim} and {held.num_labels}"
+        )
+    bottom = bottom_version(model)
+    put = tf.function(_put(model, held, bottom), reduce_retracing=True)
     seeds = cast_to_tensors(cast(support, put_specs(schema)))
     size = len(support[schema.task_id])
     for first in range(0, size, 8192):
@@ -266,10 +296,10 @@ def export_adapted(
 
     functions: dict[str, Signature] = {
         "serving_default": plain,
-        "adapted": _adapted(model, store, 0),
+        "adapted": _adapted(model, held, bottom),
         "adapted_by_request": _adapted_by_request(model),
-        "put_support": _put(model, store, 0),
-        "stats": _stats(model, store),
+        "put_support": _put(model, held, bottom),
+        "stats": _stats(model, held),
     }
     specs: dict[str, Specs] = {
         "serving_default": raw_specs(schema),
@@ -299,8 +329,8 @@ def export_adapted(
     version = version or next_version(base)
     with publishing(base, version) as folder:
         module = tf.Module()
-        module.store = store
-        fill(folder, base.name, model, functions, specs, inputs, module)
+        module.store = held
+        fill(folder, base.name, model, functions, specs, inputs, module, own_ops=store is not None)
         raw = inputs["serving_default"]
         worst = replay(folder, model, {"serving_default": head}, raw, raw)
         keras = tf.function(functions["adapted"])(**cast_to_tensors(inputs["adapted"]))

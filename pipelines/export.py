@@ -14,6 +14,7 @@ import sys
 import numpy as np
 from absl import flags
 
+from qianmo.export.adapted import UNDEFINED, export_adapted
 from qianmo.export.saved_model import ExportError, export_fed, export_in_graph
 from qianmo.layers.features import Schema
 from qianmo.pipelines import program, readers, run_dir
@@ -28,6 +29,22 @@ def first_rows(schema: Schema, path: str, count: int) -> dict[str, np.ndarray]:
     return {name: column.numpy() for name, column in batch.items()}
 
 
+def columns(schema: Schema, path: str, count: int | None = None) -> dict[str, np.ndarray]:
+    """Rows of a file with the columns of task, time and labels; a label that is not there is -1."""
+    blocks = []
+    left = count
+    for block in readers.blocks(schema, path):
+        blocks.append({name: values[:left] for name, values in block.items()})
+        if left is not None:
+            left -= len(blocks[-1][schema.labels[0]])
+            if left <= 0:
+                break
+    found = {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
+    for label in schema.labels:
+        found[label] = np.where(np.isnan(found[label]), UNDEFINED, found[label])
+    return found
+
+
 def define_flags() -> None:
     """Defines this program's flags."""
     flags.DEFINE_string("model_dir", None, "Directory of a trained model.", required=True)
@@ -40,15 +57,24 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "form",
         "in_graph",
-        sorted(FORMS),
+        sorted([*FORMS, "adapted"]),
         "in_graph: everything in one SavedModel. fed: the graph takes vectors as inputs, and a "
-        "second SavedModel, <model_base_path>_lookup, makes them. Stock ops in both.",
+        "second SavedModel, <model_base_path>_lookup, makes them. adapted: in_graph with a tower "
+        "that adapts to each task in the graph. Stock ops in all three.",
     )
     flags.DEFINE_list(
         "heads", [], "Heads to ship, the default one first. Default: the model's serving head."
     )
     flags.DEFINE_integer("version", None, "Default: one above the highest there.", lower_bound=1)
     flags.DEFINE_string("data", None, "Rows to replay. Default: the recipe's test or valid rows.")
+    flags.DEFINE_string(
+        "support",
+        None,
+        "Support rows that the table of the form `adapted` starts with. Default: the recipe's.",
+    )
+    flags.DEFINE_float(
+        "support_ttl_seconds", 0.0, "Older support is not used; 0: for ever.", lower_bound=0.0
+    )
     flags.DEFINE_integer("rows", 1000, "How many rows to replay.", lower_bound=1)
 
 
@@ -59,13 +85,26 @@ def run(_: list[str]) -> None:
         model, recipe = run_dir.load(values.model_dir)
         data = recipe.data
         path = values.data or data.test or data.valid or data.train
-        folder, worst = FORMS[values.form](
-            model,
-            values.model_base_path,
-            first_rows(model.schema, path, values.rows),
-            heads=values.heads,
-            version=values.version,
-        )
+        if values.form == "adapted":
+            support = values.support or data.test_support
+            if not support:
+                raise ValueError("The recipe names no support rows; give --support.")
+            folder, worst = export_adapted(
+                model,
+                values.model_base_path,
+                columns(model.schema, path, values.rows),
+                columns(model.schema, support),
+                ttl_seconds=values.support_ttl_seconds,
+                version=values.version,
+            )
+        else:
+            folder, worst = FORMS[values.form](
+                model,
+                values.model_base_path,
+                first_rows(model.schema, path, values.rows),
+                heads=values.heads,
+                version=values.version,
+            )
     except (ExportError, ValueError) as error:
         sys.exit(f"error: {error}")
     size = sum(p.stat().st_size for p in pathlib.Path(folder).rglob("*") if p.is_file())

@@ -17,7 +17,7 @@ from qianmo.layers.features import Categorical, Dense, Schema
 from qianmo.layers.inner_loop import Support
 from qianmo.layers.meta import DIVERGED, NO_SUPPORT
 from qianmo.models import zoo
-from qianmo.ops.support_store import BAD_LABEL, BAD_TIME, BAD_VECTOR
+from qianmo.ops.support_store import BAD_LABEL, BAD_TIME, BAD_VECTOR, SupportStore
 
 SCHEMA = Schema(
     features=(
@@ -281,3 +281,37 @@ def test_a_model_without_meta_is_refused(tmp_path):
     with pytest.raises(ExportError, match="no `meta`"):
         export_adapted(plain, tmp_path / "ranker", ROWS, SUPPORT)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_store_outlives_a_version_and_knows_its_bottom(model, tmp_path):
+    store = SupportStore("test_adapted", 16, 2, MOST)
+    base = tmp_path / "ranker"
+    first, worst = export_adapted(model, base, ROWS, SUPPORT, store=store)
+    assert worst <= 1e-6
+    nothing = {k: v[:1] for k, v in SUPPORT.items()}
+    second, _ = export_adapted(model, base, ROWS, nothing, store=store)
+    mine = {k: v[:1] for k, v in switched().items()} | {"user": np.array([USERS - 1])}
+    put = {k: v[:3].copy() for k, v in SUPPORT.items()} | {"user": np.full(3, USERS - 1)}
+    reference = expected(model)
+    with session(first) as run:
+        np.testing.assert_allclose(probabilities(run("adapted", switched())), reference, atol=1e-6)
+        assert not run("put_support", put)[STATUS].any()
+        before = run("adapted", mine)
+    with session(second) as run:  # what one version wrote, the next one reads
+        np.testing.assert_array_equal(probabilities(run("adapted", mine)), probabilities(before))
+        assert run("adapted", mine)[STATUS].tolist() == [0]
+    kernel = model.bottom.trainable_variables[0]
+    was = kernel.numpy()
+    kernel.assign(was + 0.01)
+    third, _ = export_adapted(model, base, ROWS, nothing, store=store)
+    kernel.assign(was)
+    with session(third) as run:  # rows of another bottom are not used
+        assert run("adapted", mine)[STATUS].tolist() == [NO_SUPPORT]
+    store.close()
+
+
+def test_a_store_of_other_sizes_is_refused(model, tmp_path):
+    store = SupportStore("test_adapted_sizes", 3, 2, MOST)
+    with pytest.raises(ExportError, match=r"rows of 16 numbers and 2 labels\. Received: 3 and 2"):
+        export_adapted(model, tmp_path / "ranker", ROWS, SUPPORT, store=store)
+    store.close()
