@@ -82,16 +82,11 @@ def unit(protocol: str, method: str, seed: int, *, quick: bool) -> dict[str, Any
     support = adapted.support_rows(model, str(data / "test_support.parquet"))
     # History features hold the last 20 rows, whatever k is.
     sizes = SIZES if method in ("plain", "meta") else SIZES[-1:]
-    result: dict[str, Any] = {}
-    for k in sizes:
-        scored = adapted.score(model, test, support.newest(k))
-        for head, values in scored.probabilities.items():
-            found = measured(scored.labels[:, 0], values[:, 0], scored.columns["task_id"])
-            if head == "plain":
-                result["plain"] = found
-            else:
-                result[f"{k}"] = found
-    return result
+    scored = adapted.score(model, test, support, sizes)
+    return {
+        name: measured(scored.labels[:, 0], values[:, 0], scored.columns["task_id"])
+        for name, values in scored.probabilities.items()
+    }
 
 
 def all_units(*, quick: bool) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,43 +92,56 @@ def support_rows(model: Ranker, path: str, most: int = 20) -> SupportRows:
     return found
 
 
-def score(model: Ranker, path: str, support: SupportRows, batch_size: int = 4096) -> Scored:
-    """Scores rows by heads "plain" and "adapted"; their group tells their tasks' support rows."""
+def score(
+    model: Ranker,
+    path: str,
+    support: SupportRows,
+    sizes: Sequence[int],
+    batch_size: int = 4096,
+) -> Scored:
+    """Scores rows by the plain tower and by towers adapted on the newest support rows.
+
+    Args:
+      model: a model with `meta`.
+      path: rows to score.
+      support: support rows of their tasks.
+      sizes: how many support rows to use at most.
+
+    Returns:
+      Heads "plain" and, for each size, its number; the rows' group tells their tasks' support.
+    """
     if model.meta is None:
         raise ValueError("The model has no `meta`, which says how a tower adapts.")
     meta, head = model.meta, model.serving_head
+    supports = {str(k): support.newest(k) for k in sizes}
 
     @tf.function(reduce_retracing=True)
-    def both(
-        features: Mapping[str, tf.Tensor], task: tf.Tensor, rows: Support
+    def scores(
+        features: Mapping[str, tf.Tensor], task: tf.Tensor, rows: Mapping[str, Support]
     ) -> dict[str, tf.Tensor]:
         h = model.tower_input(features, head)
         tower = model.tower_of(head)
-        adapted, _ = meta.score(tower, h, task, rows)
-        return {"plain": tf.sigmoid(tower(h).logits), "adapted": tf.sigmoid(adapted)}
+        adapted = {k: meta.score(tower, h, task, rows[k])[0] for k in rows}
+        return {name: tf.sigmoid(z) for name, z in {"plain": tower(h).logits, **adapted}.items()}
 
-    found: dict[str, list[Any]] = {"plain": [], "adapted": []}
+    found: dict[str, list[Any]] = {}
     columns: dict[str, list[Any]] = {}
-    counts = []
     with readers.own_errors():
         for features, targets in readers.dataset(model.schema, path, batch_size=batch_size):
-            place, rows = support.of(targets["task_id"].numpy())
-            scores = both(features, tf.constant(place), Support(*map(tf.constant, rows)))
-            counts.append(rows.weights[:, :, 0].sum(1)[place].astype(np.int64))
-            for name, value in scores.items():
-                found[name].append(value.numpy())
+            task_id = targets["task_id"].numpy()
+            place, every = support.of(task_id)
+            rows = {k: Support(*map(tf.constant, s.of(task_id)[1])) for k, s in supports.items()}
+            for name, value in scores(features, tf.constant(place), rows).items():
+                found.setdefault(name, []).append(value.numpy())
+            targets["group"] = _named(every.weights[:, :, 0].sum(1)[place])
             for name, value in targets.items():
-                columns.setdefault(name, []).append(value.numpy())
+                columns.setdefault(name, []).append(np.asarray(value))
     joined = {name: np.concatenate(values) for name, values in columns.items()}
-    joined["group"] = _named(np.concatenate(counts))
-    return Scored(
-        {name: np.concatenate(values) for name, values in found.items()},
-        joined.pop("labels"),
-        joined,
-    )
+    heads = {name: np.concatenate(values) for name, values in found.items()}
+    return Scored(heads, joined.pop("labels"), joined)
 
 
-def _named(counts: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+def _named(counts: npt.NDArray[np.floating]) -> npt.NDArray[Any]:
     """Names of the groups by support rows, in an order that sorting keeps."""
     names = np.empty(len(counts), object)
     for first, last in GROUPS:
@@ -151,13 +164,15 @@ def measure(model: Ranker, path: str, support_path: str) -> dict[str, Any]:
     """
     assert model.meta is not None
     support = support_rows(model, support_path, model.meta.inner.max_support)
-    found: dict[str, Any] = {"curve": {}}
-    most = int(support.count.max(initial=0))
-    for k in sorted({*(size for size in SIZES if size < most), most}):
-        report = evaluate(score(model, path, support.newest(k)), model.schema)
-        found["curve"][str(k)] = {
-            head: {label: parts["all"] for label, parts in labels.items()}
-            for head, labels in report.items()
+    most = int(support.count.max(initial=1))
+    sizes = sorted({*(size for size in SIZES if size < most), most})
+    scored = score(model, path, support, sizes)
+    report = evaluate(scored, model.schema)
+    curve = {
+        str(k): {
+            name: {label: parts["all"] for label, parts in report[head].items()}
+            for name, head in (("plain", "plain"), ("adapted", str(k)))
         }
-        found["test"] = report
-    return found
+        for k in sizes
+    }
+    return {"test": {"plain": report["plain"], "adapted": report[str(most)]}, "curve": curve}
