@@ -106,6 +106,7 @@ def score(
       path: rows to score.
       support: support rows of their tasks.
       sizes: how many support rows to use at most.
+      batch_size: rows scored at a time.
 
     Returns:
       Heads "plain" and, for each size, its number; the rows' group tells their tasks' support.
@@ -148,6 +149,17 @@ def _named(counts: npt.NDArray[np.floating]) -> npt.NDArray[Any]:
         inside = (counts >= first) & (counts <= (np.inf if last is None else last))
         names[inside] = f"support {first:02d}" + (f"-{last:02d}" if last else "+" * (last is None))
     return names
+
+
+def curve_table(curve: Mapping[str, Any], label: str) -> str:
+    """The curve as text: plain and adapted metrics by support rows used."""
+    lines = [f"{'support rows used':<20}{'AUC':>9}{'GAUC':>9}"]
+    first = next(iter(curve.values()))["plain"][label]
+    rows = [("none (plain tower)", first)]
+    rows += [(f"newest {k}", heads["adapted"][label]) for k, heads in curve.items()]
+    for name, found in rows:
+        lines.append(f"{name:<20}{found['auc']:>9.4f}{found.get('gauc', float('nan')):>9.4f}")
+    return "\n".join(lines)
 
 
 def measure(model: Ranker, path: str, support_path: str) -> dict[str, Any]:
