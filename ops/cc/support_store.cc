@@ -195,7 +195,7 @@ void SupportStore::Every(int64_t milliseconds,
                          const std::function<void()>& work) {
   std::unique_lock<std::mutex> lock(stop_mutex_);
   while (!stopped_.wait_for(lock, std::chrono::milliseconds(milliseconds),
-                            [this] { return stopping_; })) {
+                            [this] { return stopping_.load(); })) {
     lock.unlock();
     work();
     lock.lock();
@@ -409,6 +409,7 @@ bool SupportStore::WriteSnapshot(const std::string& path, uint64_t* bytes,
   for (size_t shard = 0; good && shard < SupportTable::kShards; ++shard) {
     const std::vector<int64_t> tasks = table_.Tasks(shard);
     for (size_t i = 0; good && i < tasks.size(); i += kCopiedAtOnce) {
+      if (stopping_) return false;  // logs alone will do
       const size_t n = std::min(kCopiedAtOnce, tasks.size() - i);
       table_.Copy(shard, tasks.data() + i, n, &records);
       if (records.size() < kWrittenAtOnce) continue;

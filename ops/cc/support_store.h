@@ -122,7 +122,7 @@ class SupportStore {
 
   std::mutex stop_mutex_;
   std::condition_variable stopped_;
-  bool stopping_ = false;
+  std::atomic<bool> stopping_{false};
   std::thread flusher_, keeper_;
 };
 
