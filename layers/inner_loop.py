@@ -149,7 +149,8 @@ class InnerLoop(tf_keras.layers.Layer):
       step_size: alpha, or where learned step sizes start.
       rates: "fixed"; "rank_one": alpha_io = r_i c_o, learned, which keeps the dual form;
         "per_weight": Meta-SGD, one learned for each weight.
-      shrinkage: where c starts, which is then learned; 0 for num_t = n_t.
+      shrinkage: where c starts, which is then learned, but stays with `first_order`, under which
+        it has no gradient; 0 for num_t = n_t.
       last_layer_only: whether only the layers that make logits adapt (ANIL).
       first_order: whether the outer gradient takes X and D as constants (FOMAML).
       loss: l, of logits.
@@ -233,7 +234,9 @@ class InnerLoop(tf_keras.layers.Layer):
         if self.shrinkage:
             # c = softplus(raw) stays above 0.
             raw = math.log(math.expm1(self.shrinkage))
-            self._raw_c = self.add_weight(name="raw_c", shape=(), initializer=constant(raw))
+            self._raw_c = self.add_weight(
+                name="raw_c", shape=(), initializer=constant(raw), trainable=not self.first_order
+            )
         self.built = True
 
     @property

@@ -14,6 +14,17 @@ from qianmo.layers.seeding import derive_seed, pick_seed
 Correction = Callable[[int, tf.Tensor], tf.Tensor]
 
 
+def dense(layer: tf_keras.layers.Dense, x: tf.Tensor) -> tf.Tensor:
+    """A dense layer on [..., in], as one product.
+
+    Keras would find out at each call which of unknown axes to contract, by some twenty small ops.
+    """
+    if x.shape.rank == 2:
+        return layer(x)
+    z = layer(tf.reshape(x, [-1, x.shape[-1]]))
+    return tf.reshape(z, [*tf.unstack(tf.shape(x))[:-1], layer.units])
+
+
 @tf_keras.utils.register_keras_serializable(package="qianmo")
 class MLP(tf_keras.layers.Layer):
     """A multi-layer perceptron.
@@ -115,7 +126,7 @@ class MLP(tf_keras.layers.Layer):
             self._calls.assign_add(1)
         outputs = []
         for index, layer in enumerate(self._layers):
-            z = layer(x)
+            z = dense(layer, x)
             x = self._act(z if correction is None else z + correction(index, x))
             if drops:
                 # Paths of one number are the kernels' seeds, so masks take two.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 import tf_keras
 
-from qianmo.layers.mlp import MLP, Correction
+from qianmo.layers.mlp import MLP, Correction, dense
 from qianmo.layers.seeding import derive_seed, pick_seed
 
 
@@ -92,7 +92,7 @@ class Tower(tf_keras.layers.Layer):
         """
         hidden = self.mlp.hidden(h, training=training, correction=correction)
         a = hidden[-1] if hidden else h
-        logits = self.head(a)
+        logits = dense(self.head, a)
         if correction is not None:
             logits += correction(len(hidden), a)
         return TowerOutput(logits, hidden, h)

@@ -143,6 +143,16 @@ def test_how_far_the_gradient_flows(gradient_to, parts):
     assert moved == parts
 
 
+@pytest.mark.parametrize("reptile", [False, True])
+def test_first_order_keeps_the_shrinkage_as_it_is(reptile):
+    inner = {**INNER, "shrinkage": 2.0, "first_order": True}
+    config = {**MLP, "meta": {"inner": inner, "reptile": reptile}}
+    model, start, _ = trained(config)
+    assert [v.numpy() for v in model.meta.variables] == pytest.approx([np.log(np.expm1(2.0))])
+    assert not model.meta.trainable_variables
+    assert not equal(weights(model, model.tower), [start[id(v)] for v in model.tower.variables])
+
+
 def test_episodes_take_only_the_rows_marked():
     half = np.arange(64) < 32
     config = {**MLP, "meta": {"inner": INNER}}
