@@ -9,6 +9,7 @@ ops/cc/embedding_version.h describes the files.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -17,7 +18,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 
@@ -29,10 +30,10 @@ SHARD_ROWS = 1 << 20
 MANIFEST = "MANIFEST"
 CURRENT = "CURRENT"
 _MAGIC = b"QMROWS1\n"
-_HEADER_BYTES = 4096
-_COPIED_BYTES = 1 << 20
-_SLOT = np.dtype([("id", "<i8"), ("row", "<u8")])
-_NO_ROW = np.uint64(2**64 - 1)
+HEADER_BYTES = 4096
+COPIED_BYTES = 1 << 20
+SLOT = np.dtype([("id", "<i8"), ("row", "<u8")])
+NO_ROW = np.uint64(2**64 - 1)
 
 
 class StoreError(ValueError):
@@ -126,13 +127,13 @@ def _write_file(path: pathlib.Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-class _Shard:
+class ShardFile:
     """A shard's file while it is written."""
 
     def __init__(self, folder: pathlib.Path, name: str) -> None:
         self.file = (folder / name).open("xb")
-        self.file.write(bytes(_HEADER_BYTES))
-        self.name, self.num_rows, self.bytes, self.crc = name, 0, _HEADER_BYTES, 0
+        self.file.write(bytes(HEADER_BYTES))
+        self.name, self.num_rows, self.bytes, self.crc = name, 0, HEADER_BYTES, 0
 
     def write(self, data: bytes | memoryview) -> None:
         self.crc = zlib.crc32(data, self.crc)
@@ -141,9 +142,9 @@ class _Shard:
 
     def close(self, table: Table, number: int, home_slots: int, num_slots: int) -> str:
         """Writes the header; returns the manifest's line."""
-        rows_offset = _rows_offset(num_slots)
+        offset = rows_offset(num_slots)
         row_bytes = encode(np.zeros((1, table.dim), np.float32), table.dtype).shape[1]
-        assert self.bytes == rows_offset + self.num_rows * row_bytes
+        assert self.bytes == offset + self.num_rows * row_bytes
         header = struct.pack(
             "<8s4I7Q64s",
             _MAGIC,
@@ -156,10 +157,10 @@ class _Shard:
             row_bytes,
             home_slots,
             num_slots,
-            rows_offset,
+            offset,
             self.bytes,
             table.name.encode(),
-        ).ljust(_HEADER_BYTES - 4, b"\0")
+        ).ljust(HEADER_BYTES - 4, b"\0")
         self.file.seek(0)
         self.file.write(header + struct.pack("<I", zlib.crc32(header)))
         self.file.flush()
@@ -168,11 +169,18 @@ class _Shard:
         return f"shard {self.name} rows {self.num_rows} bytes {self.bytes} crc {self.crc:08x}"
 
 
-def _rows_offset(num_slots: int) -> int:
-    return -(-(_HEADER_BYTES + num_slots * _SLOT.itemsize) // _HEADER_BYTES) * _HEADER_BYTES
+def rows_offset(num_slots: int) -> int:
+    """Where the rows begin in a shard's file."""
+    return -(-(HEADER_BYTES + num_slots * SLOT.itemsize) // HEADER_BYTES) * HEADER_BYTES
 
 
-def _checked(table: Table, vectors: np.ndarray, first: int) -> np.ndarray:
+def encoded(table: Table, vectors: np.ndarray, first: int = 0) -> np.ndarray:
+    """The bytes of a table's rows, `first` the number of those before.
+
+    Raises:
+      StoreError: rows of another width, or numbers that the dtype cannot hold.
+    """
+    vectors = np.asarray(vectors)
     if vectors.ndim != 2 or vectors.shape[1] != table.dim:
         raise StoreError(
             f"table `{table.name}`: rows should be [n, {table.dim}]. Received: {vectors.shape}"
@@ -188,18 +196,36 @@ def _checked(table: Table, vectors: np.ndarray, first: int) -> np.ndarray:
     return encode(vectors, table.dtype)
 
 
-def _write_dense(
+def encoded_with_ids(
+    table: Table, ids: np.ndarray, vectors: np.ndarray, first: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """`encoded` rows with their ids.
+
+    Raises:
+      StoreError: not one id for each row.
+    """
+    rows, ids = encoded(table, vectors, first), np.asarray(ids, np.int64)
+    if ids.shape != (len(rows),):
+        raise StoreError(
+            f"table `{table.name}`: ids should be [{len(rows)}], one for each row. "
+            f"Received: {ids.shape}"
+        )
+    return ids, rows
+
+
+def write_dense(
     folder: pathlib.Path, table: Table, chunks: Iterable[np.ndarray], shard_rows: int
 ) -> list[str]:
+    """Writes the shards of encoded rows; returns their lines of the manifest."""
     count = -(-table.num_rows // shard_rows)
     lines: list[str] = []
-    shard: _Shard | None = None
+    shard: ShardFile | None = None
     written = 0
     for chunk in chunks:
-        rows = _checked(table, np.asarray(chunk), written)
+        rows = chunk
         while len(rows) and written < table.num_rows:
             if shard is None:
-                shard = _Shard(folder, f"{table.name}-{len(lines):05d}-of-{count:05d}.rows")
+                shard = ShardFile(folder, f"{table.name}-{len(lines):05d}-of-{count:05d}.rows")
             part = rows[: min(shard_rows - shard.num_rows, table.num_rows - written)]
             rows = rows[len(part) :]
             shard.write(part.data)
@@ -220,7 +246,7 @@ def _check_count(table: Table, written: int) -> None:
         )
 
 
-def _index(table: Table, ids: np.ndarray) -> tuple[np.ndarray, int]:
+def index(table: Table, ids: np.ndarray) -> tuple[np.ndarray, int]:
     """Slots for rows that lie in the order of `ids`, and how many of them are home slots."""
     home_slots = 1 << max(0, (len(ids) * 3 // 2) - 1).bit_length()
     home = (hash_ids(ids) & np.uint64(home_slots - 1)).astype(np.int64)
@@ -234,29 +260,23 @@ def _index(table: Table, ids: np.ndarray) -> tuple[np.ndarray, int]:
     places = np.arange(len(ids))
     slot = np.maximum.accumulate(home[order] - places) + places
     tail = int((slot - home[order]).max(initial=0))
-    slots = np.full(home_slots + tail, np.array((0, _NO_ROW), _SLOT))
+    slots = np.full(home_slots + tail, np.array((0, NO_ROW), SLOT))
     slots["id"][slot] = ids[order]
     slots["row"][slot] = order
     return slots, home_slots
 
 
-def _write_hashed(
+def write_hashed(
     folder: pathlib.Path, table: Table, chunks: Iterable[IdRows], shard_rows: int
 ) -> list[str]:
+    """Writes the shards of ids and encoded rows; returns their lines of the manifest."""
     bits = max(0, -(-table.num_rows // shard_rows) - 1).bit_length()
     count = 1 << bits
     spills = [folder / f".{table.name}-{k}" for k in range(count)]
     written = 0
     default_found = False
     # Rows are first dealt out to the shards: one index at a time fits into memory.
-    for ids, vectors in chunks:
-        ids = np.asarray(ids, np.int64)
-        rows = _checked(table, np.asarray(vectors), written)
-        if ids.shape != (len(rows),):
-            raise StoreError(
-                f"table `{table.name}`: ids should be [{len(rows)}], one for each row. "
-                f"Received: {ids.shape}"
-            )
+    for ids, rows in chunks:
         default_found |= bool((ids == table.default_id).any())
         shard_of = (hash_ids(ids) >> np.uint64(1) >> np.uint64(63 - bits)).astype(np.int64)
         order = np.argsort(shard_of, kind="stable")
@@ -275,16 +295,16 @@ def _write_hashed(
         )
     lines = []
     for k, spill in enumerate(spills):
-        shard = _Shard(folder, f"{table.name}-{k:05d}-of-{count:05d}.rows")
+        shard = ShardFile(folder, f"{table.name}-{k:05d}-of-{count:05d}.rows")
         own = pathlib.Path(f"{spill}.ids")
         ids = np.fromfile(own, np.int64) if own.exists() else np.zeros(0, np.int64)
-        slots, home_slots = _index(table, ids)
+        slots, home_slots = index(table, ids)
         shard.write(slots.view(np.uint8).data)
-        shard.write(bytes(_rows_offset(len(slots)) - shard.bytes))
+        shard.write(bytes(rows_offset(len(slots)) - shard.bytes))
         shard.num_rows = len(ids)
         if len(ids):
             with open(f"{spill}.rows", "rb") as file:
-                while block := file.read(_COPIED_BYTES):
+                while block := file.read(COPIED_BYTES):
                     shard.write(block)
             own.unlink()
             os.unlink(f"{spill}.rows")
@@ -320,13 +340,44 @@ def write(
       StoreError: rows that do not fit their table, an id that stands twice, a version that exists.
         Nothing is left behind.
     """
-    store = pathlib.Path(store)
     space = version if space is None else space
     if not 1 <= space <= version or shard_rows < 1 or shard_rows & (shard_rows - 1):
         raise StoreError(
             "`version` should be >= 1, `space` in [1, version] and `shard_rows` a power of two. "
             f"Received: {version}, {space} and {shard_rows}"
         )
+    with writing(store, version, space) as (folder, lines):
+        for table, chunks in tables:
+            lines.append(table_line(table, shard_rows))
+            if table.hashed:
+                pairs = cast(Iterable[IdRows], chunks)
+                lines += write_hashed(folder, table, _encode_pairs(table, pairs), shard_rows)
+            else:
+                arrays = cast(Iterable[np.ndarray], chunks)
+                lines += write_dense(folder, table, _encode_arrays(table, arrays), shard_rows)
+    return pathlib.Path(store) / str(version)
+
+
+def _encode_arrays(table: Table, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    first = 0
+    for vectors in chunks:
+        yield encoded(table, vectors, first)
+        first += len(vectors)
+
+
+def _encode_pairs(table: Table, chunks: Iterable[IdRows]) -> Iterator[IdRows]:
+    first = 0
+    for ids, vectors in chunks:
+        yield encoded_with_ids(table, ids, vectors, first)
+        first += len(vectors)
+
+
+@contextlib.contextmanager
+def writing(
+    store: str | os.PathLike[str], version: int, space: int
+) -> Iterator[tuple[pathlib.Path, list[str]]]:
+    """A folder under a temporary name, and its manifest's lines; it takes its number at the end."""
+    store = pathlib.Path(store)
     target = store / str(version)
     if target.exists():
         raise StoreError(f"{target} exists; give another version.")
@@ -335,10 +386,7 @@ def write(
     temporary.mkdir(parents=True)
     try:
         lines = ["qianmo embeddings 1", f"version {version} space {space}"]
-        for table, chunks in tables:
-            lines += [_table_line(table, shard_rows)]
-            write_rows = _write_hashed if table.hashed else _write_dense
-            lines += write_rows(temporary, table, chunks, shard_rows)  # type: ignore[arg-type]
+        yield temporary, lines
         text = "\n".join(lines) + "\n"
         _write_file(temporary / MANIFEST, f"{text}crc {zlib.crc32(text.encode()):08x}\n")
         _sync_folder(temporary)
@@ -346,10 +394,10 @@ def write(
         _sync_folder(store)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return target
 
 
-def _table_line(table: Table, shard_rows: int) -> str:
+def table_line(table: Table, shard_rows: int) -> str:
+    """A table's line of the manifest."""
     scheme = "hash" if table.hashed else "dense"
     return (
         f"table {table.name} {scheme} {table.dtype} dim {table.dim} rows {table.num_rows} "
@@ -387,14 +435,14 @@ def verify(version_dir: str | os.PathLike[str]) -> None:
     """
     folder = pathlib.Path(version_dir)
     for words in manifest(folder):
-        if words[0] != "shard":
+        if words[0] not in ("shard", "changed"):
             continue
         path, size, crc = folder / words[1], int(words[5]), int(words[7], 16)
         try:
             with path.open("rb") as file:
-                header = file.read(_HEADER_BYTES)
+                header = file.read(HEADER_BYTES)
                 found, read = 0, len(header)
-                while block := file.read(_COPIED_BYTES):
+                while block := file.read(COPIED_BYTES):
                     found, read = zlib.crc32(block, found), read + len(block)
         except OSError as error:
             raise StoreError(f"{path}: {error.strerror}") from None

@@ -24,6 +24,7 @@ constexpr uint64_t kMaxManifestBytes = 64 << 20;
 constexpr uint64_t kMaxDim = 1 << 16;
 constexpr uint64_t kMaxRows = uint64_t{1} << 40;
 constexpr uint64_t kMaxTail = 1 << 16;
+constexpr uint64_t kChanged = ~uint32_t{0};  // number of that shard
 constexpr size_t kBlock = 64;  // ids whose rows are asked for together
 constexpr uint64_t kLine = 64;
 
@@ -215,6 +216,20 @@ bool IsName(const std::string& word, const char* also) {
   });
 }
 
+// A line `shard FILE rows N bytes N crc CRC`, whatever its first word.
+bool ParseShard(const std::vector<std::string>& words,
+                const std::string& folder, Shard* shard) {
+  if (words.size() != 8 || !IsName(words[1], ".-") || words[2] != "rows" ||
+      !ParseNumber(words[3], kMaxRows, &shard->num_rows) ||
+      words[4] != "bytes" ||
+      !ParseNumber(words[5], uint64_t{1} << 60, &shard->bytes) ||
+      words[6] != "crc" || !ParseCrc(words[7], &shard->crc)) {
+    return false;
+  }
+  shard->path = folder + "/" + words[1];
+  return true;
+}
+
 struct CrcTables {
   std::array<std::array<uint32_t, 256>, 8> of;
   CrcTables() {
@@ -307,14 +322,14 @@ void EmbeddingTable::FindDense(const int64_t* ids, size_t n,
   }
 }
 
-void EmbeddingTable::FindHashed(const int64_t* ids, size_t n,
-                                const char** rows) const {
+void EmbeddingTable::FindHashed(const Shard* all, int shift, const int64_t* ids,
+                                size_t n, const char** rows) const {
   const Shard* shards[kBlock];
   const Slot* homes[kBlock];
   for (size_t i = 0; i < n; ++i) {
     const uint64_t hash = HashId(ids[i]);
     // Two shifts: a shift by all 64 bits is not defined.
-    shards[i] = &shards_[hash >> 1 >> (shift_ - 1)];
+    shards[i] = &all[hash >> 1 >> (shift - 1)];
     homes[i] = shards[i]->slots + (hash & shards[i]->home_mask);
     __builtin_prefetch(homes[i]);
   }
@@ -336,9 +351,15 @@ void EmbeddingTable::FindHashed(const int64_t* ids, size_t n,
 void EmbeddingTable::Find(const int64_t* ids, size_t n,
                           const char** rows) const {
   if (hashed_) {
-    FindHashed(ids, n, rows);
+    FindHashed(shards_.data(), shift_, ids, n, rows);
   } else {
     FindDense(ids, n, rows);
+  }
+  if (changed_.slots == nullptr) return;
+  const char* changed[kBlock];
+  FindHashed(&changed_, 64, ids, n, changed);
+  for (size_t i = 0; i < n; ++i) {
+    if (changed[i] != nullptr) rows[i] = changed[i];
   }
 }
 
@@ -521,27 +542,20 @@ bool EmbeddingVersion::Parse(const std::string& manifest, std::string* error) {
     if (tables_.count(table.name_) != 0) {
       return refuse(where + " describes table `" + table.name_ + "` again");
     }
-    std::vector<uint64_t> bytes;
     uint64_t rows = 0;
     for (++i; i < lines.size() && lines[i][0] == "shard"; ++i) {
-      const auto& s = lines[i];
       Shard shard;
-      bytes.push_back(0);
-      if (s.size() != 8 || !IsName(s[1], ".-") || s[2] != "rows" ||
-          !ParseNumber(s[3], kMaxRows, &shard.num_rows) || s[4] != "bytes" ||
-          !ParseNumber(s[5], uint64_t{1} << 60, &bytes.back()) ||
-          s[6] != "crc" || !ParseCrc(s[7], &shard.crc)) {
+      if (!ParseShard(lines[i], folder_, &shard)) {
         return refuse("line " + std::to_string(i + 1) +
                       " does not describe a shard");
       }
       const uint64_t left = table.num_rows_ - rows;
       if (shard.num_rows > left ||
           (!table.hashed_ && shard.num_rows != std::min(shard_rows, left))) {
-        return refuse("line " + std::to_string(i + 1) + ": " + s[3] +
+        return refuse("line " + std::to_string(i + 1) + ": " + lines[i][3] +
                       " rows do not fit its table");
       }
       rows += shard.num_rows;
-      shard.path = folder_ + "/" + s[1];
       table.shards_.push_back(std::move(shard));
     }
     if (rows != table.num_rows_) {
@@ -559,7 +573,19 @@ bool EmbeddingVersion::Parse(const std::string& manifest, std::string* error) {
     }
     if (table.hashed_) table.shift_ = 64 - table.shift_;
     for (size_t k = 0; k < table.shards_.size(); ++k) {
-      if (!OpenShard(&table, k, bytes[k], error)) return false;
+      if (!OpenShard(table, k, table.hashed_, &table.shards_[k], error)) {
+        return false;
+      }
+    }
+    if (i < lines.size() && lines[i][0] == "changed") {
+      if (!ParseShard(lines[i], folder_, &table.changed_)) {
+        return refuse("line " + std::to_string(i + 1) +
+                      " does not describe a shard");
+      }
+      ++i;
+      if (!OpenShard(table, kChanged, true, &table.changed_, error)) {
+        return false;
+      }
     }
     if (!OpenTable(&table, error)) return false;
     tables_.emplace(table.name_, std::move(table));
@@ -567,9 +593,11 @@ bool EmbeddingVersion::Parse(const std::string& manifest, std::string* error) {
   return true;
 }
 
-bool EmbeddingVersion::OpenShard(EmbeddingTable* table, size_t number,
-                                 uint64_t bytes, std::string* error) {
-  Shard& shard = table->shards_[number];
+bool EmbeddingVersion::OpenShard(const EmbeddingTable& table, uint64_t number,
+                                 bool hashed, Shard* opened,
+                                 std::string* error) {
+  Shard& shard = *opened;
+  const uint64_t bytes = shard.bytes;
   shard.file = MappedFile::Open(shard.path, error);
   if (shard.file == nullptr) return false;
   if (shard.file->size() != bytes) {
@@ -589,27 +617,27 @@ bool EmbeddingVersion::OpenShard(EmbeddingTable* table, size_t number,
   }
   std::memcpy(&h, data, sizeof(h));
   char name[sizeof(h.table)] = {};
-  table->name_.copy(name, sizeof(name) - 1);
+  table.name_.copy(name, sizeof(name) - 1);
   if (std::memcmp(h.table, name, sizeof(name)) != 0 || h.shard != number ||
-      h.row_type != static_cast<uint32_t>(table->type_) ||
-      h.hashed != (table->hashed_ ? 1 : 0) || h.dim != table->dim_ ||
+      h.row_type != static_cast<uint32_t>(table.type_) ||
+      h.hashed != (hashed ? 1 : 0) || h.dim != table.dim_ ||
       h.num_rows != shard.num_rows || h.data_crc != shard.crc) {
     return Fail(error, shard.path,
                 "its header is not of the shard that the manifest describes");
   }
-  const bool slots_fit =
-      table->hashed_ ? IsPowerOfTwo(h.home_slots) && h.home_slots <= kMaxRows &&
-                           h.num_slots >= h.home_slots &&
-                           h.num_slots - h.home_slots <= kMaxTail
-                     : h.home_slots == 0 && h.num_slots == 0;
-  if (!slots_fit || h.row_bytes != table->row_bytes_ ||
+  const bool slots_fit = hashed ? IsPowerOfTwo(h.home_slots) &&
+                                      h.home_slots <= kMaxRows &&
+                                      h.num_slots >= h.home_slots &&
+                                      h.num_slots - h.home_slots <= kMaxTail
+                                : h.home_slots == 0 && h.num_slots == 0;
+  if (!slots_fit || h.row_bytes != table.row_bytes_ ||
       h.rows_offset != AlignToPage(kHeaderBytes + h.num_slots * sizeof(Slot)) ||
       h.file_bytes != h.rows_offset + h.num_rows * h.row_bytes ||
       h.file_bytes != bytes) {
     return Fail(error, shard.path, "the sizes in its header do not agree");
   }
   shard.rows = data + h.rows_offset;
-  if (table->hashed_) {
+  if (hashed) {
     shard.slots = reinterpret_cast<const Slot*>(data + kHeaderBytes);
     shard.home_mask = h.home_slots - 1;
     shard.tail = h.num_slots - h.home_slots;
@@ -634,15 +662,17 @@ const EmbeddingTable* EmbeddingVersion::table(const std::string& name) const {
 }
 
 bool EmbeddingVersion::Verify(std::string* error) const {
+  const auto verify = [error](const Shard& shard) {
+    return Crc32(shard.file->data() + kHeaderBytes,
+                 shard.file->size() - kHeaderBytes) == shard.crc ||
+           Fail(error, shard.path,
+                "the checksum of its rows differs; it was changed or damaged");
+  };
   for (const auto& [name, table] : tables_) {
     for (const Shard& shard : table.shards_) {
-      if (Crc32(shard.file->data() + kHeaderBytes,
-                shard.file->size() - kHeaderBytes) != shard.crc) {
-        return Fail(error, shard.path,
-                    "the checksum of its rows differs; it was changed or "
-                    "damaged");
-      }
+      if (!verify(shard)) return false;
     }
+    if (table.changed_.file != nullptr && !verify(table.changed_)) return false;
   }
   return true;
 }

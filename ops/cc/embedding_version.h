@@ -21,7 +21,12 @@
 // of a dense table is row id mod shard_rows of shard id / shard_rows. A hash
 // table (`hash`; shard_rows 0) has 2^s shards; HashId(id) names the shard by
 // its top s bits and the home slot by its lowest ones, and the row stands in
-// the home slot or in one of the few after it. Vectors are float32, float16,
+// the home slot or in one of the few after it. A table's last line may be
+//
+//   changed item-changed-7.rows rows 40 bytes 11264 crc 2345bcde
+//
+// a shard of a hash table, whose rows stand in place of those of the same ids,
+// or are added. Vectors are float32, float16,
 // bfloat16, or int8 after a float scale.
 //
 // Opening maps the files and reads manifest and headers alone, which must agree
@@ -78,6 +83,7 @@ struct Slot {
 // Rows of one table in one file.
 struct Shard {
   std::string path;
+  uint64_t bytes = 0;
   uint32_t crc = 0;  // of all bytes after the header
   uint64_t num_rows = 0;
   const char* rows = nullptr;
@@ -115,7 +121,8 @@ class EmbeddingTable {
   // that they are near when they are read.
   void Find(const int64_t* ids, size_t n, const char** rows) const;
   void FindDense(const int64_t* ids, size_t n, const char** rows) const;
-  void FindHashed(const int64_t* ids, size_t n, const char** rows) const;
+  void FindHashed(const Shard* shards, int shift, const int64_t* ids, size_t n,
+                  const char** rows) const;
   // Calls consume(i, address or null) for each id until it returns false.
   template <typename Consume>
   size_t ForEachRow(const int64_t* ids, size_t n, Consume consume) const;
@@ -138,6 +145,7 @@ class EmbeddingTable {
   int shift_ = 0;  // dense: id >> shift_ is the shard; hashed: HashId(id) >> it
   std::vector<float> default_vector_;
   std::vector<Shard> shards_;
+  Shard changed_;  // without slots when no row changed
 };
 
 // One opened embedding version; it never changes.
@@ -164,8 +172,8 @@ class EmbeddingVersion {
  private:
   bool Parse(const std::string& manifest, std::string* error);
   bool OpenTable(EmbeddingTable* table, std::string* error);
-  bool OpenShard(EmbeddingTable* table, size_t number, uint64_t bytes,
-                 std::string* error);
+  bool OpenShard(const EmbeddingTable& table, uint64_t number, bool hashed,
+                 Shard* shard, std::string* error);
 
   int64_t version_ = 0;
   int64_t space_ = 0;

@@ -60,7 +60,8 @@ float Value(int64_t row, int j) {
 int64_t IdOf(int64_t row) { return row == 0 ? -1 : row * 1000003 - 70; }
 
 std::string Shard(const std::string& table, bool hashed, uint64_t number,
-                  const std::vector<int64_t>& rows, std::string* line) {
+                  const std::vector<int64_t>& rows, std::string* line,
+                  int64_t (*id_of)(int64_t) = IdOf) {
   std::string data;
   uint64_t home_slots = 0, num_slots = 0, rows_offset = kHeader;
   if (hashed) {
@@ -68,11 +69,11 @@ std::string Shard(const std::string& table, bool hashed, uint64_t number,
     }
     std::vector<Slot> slots(home_slots, Slot{0, Slot::kNoRow});
     for (uint64_t r = 0; r < rows.size(); ++r) {
-      uint64_t at = HashId(IdOf(rows[r])) & (home_slots - 1);
+      uint64_t at = HashId(id_of(rows[r])) & (home_slots - 1);
       for (; at < slots.size() && slots[at].row != Slot::kNoRow; ++at) {
       }
       if (at == slots.size()) slots.push_back(Slot{0, Slot::kNoRow});
-      slots[at] = {IdOf(rows[r]), r};
+      slots[at] = {id_of(rows[r]), r};
     }
     // Any tail is allowed that is not too short.
     slots.resize(slots.size() + home_slots, Slot{0, Slot::kNoRow});
@@ -121,6 +122,11 @@ Files Version() {
     files[name] = Shard("d", false, static_cast<uint64_t>(k), rows, &line);
     lines += "shard " + name + line;
   }
+  // Rows that changed: they read as the row of twice their id, 300 is new.
+  const auto half = [](int64_t row) { return row / 2; };
+  files["d-changed.rows"] =
+      Shard("d", true, 0xffffffffu, {20, 22, 298, 600}, &line, half);
+  lines += "changed d-changed.rows" + line;
   lines += "table h hash float32 dim 3 rows 150 default -1 shard_rows 0\n";
   for (uint64_t k = 0; k < 2; ++k) {
     std::vector<int64_t> rows;
@@ -184,15 +190,18 @@ bool ReadsRight(const EmbeddingVersion& version) {
     CHECK(table->Gather(used->data(), used->size(), absent, found.data()) ==
           used->size());
     for (int64_t r = 0; r < kRows + 20; ++r) {
+      const bool changed = used == &rows && (r == 10 || r == 11 || r == 149);
       for (int j = 0; j < kDim; ++j) {
-        const float expected = r < kRows ? Value(r, j) : absent[j];
+        const float expected =
+            r < kRows ? Value(changed ? 2 * r : r, j) : absent[j];
         right = right && found[r * kDim + j] == expected;
       }
     }
     const int64_t length = 100;
     table->Pool(used->data(), &length, 1, used->size(), Pooling::kMean, absent,
                 found.data());
-    right = right && std::abs(found[0] - 49.5f) < 1e-3f;
+    right =
+        right && std::abs(found[0] - (used == &rows ? 49.71f : 49.5f)) < 1e-3f;
   }
   return right;
 }
@@ -208,6 +217,10 @@ void ReadsWhatWasWritten() {
   CHECK(version->Verify(&error));
   CHECK(ReadsRight(*version));
   CHECK(version->table("none") == nullptr);
+  const int64_t added = 300;
+  float vector[kDim];
+  CHECK(version->table("d")->Gather(&added, 1, nullptr, vector) == 1);
+  CHECK(vector[0] == Value(600, 0));
   CHECK(version->table("h")->default_vector()[0] == Value(0, 0));
   // Without a replacement the first id that has no row ends the work.
   const int64_t ids[] = {3, 4, 150, 5};
@@ -309,6 +322,10 @@ void ManifestsThatLieAreRefused() {
       {"bytes 4864", "bytes 4865"},
       {"bytes 4864", "bytes 18446744073709551615"},
       {"shard h-1.rows", "table h-1.rows"},
+      {"changed d-changed.rows", "changed h-0.rows"},
+      {"changed d-changed.rows", "changed d-0.rows"},
+      {"changed d-changed.rows", "changed ../d-changed.rows"},
+      {"changed d-changed.rows", "shard d-changed.rows"},
   };
   for (const auto& [from, to] : changes) {
     std::string changed = lines;
