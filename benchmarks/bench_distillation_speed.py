@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,28 +27,8 @@ STUDENT, BI, CIN = "student MLP(16)", "teacher MLP + bi-interaction + FM", "teac
 # Shown name -> (interactions of the recipe, head).
 MODELS = {STUDENT: ("bi", "student"), BI: ("bi", "teacher"), CIN: ("cin", "teacher")}
 BATCHES = (1, 64, 512)
-SECONDS = 0.05  # of calls in one repetition
 
 Call = Callable[[], Any]
-
-
-def seconds(calls: dict[str, Call], repeats: int) -> dict[str, float]:
-    """Median time of each call; the calls take turns, so that a busy machine hits them alike."""
-    counts = {}
-    for name, call in calls.items():
-        for _ in range(5):
-            call()
-        start = time.perf_counter()
-        call()
-        counts[name] = max(3, round(SECONDS / (time.perf_counter() - start)))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            for _ in range(counts[name]):
-                start = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - start)
-    return {name: float(np.median(values)) for name, values in times.items()}
 
 
 def size(version: pathlib.Path) -> dict[str, int]:
@@ -61,6 +40,7 @@ def size(version: pathlib.Path) -> dict[str, int]:
 def run(*, quick: bool) -> dict[str, Any]:
     """Exports, then measures."""
     runtime.settle()
+    repeats = 2 if quick else 30
     folder = common.movielens_1m("random")
     config = common.point(recipes.get_config(), folder, valid=False)
     schema = Recipe.from_config(config.to_dict()).schema
@@ -94,7 +74,12 @@ def run(*, quick: bool) -> dict[str, Any]:
                     calls.setdefault((graph, batch), {})[name] = lambda ask=ask, rows=rows: ask(
                         "serving_default", rows
                     )
-        found = {key: seconds(group, 2 if quick else 30) for key, group in calls.items()}
+        found = {
+            key: {
+                name: float(np.median(took)) for name, took in common.times(group, repeats).items()
+            }
+            for key, group in calls.items()
+        }
 
     rows_ = []
     for name in MODELS:

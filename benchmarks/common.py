@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,6 +73,30 @@ def trained(config: ConfigDict, folder: pathlib.Path | None = None) -> dict[str,
         return train(recipe, folder)
     with model_dir() as temporary:
         return train(recipe, temporary)
+
+
+def times(
+    calls: Mapping[Any, Callable[[], Any]], repeats: int, *, span: float = 0.05
+) -> dict[Any, Any]:
+    """Seconds of each call, one array a name.
+
+    The calls take turns, for about `span` seconds each, so that a busy machine hits them alike.
+    """
+    counts = {}
+    for name, call in calls.items():
+        for _ in range(5):
+            call()
+        start = time.perf_counter()
+        call()
+        counts[name] = max(3, round(span / (time.perf_counter() - start)))
+    found: dict[Any, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            for _ in range(counts[name]):
+                start = time.perf_counter()
+                call()
+                found[name].append(time.perf_counter() - start)
+    return {name: np.asarray(values) for name, values in found.items()}
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
