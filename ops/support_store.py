@@ -139,7 +139,8 @@ class SupportStore(tf.saved_model.experimental.TrackableResource):
         """Stores rows; one of the same task and event time is replaced.
 
         A row that cannot be stored leaves its neighbours alone. A full task gives up its row of the
-        earliest event.
+        earliest event. A warm-up record of a signature that puts should have time 0, which stores
+        nothing.
 
         Args:
           task_id: int64 [N], any value.

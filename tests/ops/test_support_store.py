@@ -473,3 +473,5 @@ def test_model_versions_share_a_store_and_refuse_each_others_rows(tmp_path: path
         assert run_two("get", task)["time"].tolist() == [[2, 0, 0, 0]]
     with loaded(one) as run:  # another process would see the same
         assert run("get", task)["time"].tolist() == [[1, 0, 0, 0]]
+    again = tf.saved_model.load(str(two)).signatures
+    assert again["get"](task=tf.constant([5], tf.int64))["time"].numpy().tolist() == [[2, 0, 0, 0]]
