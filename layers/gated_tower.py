@@ -114,6 +114,7 @@ class GatedTower(tf_keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """The layer's arguments."""
-        names = ("num_labels", "gate_dim", "units", "gate_units", "reads_input", "dropout")
-        names += ("activation", "seed")
-        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
+        names = ("num_labels", "gate_dim", "units", "gate_units", "reads_input")
+        arguments = {name: getattr(self, name) for name in names}
+        more = {"dropout": self.dropout, "activation": self.activation, "seed": self.seed}
+        return {**super().get_config(), **arguments, **more}

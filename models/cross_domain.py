@@ -125,7 +125,7 @@ def cross_domain(
         name="mixture",
     )
     num_labels = len(schema.labels)
-    of_tower = {"seed": derive_seed(seed, TOWER), "name": "tower"}
+    of_tower: dict[str, Any] = {"seed": derive_seed(seed, TOWER), "name": "tower"}
     if not star_tower:
         return Road(schema, mixture, Tower(num_labels, tower_units, dropout, **of_tower), **ranker)
     if num_labels == 1:

@@ -43,7 +43,7 @@ def _road(
     ranker: Mapping[str, Any],
 ) -> Road:
     num_labels = len(schema.labels)
-    of_tower = {"seed": derive_seed(seed, TOWERS), "name": "tower"}
+    of_tower: dict[str, Any] = {"seed": derive_seed(seed, TOWERS), "name": "tower"}
     if not by_domain:
         tower = LabelTowers(num_labels, tower_units, dropout, split, **of_tower)
         return Road(schema, bottom, tower, **ranker)

@@ -473,7 +473,8 @@ def _in_order(
         for arrays in _reader(part.file)(part, columns, decoded_rows):
             here = dataclasses.replace(part, first_row=row)
             block: Block = {}
-            domain, only = None, ()
+            domain: npt.NDArray[np.int64] | None = None
+            only: tuple[int, ...] = ()
             for column in ordered:
                 block.update(_convert(here, column, arrays[column.name], is_text, domain))
                 if column.tells_domain:
@@ -615,7 +616,7 @@ def _convert(
     if not is_text:
         _check_type(part, column, array.type)
     rows = np.arange(len(array))
-    if not column.owners:
+    if not column.owners or domain is None:  # what has owners has a column of domains beside it
         return _converted(part, column, array, is_text, rows)
     if column.max_length and pa.types.is_null(array.type):
         array = pa.nulls(len(array), pa.list_(pa.null()))
