@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from qianmo.export import embedding_shards as shards
+from qianmo.export.embedding_changes import write_changes
 from qianmo.export.saved_model import (
     TOLERANCE,
     ExportError,
@@ -50,6 +51,19 @@ def tables(
         variable, first, end = model.embed.rows(name)
         table = shards.Table(name=name, dim=variable.shape[1], num_rows=end - first, dtype=dtype)
         yield table, _chunks(variable, first, end)
+
+
+def changes(model: Ranker) -> Iterator[tuple[str, Iterator[shards.IdRows]]]:
+    """The model's tables, as `embedding_changes.write_changes` takes them."""
+    for table, chunks in tables(model):
+        yield table.name, _with_ids(chunks)
+
+
+def _with_ids(chunks: Iterator[np.ndarray]) -> Iterator[shards.IdRows]:
+    first = 0
+    for rows in chunks:
+        yield np.arange(first, first + len(rows)), rows
+        first += len(rows)
 
 
 def _chunks(variable: tf.Variable, first: int, end: int) -> Iterator[np.ndarray]:
@@ -103,6 +117,7 @@ def export_store(
     version: int | None = None,
     store: str | os.PathLike[str] | None = None,
     embedding_version: int | None = None,
+    changes_of: int | None = None,
     dtype: shards.DType = "float32",
     on_mismatch: Literal["fall_back", "refuse"] = "fall_back",
     timeout_ms: int = 0,
@@ -125,7 +140,9 @@ def export_store(
       embedding_version: one that is there and holds the model's embeddings; then only the graph is
         written. Default: the model's tables are written as a new version, which begins a new
         space, and published.
-      dtype: how new tables are stored.
+      changes_of: a version there, which the model was trained on from; then only rows that differ
+        from it are written, as a new version of its space, so that its graphs read them too.
+      dtype: how new tables are stored; changed rows are stored as the others.
       on_mismatch: what the graph does when the store publishes a version of another space, see
         `EmbeddingStore`.
       timeout_ms: when a lookup gives up; 0 for never.
@@ -143,6 +160,11 @@ def export_store(
     signatures = signature_heads(model, heads)
     if not model.schema.categorical:
         raise ExportError("A model without categorical features has no embeddings to store.")
+    if embedding_version is not None and changes_of is not None:
+        raise ExportError(
+            "Give `embedding_version` to write no embeddings, or `changes_of` to write some. "
+            f"Received: {embedding_version} and {changes_of}"
+        )
     base = pathlib.Path(base_path)
     folder_of_store = pathlib.Path(store or base.with_name(base.name + "_embeddings"))
     version = version or next_version(base)
@@ -152,7 +174,11 @@ def export_store(
     with publishing(base, version) as folder, contextlib.ExitStack() as undo:
         if embedding_version is None:
             embedding_version = next_version(folder_of_store)
-            written = shards.write(folder_of_store, embedding_version, tables(model, dtype))
+            written = (
+                shards.write(folder_of_store, embedding_version, tables(model, dtype))
+                if changes_of is None
+                else write_changes(folder_of_store, embedding_version, changes_of, changes(model))
+            )
             undo.callback(shutil.rmtree, written)
         with tempfile.TemporaryDirectory() as view:
             # What is checked is this embedding version, whichever is published now.

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import pathlib
 import sys
+from typing import Any, get_args
 
 import numpy as np
 from absl import flags
 
 from qianmo.export.adapted import UNDEFINED, export_adapted
-from qianmo.export.saved_model import ExportError, export_fed, export_in_graph
+from qianmo.export.embedding_shards import DType
+from qianmo.export.saved_model import TOLERANCE, ExportError, export_fed, export_in_graph
+from qianmo.export.store import export_store
 from qianmo.layers.features import Schema
 from qianmo.pipelines import program, readers, run_dir
 
-FORMS = {"in_graph": export_in_graph, "fed": export_fed}
+FORMS = {"in_graph": export_in_graph, "fed": export_fed, "store": export_store}
 
 
 def first_rows(schema: Schema, path: str, count: int) -> dict[str, np.ndarray]:
@@ -60,7 +63,8 @@ def define_flags() -> None:
         sorted([*FORMS, "adapted"]),
         "in_graph: everything in one SavedModel. fed: the graph takes vectors as inputs, and a "
         "second SavedModel, <model_base_path>_lookup, makes them. adapted: in_graph with a tower "
-        "that adapts to each task in the graph. Stock ops in all three.",
+        "that adapts to each task in the graph. Stock ops in all three. store: the graph reads "
+        "vectors from files by an op that the server must have linked in.",
     )
     flags.DEFINE_list(
         "heads", [], "Heads to ship, the default one first. Default: the model's serving head."
@@ -76,6 +80,42 @@ def define_flags() -> None:
         "support_ttl_seconds", 0.0, "Older support is not used; 0: for ever.", lower_bound=0.0
     )
     flags.DEFINE_integer("rows", 1000, "How many rows to replay.", lower_bound=1)
+    flags.DEFINE_string(
+        "embedding_store",
+        None,
+        "Form `store`: folder of the embedding versions. Default: <model_base_path>_embeddings.",
+    )
+    flags.DEFINE_integer(
+        "embedding_version",
+        None,
+        "Form `store`: a version there that holds the model's embeddings; then only the graph is "
+        "written. Default: the embeddings are written as a new version, and published.",
+        lower_bound=1,
+    )
+    flags.DEFINE_integer(
+        "changes_of",
+        None,
+        "Form `store`: a version there that the model was trained on from; then only the rows that "
+        "differ are written, and its graphs read them too.",
+        lower_bound=1,
+    )
+    flags.DEFINE_enum(
+        "embedding_dtype", "float32", get_args(DType), "Form `store`: how new tables are stored."
+    )
+    flags.DEFINE_enum(
+        "on_mismatch",
+        "fall_back",
+        ["fall_back", "refuse"],
+        "Form `store`: what the graph does when embeddings are published that it was not made for: "
+        "read the newest that it was made for, or refuse requests.",
+    )
+    flags.DEFINE_float(
+        "tolerance",
+        TOLERANCE,
+        "Form `store`: how far scores may be from the Keras model's. Only dtypes other than "
+        "float32 need more than the default.",
+        lower_bound=0.0,
+    )
 
 
 def run(_: list[str]) -> None:
@@ -98,12 +138,23 @@ def run(_: list[str]) -> None:
                 version=values.version,
             )
         else:
+            options: dict[str, Any] = {}
+            if values.form == "store":
+                options = {
+                    "store": values.embedding_store,
+                    "embedding_version": values.embedding_version,
+                    "changes_of": values.changes_of,
+                    "dtype": values.embedding_dtype,
+                    "on_mismatch": values.on_mismatch,
+                    "tolerance": values.tolerance,
+                }
             folder, worst = FORMS[values.form](
                 model,
                 values.model_base_path,
                 first_rows(model.schema, path, values.rows),
                 heads=values.heads,
                 version=values.version,
+                **options,
             )
     except (ExportError, ValueError) as error:
         sys.exit(f"error: {error}")

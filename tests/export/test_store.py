@@ -95,6 +95,15 @@ def test_graph_and_embeddings_ship_apart(tmp_path: pathlib.Path) -> None:
         table.assign(table * 0.5)
     shards.write(embeddings, 2, store.tables(made), space=1)
     after = scores(made)
+    third, worst = export_store(made, tmp_path / "m", rows(), changes_of=2)
+    assert (third.name, names(embeddings)) == ("3", ["1", "2", "3", "CURRENT"])
+    assert worst <= 1e-6
+    table = made.embed.tables["8"]
+    table.scatter_nd_update([[3], [7]], tf.ones([2, 8]))
+    export_store(made, tmp_path / "m", rows(), changes_of=3)
+    changed = scores(made)
+    assert [p.name for p in (embeddings / "4").glob("*changed*")] == ["user-changed-4.rows"]
+    shards.publish(embeddings, 1)
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     for folder in (tmp_path / "m", embeddings):
@@ -104,7 +113,10 @@ def test_graph_and_embeddings_ship_apart(tmp_path: pathlib.Path) -> None:
         shards.publish(moved / "m_embeddings", 2)
         time.sleep(0.5)
         np.testing.assert_allclose(run("serving_default", rows())["click"], after, atol=1e-6)
-    assert np.abs(before - after).max() > 0.01
+        shards.publish(moved / "m_embeddings", 4)
+        time.sleep(0.5)
+        np.testing.assert_allclose(run("serving_default", rows())["click"], changed, atol=1e-6)
+    assert min(np.abs(before - after).max(), np.abs(changed - after).max()) > 0.01
 
 
 def test_retrained_embeddings_never_meet_an_old_graph(tmp_path: pathlib.Path) -> None:
@@ -138,6 +150,8 @@ def test_other_embeddings_than_the_models_are_refused(tmp_path: pathlib.Path) ->
         export_store(model(2), tmp_path / "m", rows(), embedding_version=1)
     with pytest.raises(ExportError, match="rows differ from the Keras model"):
         export_store(model(2), tmp_path / "m", rows(), dtype="int8")
+    with pytest.raises(ExportError, match="Received: 1 and 1"):
+        export_store(model(1), tmp_path / "m", rows(), embedding_version=1, changes_of=1)
     with pytest.raises(StoreError, match="7/MANIFEST: No such file"):
         export_store(model(2), tmp_path / "m", rows(), embedding_version=7)
     assert {"1"} == {name for name in names(tmp_path / "m") if name.isdigit()}
