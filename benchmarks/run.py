@@ -28,6 +28,7 @@ NAMES = {
     "ctr": "CTR models against DeepCTR on MovieLens-1M",
     "distillation": "the dual DNN and its relatives on MovieLens-1M",
     "distillation_speed": "a student in serving against its teachers",
+    "embedding_lookup": "rows/s of the op against tf.gather, memory, time to open",
     "kuairand": "KuaiRand clicks",
     "meta_ctr": "towers that adapt to each user, on clicks and likes",
     "serving": "the embedded server against a direct session.run",
