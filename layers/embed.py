@@ -89,7 +89,8 @@ class Embed(tf_keras.layers.Layer):
       l2: weight of the loss  l2 * mean over rows of sum ||v||^2  on the vectors of the batch. It
         reads the rows of the batch alone, never a whole table.
       stddev: of the normal initialisation. First-order columns start at 0.
-      seed: of the first vectors, which depend on it and on the tables alone. None draws one.
+      seed: of the first vectors, which depend on it and on the tables alone, and of the features'
+        `drop_rate`. None draws one.
 
     Inputs: `Encoded`.
     Outputs: `Embedded`.
@@ -150,7 +151,31 @@ class Embed(tf_keras.layers.Layer):
             self.tables[str(dim)] = self.add_weight(
                 name=f"tables_{dim}", shape=(rows, dim + self.linear_dim), initializer=start
             )
+        if any(f.drop_rate for f in self.schema.categorical):
+            self._calls = self.add_weight(
+                name="drop_calls",
+                shape=(),
+                dtype=tf.int64,
+                initializer="zeros",
+                trainable=False,
+                aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+            )
         super().build(input_shape)
+
+    def _with_drops(self, encoded: Encoded) -> Encoded:
+        """Reads each feature's `drop_rate` of the values as unknown, others at each call."""
+        ids = dict(encoded.ids)
+        call = self._calls.read_value()
+        self._calls.assign_add(1)
+        for number, feature in enumerate(self.schema.categorical):
+            if feature.drop_rate:
+                values = ids[feature.name]
+                # Paths of one number are the tables' seeds, so drops take two. The count of calls is
+                # a weight, so that a resumed run drops what it would have dropped.
+                seed = tf.stack([tf.constant(derive_seed(self.seed, number, 1), tf.int64), call])
+                uniform = tf.random.stateless_uniform(tf.shape(values), seed, alg="philox")
+                ids[feature.name] = tf.where(uniform >= feature.drop_rate, values, 0)
+        return encoded._replace(ids=ids)
 
     def rows(self, table: str) -> tuple[tf.Variable, int, int]:
         """Where a table lies: (fused variable, first row, end row)."""
@@ -237,6 +262,8 @@ class Embed(tf_keras.layers.Layer):
 
     def call(self, encoded: Encoded, training: bool = False) -> Embedded:
         """Embeds one batch."""
+        if training and any(f.drop_rate for f in self.schema.categorical):
+            encoded = self._with_drops(encoded)
         stacks = [self._gather(dim, self.features_of(dim), encoded) for dim in self.dims]
         if self.l2 and training and stacks:
             squares = [tf.reduce_sum(tf.square(s)) for s in stacks]

@@ -78,6 +78,8 @@ class Categorical:
         serving input is then `[B, L]` with a second input `<name>_length` of `[B]`.
       keep: which end of a longer list stays: "last" (sequences run from old to new) or "first".
       pooling: how the vectors of a list become one.
+      drop_rate: share of the values that training reads as unknown, at random, so that row 0 learns
+        what to expect of a new value. Scoring reads all.
       side: whom it describes.
       domains: ids of the domains that own it; empty when all share it. Rows of other domains lack
         it, and it is never looked up for them.
@@ -94,6 +96,7 @@ class Categorical:
     max_length: int = 0
     keep: Keep = "last"
     pooling: Pooling = "mean"
+    drop_rate: float = 0.0
     side: Side = "context"
     domains: tuple[int, ...] = ()
     table: str = ""
@@ -113,6 +116,10 @@ class Categorical:
         for key in ("dim", "min_count"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{where}: `{key}` should be >= 1. Received: {getattr(self, key)}")
+        if not 0 <= self.drop_rate < 1:
+            raise ValueError(
+                f"{where}: `drop_rate` should be in [0, 1). Received: {self.drop_rate}"
+            )
         given = [
             key
             for key, is_given in (

@@ -214,3 +214,41 @@ def test_a_vocabulary_may_hold_what_keras_takes_for_unknown(dtype, values):
     other = {"int64": 7, "string": "b"}[dtype]
     ids = Encode(schema)({"a": tf.constant([*values, other], dtype)}).ids["a"]
     assert ids.numpy().tolist() == [1, 2, 0]
+
+
+def test_dropped_values_train_the_row_of_unknown_ones():
+    """A share of the values in training, others at each call, the same after a restart; no others."""
+    schema = Schema(
+        features=(
+            Categorical(name="item", num_ids=9, dim=2, drop_rate=0.3),
+            Categorical(name="tag", num_ids=9, dim=2),
+        ),
+        labels=("y",),
+    )
+    embed = Embed(schema, seed=5)
+    ids = {name: tf.fill([4000], 3) for name in ("item", "tag")}
+    encoded = Encode(schema)(ids)
+    plain = embed(encoded).flat.numpy()
+    table, first, _ = embed.rows("item")
+
+    def dropped(embed):
+        flat = embed(encoded, training=True).flat.numpy()
+        np.testing.assert_array_equal(flat[:, 2:], plain[:, 2:])
+        is_unknown = (flat[:, :2] == table[first].numpy()).all(1)
+        np.testing.assert_array_equal(flat[~is_unknown], plain[~is_unknown])
+        return is_unknown
+
+    one, two = dropped(embed), dropped(embed)
+    assert abs(one.mean() - 0.3) < 0.03  # 4 standard deviations of 4000 draws
+    assert (one != two).any()
+    resumed = Embed(schema, seed=5)
+    resumed(encoded)
+    assert (dropped(resumed) == one).all()
+    resumed.set_weights(embed.get_weights())
+    assert (dropped(resumed) == dropped(embed)).all()
+    np.testing.assert_array_equal(embed(encoded).flat, plain)
+
+
+def test_a_drop_rate_of_one_is_refused():
+    with pytest.raises(ValueError, match=r"`drop_rate` should be in \[0, 1\). Received: 1"):
+        Categorical(name="item", num_ids=9, drop_rate=1)
