@@ -332,7 +332,10 @@ def test_gated_tower(reads_input: bool) -> None:
     expected = apart_from(a, layer.head)
     np.testing.assert_allclose(layer(h).logits, expected, rtol=1e-4, atol=1e-5)
     # Without the way through the hidden layer, only the gate reads a^0; it does not teach it.
-    layer._hidden[0].kernels[0].assign(tf.zeros_like(layer._hidden[0].kernels[0]))
+    for hidden, value in zip(layer._hidden, (0.0, 1.0), strict=True):
+        kernel, bias = hidden.trainable_weights
+        kernel.assign(tf.fill(kernel.shape, value))
+        bias.assign(tf.ones(bias.shape))
     with tf.GradientTape() as tape:
         tape.watch(h)
         loss = tf.reduce_sum(layer(h).logits)
