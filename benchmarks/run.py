@@ -28,6 +28,7 @@ NAMES = {
     "ctr": "CTR models against DeepCTR on MovieLens-1M",
     "distillation": "the dual DNN and its relatives on MovieLens-1M",
     "distillation_speed": "a student in serving against its teachers",
+    "domains_kuairand": "KuaiRand's tabs in one model, by many designs",
     "embedding_lookup": "rows/s of the op against tf.gather, memory, time to open",
     "kuairand": "KuaiRand clicks",
     "meta_ctr": "towers that adapt to each user, on clicks and likes",

@@ -316,6 +316,8 @@ def movielens_1m_melu(
 ) -> dict[str, Any]:
     """Makes MovieLens-1M's rows of MeLU's cold-start states: `label` is (rating - 1) / 4.
 
+    Columns `at_least_2` to `at_least_5` say whether the rating is that much.
+
     Films have the features that MeLU's authors collected: rate, genres, directors and actors. A
     column `state` says whether user and film are known in training, `task` the user in the state.
     An epoch is chosen by training on `fit` and scoring `valid`, which are made of `train` alone.
@@ -360,6 +362,10 @@ def movielens_1m_melu(
             "actor": names("actors"),
             "rating": ratings["rating"],
             "label": pa.array((ratings["rating"].to_numpy() - 1) / 4, pa.float32()),
+            **{
+                f"at_least_{k}": pc.cast(pc.greater_equal(ratings["rating"], k), pa.int8())
+                for k in range(2, 6)
+            },
             "timestamp": ratings["timestamp"],
             "state": pc.cast(ratings["melu_split"], pa.string()),
         }

@@ -171,6 +171,8 @@ def test_the_four_states_of_movielens_1m(tmp_path: pathlib.Path) -> None:
             assert share == 0 if number in cold else share > 0.3, share
     rating = parts["test"]["rating"].to_numpy()
     np.testing.assert_array_equal(4 * parts["test"]["label"].to_numpy() + 1, rating)
+    steps = [parts["test"][f"at_least_{k}"].to_numpy() for k in range(2, 6)]
+    np.testing.assert_array_equal(1 + np.sum(steps, 0), rating)
     assert parts["test"]["rate"].null_count == 0
     assert max(map(len, parts["test"]["actor"].to_pylist())) == 4
 
