@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import keyword
+import math
 import re
 import types
 from collections.abc import Iterable, Mapping
@@ -216,6 +217,8 @@ class Schema:
         it among its features too, with a vocabulary or `num_ids`.
       label_domains: label -> ids of the domains whose rows have it. Labels not named here are those
         of every row; those of other domains' rows are not read.
+      domain_weights: pairs of a domain's id and the weight of its rows in the training loss, by
+        which domains are mixed; 1 for those not named.
       only_domains: ids of the domains whose rows are read, so that one recipe trains a model of one
         domain on the rows of all; empty for every row.
       group: column (int64 or string) by which evaluation reports groups of users, if any.
@@ -228,6 +231,7 @@ class Schema:
     task_id: str = ""
     domain: str = ""
     label_domains: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    domain_weights: tuple[tuple[int, float], ...] = ()
     only_domains: tuple[int, ...] = ()
     group: str = ""
 
@@ -274,8 +278,16 @@ class Schema:
             if not self.domain:
                 raise ValueError(f"label `{label}` has domains; `domain` should name a column.")
             object.__setattr__(self, "label_domains", {**self.label_domains, label: tuple(domains)})
-        if self.only_domains and not self.domain:
-            raise ValueError("`only_domains` needs `domain`, which names no column.")
+        for key in ("only_domains", "domain_weights"):
+            if getattr(self, key) and not self.domain:
+                raise ValueError(f"`{key}` needs `domain`, which names no column.")
+        pairs = tuple((int(domain), float(weight)) for domain, weight in self.domain_weights)
+        object.__setattr__(self, "domain_weights", pairs)
+        for domain, weight in pairs:
+            if not 0 <= weight < math.inf:
+                raise ValueError(
+                    f"`domain_weights`: that of domain {domain} should be >= 0. Received: {weight}"
+                )
         feature = self.domain_feature
         if owned and feature is None:
             raise ValueError(

@@ -177,8 +177,8 @@ def dataset(
     Returns:
       A dataset whose `features` are the tensors of `schema.input_names` (lists `[B, L]`) and whose
       `targets` are `labels` float32 `[B, K]` in the schema's order, `weight` float32 `[B]` (ones
-      if none is declared) and, where declared, `task_id`, `domain`, `timestamp` int64 `[B]` and
-      `group` `[B]`.
+      if none is declared, times the rows' `domain_weights`) and, where declared, `task_id`,
+      `domain`, `timestamp` int64 `[B]` and `group` `[B]`.
 
     Raises:
       DataError: no such files, or their columns do not fit the schema.
@@ -206,6 +206,8 @@ def batch(schema: Schema, block: Block) -> tuple[Block, Block]:
     """The features and targets of a block, as `dataset` gives them."""
     labels = np.stack([block[name] for name in schema.labels], axis=1)
     weight = block[schema.weight] if schema.weight else np.ones(len(labels), np.float32)
+    for domain, factor in schema.domain_weights:
+        weight = np.where(block[schema.domain] == domain, np.float32(factor) * weight, weight)
     features = {name: block[name] for name in schema.input_names}
     targets = {role: block[name] for role, name in _roles(schema).items()}
     return features, {"labels": labels, "weight": weight, **targets}

@@ -23,6 +23,8 @@ def test_config_round_trip_through_json():
         task_id="user",
         domain="tab",
         label_domains={"z": (4,)},
+        domain_weights=((4, 0.5), (1, 2)),
+        only_domains=(4, 1),
     )
     assert Schema.from_config(json.loads(json.dumps(made.to_config()))) == made
 
@@ -66,6 +68,8 @@ def test_domains_have_places_from_one_on():
         ),
         ([TAB], {"domain": "tab", "label_domains": {"x": (1,)}}, "should name labels"),
         ([TAB], {"label_domains": {"y": (1,)}}, "label `y` has domains"),
+        ([TAB], {"only_domains": (1,)}, "`only_domains` needs `domain`"),
+        ([TAB], {"domain": "tab", "domain_weights": ((1, -1),)}, "domain 1 should be >= 0"),
     ],
 )
 def test_domains_that_do_not_fit_are_refused(features, arguments, message):

@@ -169,6 +169,14 @@ def test_a_model_of_one_domain_reads_its_rows_alone(tmp_path: pathlib.Path) -> N
         read(none, tmp_path)
 
 
+def test_domains_are_mixed_by_their_weights(tmp_path: pathlib.Path) -> None:
+    write_parquet(tmp_path / "a.parquet", ROWS)
+    mixed = dataclasses.replace(SCHEMA, domain_weights=((4, 0.5), (9, 0)))
+    _, targets = next(iter(readers.dataset(mixed, tmp_path, batch_size=5)))
+    assert targets["weight"].numpy().tolist() == [1, 0.5, 1, 0, 0.5]
+    assert targets["weight"].dtype == tf.float32
+
+
 def test_metrics_leave_out_rows_without_the_label() -> None:
     labels = np.array([[1.0, 0], [0, np.nan], [1, 1], [0, np.nan]])
     scored = evaluate.Scored({"model": np.full((4, 2), 0.5)}, labels, {})
