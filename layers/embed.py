@@ -170,7 +170,7 @@ class Embed(tf_keras.layers.Layer):
         for number, feature in enumerate(self.schema.categorical):
             if feature.drop_rate:
                 values = ids[feature.name]
-                # Paths of one number are the tables' seeds, so drops take two. The count of calls is
+                # Paths of one number are the tables' seeds, so drops take two. Calls are counted by
                 # a weight, so that a resumed run drops what it would have dropped.
                 seed = tf.stack([tf.constant(derive_seed(self.seed, number, 1), tf.int64), call])
                 uniform = tf.random.stateless_uniform(tf.shape(values), seed, alg="philox")

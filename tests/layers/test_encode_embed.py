@@ -217,7 +217,7 @@ def test_a_vocabulary_may_hold_what_keras_takes_for_unknown(dtype, values):
 
 
 def test_dropped_values_train_the_row_of_unknown_ones():
-    """A share of the values in training, others at each call, the same after a restart; no others."""
+    """A share of the values in training, others at each call, the same after a restart."""
     schema = Schema(
         features=(
             Categorical(name="item", num_ids=9, dim=2, drop_rate=0.3),
