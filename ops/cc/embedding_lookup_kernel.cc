@@ -1,3 +1,5 @@
+#include <sys/resource.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -100,13 +102,20 @@ class StoreOpenOp : public tensorflow::OpKernel {
   bool verify_;
 };
 
-// Threads for lookups of all stores: a row may have to come from a disk first.
+// Threads for lookups of all stores while rows may have to come from a disk.
 tensorflow::thread::ThreadPool* Threads() {
   static auto* const threads = new tensorflow::thread::ThreadPool(
       tensorflow::Env::Default(), tensorflow::ThreadOptions(), "qianmo_lookup",
       std::max(8, 2 * tensorflow::port::MaxParallelism()),
       /*low_latency_hint=*/false);
   return threads;
+}
+
+// How often this thread has waited for a page to come from a disk.
+int64_t WaitsForDisk() {
+  struct rusage usage;
+  getrusage(RUSAGE_THREAD, &usage);
+  return usage.ru_majflt;
 }
 
 // Calls what is due; one thread for all lookups that have a time limit.
@@ -210,9 +219,11 @@ class Lookup : public std::enable_shared_from_this<Lookup> {
           });
     }
     // Cancelled or late by now, the context may be gone.
-    for (int64_t i = 0; i < threads_; ++i) {
+    const bool stay = version_->IsInMemory();
+    for (int64_t i = stay ? 1 : 0; i < threads_; ++i) {
       Threads()->Schedule([self = shared_from_this()] { self->Work(); });
     }
+    if (stay) Work();
   }
 
  private:
@@ -222,10 +233,12 @@ class Lookup : public std::enable_shared_from_this<Lookup> {
   };
 
   void Work() {
+    const int64_t waits = WaitsForDisk();
     for (size_t i; !ended_ && (i = next_++) < parts_.size();) {
       const absl::Status status = Read(parts_[i]);
       if (!status.ok()) Finish(status);
     }
+    version_->NoteReading(WaitsForDisk() != waits);
     if (--running_ == 0) Finish(absl::OkStatus());
   }
 

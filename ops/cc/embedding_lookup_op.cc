@@ -108,8 +108,9 @@ REGISTER_OP("Qianmo>EmbeddingLookup")
 Reads vectors of several tables from one embedding version of a store.
 
 An id may stand any number of times; each place gets the vector. The work runs
-on threads of the store, none of TensorFlow's waits for it, and it ends early
-when the step is cancelled or its time is up.
+on threads of its own as long as rows come from a disk, so that none of
+TensorFlow's waits for them. It ends early when the step is cancelled or its
+time is up.
 
 ids: of each table any shape, or [B, L] where it is pooled.
 lengths: how many ids of each row to pool, from the left, [B]; one for each of

@@ -25,6 +25,7 @@ constexpr uint64_t kMaxDim = 1 << 16;
 constexpr uint64_t kMaxRows = uint64_t{1} << 40;
 constexpr uint64_t kMaxTail = 1 << 16;
 constexpr uint64_t kChanged = ~uint32_t{0};  // number of that shard
+constexpr int64_t kCalmReadings = 1000;
 constexpr size_t kBlock = 64;  // ids whose rows are asked for together
 constexpr uint64_t kLine = 64;
 
@@ -659,6 +660,18 @@ bool EmbeddingVersion::OpenTable(EmbeddingTable* table, std::string* error) {
 const EmbeddingTable* EmbeddingVersion::table(const std::string& name) const {
   const auto found = tables_.find(name);
   return found == tables_.end() ? nullptr : &found->second;
+}
+
+void EmbeddingVersion::NoteReading(bool waited) const {
+  if (waited) {
+    readings_in_memory_.store(0, std::memory_order_relaxed);
+  } else {
+    readings_in_memory_.fetch_add(1, std::memory_order_relaxed);
+  }
+}
+
+bool EmbeddingVersion::IsInMemory() const {
+  return readings_in_memory_.load(std::memory_order_relaxed) >= kCalmReadings;
 }
 
 bool EmbeddingVersion::Verify(std::string* error) const {

@@ -36,6 +36,7 @@
 #ifndef QIANMO_OPS_CC_EMBEDDING_VERSION_H_
 #define QIANMO_OPS_CC_EMBEDDING_VERSION_H_
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -169,6 +170,11 @@ class EmbeddingVersion {
   // that names the file that differs.
   bool Verify(std::string* error) const;
 
+  // Takes note of a reading, and whether it waited for a disk.
+  void NoteReading(bool waited) const;
+  // Whether rows have been in memory for a while: no reading has waited lately.
+  bool IsInMemory() const;
+
  private:
   bool Parse(const std::string& manifest, std::string* error);
   bool OpenTable(EmbeddingTable* table, std::string* error);
@@ -179,6 +185,7 @@ class EmbeddingVersion {
   int64_t space_ = 0;
   std::string folder_;
   std::map<std::string, EmbeddingTable> tables_;
+  mutable std::atomic<int64_t> readings_in_memory_{0};  // since one waited
 };
 
 }  // namespace qianmo

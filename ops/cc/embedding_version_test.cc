@@ -231,6 +231,19 @@ void ReadsWhatWasWritten() {
                                   out) == 1);
 }
 
+void AWaitForTheDiskIsRemembered() {
+  const Folder folder;
+  folder.Write(Version());
+  std::string error;
+  const auto version = EmbeddingVersion::Open(folder.path(), &error);
+  for (const bool waited : {false, true}) {
+    version->NoteReading(waited);
+    CHECK(!version->IsInMemory());
+    for (int i = 0; i < 1000; ++i) version->NoteReading(false);
+    CHECK(version->IsInMemory());
+  }
+}
+
 void ChecksumIsThatOfZlib() {
   CHECK(Crc32("123456789", 9) == 0xcbf43926u);
   CHECK(Crc32("56789", 5, Crc32("1234", 4)) == 0xcbf43926u);
@@ -413,6 +426,7 @@ void Fuzz(int count, bool sealed) {
 void Run() {
   ChecksumIsThatOfZlib();
   ReadsWhatWasWritten();
+  AWaitForTheDiskIsRemembered();
   RefusalsNameTheFileAndTheFault();
   ManifestsThatLieAreRefused();
   Fuzz(1000, /*sealed=*/false);
