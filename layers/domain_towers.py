@@ -20,9 +20,9 @@ class DomainTowers(tf_keras.layers.Layer):
 
         z_i = tower_{d_i}(h_i)
 
-    with d the row's domain, 1 to P, or 0 for an unknown one, which has a tower too: `HideDomain`
-    lets it learn. The domain is the last column of h. Inner loops cannot adapt these towers, as a
-    task's rows may be of several domains.
+    with d the row's domain, 1 to P, or 0 for an unknown one, which has a tower too: the domain
+    feature's `drop_rate` gives it rows to learn from. The domain is the last column of h. Inner
+    loops cannot adapt these towers, as a task's rows may be of several domains.
 
     Args:
       num_labels: K.

@@ -2,12 +2,14 @@
 
 With `tasks="labels"` every row is of all tasks and each label has a tower. With `tasks="domains"`
 a row is of its own domain's task: that domain's gate and tower, which gives all labels. Towers of
-domains share nothing, so in training a share of the rows, `hide_rate`, is treated as if of an
-unknown domain: these teach the tower and the gate that serve unknown domains.
+domains share nothing, so in training a share of the rows, `hide_rate`, is read as of an unknown
+domain: these teach the tower and the gate that serve unknown domains. The domain feature's own
+`drop_rate`, if it has one, is that share instead.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -17,8 +19,7 @@ from qianmo.layers.bottom import Bottom
 from qianmo.layers.domain_column import DomainColumn
 from qianmo.layers.domain_towers import DomainTowers
 from qianmo.layers.extended import Extended
-from qianmo.layers.features import Schema
-from qianmo.layers.hide_domain import HideDomain
+from qianmo.layers.features import Categorical, Schema
 from qianmo.layers.label_towers import LabelTowers
 from qianmo.layers.mmoe import MMoE
 from qianmo.layers.ple import PLE
@@ -27,7 +28,7 @@ from qianmo.models.cross_domain import expert
 from qianmo.models.road import Road
 
 Tasks = Literal["labels", "domains"]
-TOWERS, HIDE, GATES, EXPERTS = range(4)  # paths of the parts' seeds
+TOWERS, GATES, EXPERTS = range(3)  # paths of the parts' seeds
 
 
 def _road(
@@ -47,8 +48,14 @@ def _road(
     if not by_domain:
         tower = LabelTowers(num_labels, tower_units, dropout, split, **of_tower)
         return Road(schema, bottom, tower, **ranker)
-    hide = HideDomain(hide_rate, seed=derive_seed(seed, HIDE), name="hide")
-    whole = Extended(bottom, [hide], [DomainColumn(name="domain")], name="bottom")
+    features = [
+        dataclasses.replace(f, drop_rate=f.drop_rate or hide_rate)
+        if isinstance(f, Categorical) and f.name == schema.domain
+        else f
+        for f in schema.features
+    ]
+    schema = schema.with_features(features)
+    whole = Extended(bottom, columns=[DomainColumn(name="domain")], name="bottom")
     towers = DomainTowers(num_labels, schema.num_domains, tower_units, dropout, **of_tower)
     return Road(schema, whole, towers, **ranker)
 
@@ -79,7 +86,7 @@ def shared_bottom(
       interactions: name -> arguments of the interactions beside it.
       tower_units: widths of each tower.
       dropout: of both.
-      hide_rate: share of the training rows without their domain.
+      hide_rate: by domain, share of the training rows that are read as of an unknown domain.
       **ranker: arguments of `Ranker`.
     """
     seed = pick_seed(None)
@@ -119,7 +126,7 @@ def mmoe(
       interactions: name -> arguments of the interactions in each expert beside its MLP.
       tower_units: widths of each tower.
       dropout: of experts and towers.
-      hide_rate: share of the training rows without their domain.
+      hide_rate: by domain, share of the training rows that are read as of an unknown domain.
       **ranker: arguments of `Ranker`.
     """
     seed = pick_seed(None)
@@ -164,7 +171,7 @@ def ple(
       expert_units: of each level, the widths of its experts' layers.
       tower_units: widths of each tower.
       dropout: of experts and towers.
-      hide_rate: share of the training rows without their domain.
+      hide_rate: by domain, share of the training rows that are read as of an unknown domain.
       **ranker: arguments of `Ranker`.
     """
     seed = pick_seed(None)

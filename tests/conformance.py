@@ -33,7 +33,6 @@ from qianmo.layers.features import Categorical, Dense, Schema
 from qianmo.layers.fm import FM
 from qianmo.layers.fwfm import FwFM
 from qianmo.layers.gated_tower import GatedTower
-from qianmo.layers.hide_domain import HideDomain
 from qianmo.layers.label_towers import LabelTowers
 from qianmo.layers.mlp import MLP
 from qianmo.layers.mmoe import MMoE
@@ -215,7 +214,6 @@ CASES: dict[str, Case] = {
     ),
     "Select": Case(make=lambda: Select(DOMAIN_SCHEMA, ["scene", "age"]), inputs=embedded),
     "DomainColumn": Case(make=DomainColumn, inputs=embedded, smooth=False),
-    "HideDomain": Case(make=lambda: HideDomain(0.5, seed=1), inputs=embedded, smooth=False),
     "DomainExperts": Case(
         make=lambda: DomainExperts([MLP((4,), seed=p) for p in range(3)]), inputs=with_domain(5)
     ),

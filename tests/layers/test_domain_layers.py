@@ -19,7 +19,6 @@ from qianmo.layers.expert_mixture import ExpertMixture
 from qianmo.layers.extended import Extended
 from qianmo.layers.features import Categorical, Dense, Schema
 from qianmo.layers.gated_tower import GatedTower
-from qianmo.layers.hide_domain import HideDomain
 from qianmo.layers.label_towers import LabelTowers
 from qianmo.layers.mlp import MLP
 from qianmo.layers.mmoe import MMoE
@@ -379,18 +378,6 @@ def test_auxiliary_network() -> None:
     np.testing.assert_allclose(layer(e), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_hide_domain_draws_a_share_anew_at_each_training_call() -> None:
-    layer = HideDomain(0.25, seed=1)
-    e = embedded(np.ones(4000, np.int64))
-    np.testing.assert_array_equal(layer(e).domain, 1)
-    one, two = (layer(e, training=True).domain.numpy() for _ in range(2))
-    for drawn in (one, two):
-        assert abs((drawn == 0).mean() - 0.25) < 0.03
-    assert (one != two).any()
-    again = HideDomain(0.25, seed=1)
-    np.testing.assert_array_equal(again(e, training=True).domain, one)
-
-
 def test_the_domain_crosses_the_seam_as_the_last_column() -> None:
     bottom = Extended(expert(1), columns=[DomainColumn()])
     h = bottom(embedded())
@@ -418,7 +405,6 @@ def test_the_domain_crosses_the_seam_as_the_last_column() -> None:
             "`gate` should have 2 experts",
         ),
         (lambda: PLE(2, []), "`levels` should be >= 1"),
-        (lambda: HideDomain(1.0), r"`rate` should be in \[0, 1\)"),
         (lambda: GatedTower(1, 2, ()), "`units` should hold a width"),
         (lambda: DomainTowers(1, 0), "`num_domains` should be >= 1"),
         (lambda: AuxiliaryNetwork(0), "`num_labels` should be >= 1"),
