@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import warnings
 from typing import Any
@@ -234,3 +235,24 @@ def test_a_model_that_does_not_read_the_domain_gets_no_input_for_it() -> None:
     model = zoo.build(plain, {"name": "mlp", "units": (4,)})
     model.build()
     assert "scene_id" not in saved_model.vector_specs(model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [MODELS["cross_domain"], {"name": "mmoe", "tasks": "labels", "expert_units": (6,)}],
+    ids=["star tower", "towers of labels"],
+)
+def test_towers_by_domain_and_by_label_can_be_meta_towers(config: dict[str, Any]) -> None:
+    schema = dataclasses.replace(SCHEMA, task_id="user")
+    tf_keras.utils.set_random_seed(3)
+    meta = {"inner": {"steps": 1}, "split": "random", "weight": 1.0}
+    model = zoo.build(schema, {**config, "embedding_stddev": 1.0, "meta": meta})
+    model.build()
+    model.compile(*(tf_keras.optimizers.SGD(0.1) for _ in range(3)))
+    batch = rows(*[7, 1, 4, 99] * 5)
+    labels = np.random.default_rng(0).integers(0, 2, (20, 2)).astype(np.float32)
+    labels[::4, 1] = np.nan  # scene 7 has no `like`
+    targets = {"labels": tf.constant(labels), "weight": tf.ones([20]), "task_id": batch["user"]}
+    found = {name: float(value) for name, value in model.train_step((batch, targets)).items()}
+    assert np.isfinite(found["loss"])
+    assert found["loss"] == pytest.approx(found["bce"] + found["meta"])
