@@ -48,6 +48,41 @@ class _Moments:
         return variance if variance > (1e-7 * self.mean) ** 2 else 1.0
 
 
+def without_empty_domains(schema: Schema, path: readers.PathLike) -> Schema:
+    """Takes domains that no training row has out of the domain feature's given vocabulary.
+
+    Parts of their own would have learned nothing; as unknown domains they get the shared parts.
+
+    Raises:
+      DataError: a feature belongs to such domains alone.
+    """
+    feature = schema.domain_feature
+    if feature is None or not feature.vocabulary:
+        return schema
+    alone = Schema(features=(feature,), labels=schema.labels, domain=schema.domain)
+    seen: set[int] = set()
+    for block in readers.blocks(alone, path, targets=False):
+        seen.update(np.unique(block[feature.name]).tolist())
+    empty = [domain for domain in feature.vocabulary if domain not in seen]
+    if not empty or not seen.intersection(feature.vocabulary):
+        return schema
+    print(f"No training row is of domains {empty}: they are scored as unknown ones.")
+    features: list[Feature] = []
+    for each in schema.features:
+        domains = tuple(domain for domain in each.domains if domain not in empty)
+        if each.domains and not domains:
+            raise readers.DataError(
+                f"{path}: feature `{each.name}` belongs to domains {each.domains}, of which there "
+                "is no row. Give such rows, or take the feature out of the schema."
+            )
+        each = dataclasses.replace(each, domains=domains)
+        if isinstance(each, Categorical) and each.table == feature.table:
+            kept = tuple(domain for domain in feature.vocabulary if domain not in empty)
+            each = dataclasses.replace(each, vocabulary=kept)
+        features.append(each)
+    return schema.with_features(features)
+
+
 def inherit(schema: Schema, start: Schema) -> Schema:
     """Takes what is not counted yet from another schema's features of the same names."""
     known = {feature.name: feature for feature in start.features}

@@ -205,6 +205,8 @@ class Run:
                     f"tables {differs} are not those of {recipe.train.start_from}: their weights "
                     "would land on other rows. Declare the same features, or start afresh."
                 )
+        else:
+            schema = statistics.without_empty_domains(schema, recipe.data.train)
         schema = statistics.complete(schema, recipe.data.train)
         return dataclasses.replace(recipe, schema=schema)
 

@@ -158,6 +158,20 @@ def test_statistics_of_what_a_domain_owns_are_those_of_its_rows(tmp_path: pathli
     assert (known["price"].mean, known["price"].variance) == (2.0, 1.0)
 
 
+def test_a_domain_without_training_rows_is_an_unknown_one(tmp_path: pathlib.Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [row for row in ROWS if row["scene"] != 1])
+    config = SCHEMA.to_config()
+    shared = [f for f in config["features"] if f["name"] != "price"]
+    schema = Schema.from_config({**config, "features": shared})
+    found = statistics.without_empty_domains(schema, tmp_path)
+    assert found.domain_feature.vocabulary == (4,)
+    assert found.num_domains == 1
+    with pytest.raises(readers.DataError, match=r"`price` belongs to domains \(1,\)"):
+        statistics.without_empty_domains(SCHEMA, tmp_path)
+    write_parquet(tmp_path / "b.parquet", ROWS)
+    assert statistics.without_empty_domains(SCHEMA, tmp_path) == SCHEMA
+
+
 def test_a_model_of_one_domain_reads_its_rows_alone(tmp_path: pathlib.Path) -> None:
     write_parquet(tmp_path / "a.parquet", ROWS)
     one = dataclasses.replace(SCHEMA, only_domains=(4, 9))
