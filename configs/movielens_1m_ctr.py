@@ -24,7 +24,8 @@ def get_config(model: str = "deepfm") -> ConfigDict:
     config.schema = movielens_1m.schema()
     config.data.train = "runs/movielens_1m/train.parquet"
     config.data.test = "runs/movielens_1m/test.parquet"
-    config.model = {"name": model, **MODELS[model], "embedding_l2": 0.0}
+    config.model = {"name": model, **MODELS[model], "embedding_l2": 3e-3}
+    config.data.shuffle_rows = 2**20  # all of them, which lie in the file by time
     config.train.batch_size = 2048
     config.train.epochs = 2
     return config
