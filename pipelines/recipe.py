@@ -126,16 +126,22 @@ class _Sections:
 def optimizer(config: Mapping[str, Any], where: str) -> Any:
     """Builds an optimiser from `name` and its arguments.
 
+    With `decay_steps` its learning rate falls to 0 along a cosine within so many steps.
+
     Raises:
       ValueError: an unknown name or argument.
     """
     arguments = dict(config)
     name = arguments.pop("name", None)
+    steps = arguments.pop("decay_steps", 0)
     if name not in OPTIMIZERS:
         raise ValueError(
             f"`{where}.name` should be one of {sorted(OPTIMIZERS)}. Received: {name!r}"
         )
     try:
+        if steps:
+            rate = arguments["learning_rate"]
+            arguments["learning_rate"] = tf_keras.optimizers.schedules.CosineDecay(rate, steps)
         return OPTIMIZERS[name](**arguments)
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"`{where}`: {error}") from error

@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 
 from qianmo.pipelines import readers, run_dir
-from qianmo.pipelines.recipe import Recipe
+from qianmo.pipelines.recipe import Recipe, optimizer
 from qianmo.pipelines.train import NotFiniteError, Run, train
 
 SCHEMA = {
@@ -220,6 +220,16 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_columns(data, tmp
 def test_refusals(data, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         train(Recipe.from_config(config(data, **changes)), tmp_path / "model")
+
+
+def test_a_learning_rate_decays():
+    made = optimizer({"name": "sgd", "learning_rate": 0.5, "decay_steps": 2}, "train.optimizer")
+    weight = tf.Variable(1.0)
+    weights = []
+    for _ in range(4):
+        made.apply_gradients([(tf.constant(1.0), weight)])
+        weights.append(weight.numpy())
+    np.testing.assert_allclose(weights, [0.5, 0.25, 0.25, 0.25], atol=1e-6)
 
 
 def test_a_mistake_leaves_nothing_that_stands_in_the_way(data, tmp_path):
