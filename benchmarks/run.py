@@ -31,6 +31,7 @@ NAMES = {
     "domains_kuairand": "KuaiRand's tabs in one model, by many designs",
     "embedding_lookup": "rows/s of the op against tf.gather, memory, time to open",
     "kuairand": "KuaiRand clicks",
+    "meta_coldstart": "new users and new films, MeLU's four states",
     "meta_ctr": "towers that adapt to each user, on clicks and likes",
     "serving": "the embedded server against a direct session.run",
     "support_store": "rows of a million tasks: rates, memory, eviction, threads, kills",

@@ -1,0 +1,59 @@
+"""MovieLens-1M's new users and new films: a tower that adapts to what a user rated.
+
+Rows as `qianmo-prepare --dataset=movielens_1m --split=melu` makes them. The labels ask whether a
+rating is at least 2, 3, 4 and 5, so that 1 + the sum of the probabilities is the mean rating, and
+1 + the number of those above 1/2 the median.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from qianmo.configs import movielens_1m_melu
+from qianmo.configs.base import base_config
+
+METHODS = ("meta", "plain")
+STEPS = 3
+SUPPORT_SIZES = (1, 2, 3, 5, 8, 12, 20, 30, 50, 80)
+
+
+def get_config(method: str = "meta") -> ConfigDict:
+    """The recipe; "plain" trains without episodes and adapts in serving alone."""
+    if method not in METHODS:
+        raise ValueError(f"The variant should be one of {METHODS}. Received: {method!r}")
+    config = base_config()
+    schema = movielens_1m_melu.schema(dim=8, ids=("movie_id",))
+    # A zip code names a user or two, and a rare director or actor a film or two, whose ratings
+    # would be learned by heart. Films without their ids teach row 0 what to expect of a new film.
+    more = {
+        "director": {"min_count": 100},
+        "actor": {"min_count": 100},
+        "movie_id": {"drop_rate": 0.4},
+    }
+    schema["features"] = [
+        {**f, **more.get(f["name"], {})} for f in schema["features"] if f["name"] != "zip_code"
+    ]
+    config.schema = {**schema, "labels": ("at_least_2", "at_least_3", "at_least_4", "at_least_5")}
+    meta = {
+        "inner": {"steps": STEPS, "step_size": 0.1, "shrinkage": 3.0, "max_support": 100},
+        "split": "random",
+        "support_sizes": SUPPORT_SIZES,
+        "weight": 1.0 if method == "meta" else 0.0,
+    }
+    if method == "meta":
+        meta["inner"]["rates"] = "rank_one"
+    config.model = {
+        "name": "mlp",
+        "units": (64,),
+        "dropout": 0.5,
+        "seam_dim": 64,
+        "tower_units": (64,),
+        "embedding_l2": 0.3,
+        "meta": meta,
+    }
+    for part in ("train", "test"):
+        config.data[part] = f"runs/movielens_1m_melu/{part}.parquet"
+    config.data.chunk_rows, config.data.chunk_tasks = 100, 64
+    config.train.epochs = 6
+    config.train.optimizer = {"name": "adam", "learning_rate": 2e-3, "decay_steps": 252}
+    return config
