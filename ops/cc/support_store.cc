@@ -26,7 +26,7 @@ constexpr int64_t kFlushMillis = 500, kKeepMillis = 1000;
 constexpr int64_t kMaxUnflushed = int64_t{64} << 20;  // bytes in journals
 constexpr uint64_t kMinLog = uint64_t{64} << 20;      // before a compaction
 constexpr int64_t kRetryMicros = 60'000'000;          // a failed compaction
-constexpr size_t kCopiedAtOnce = 16;                  // tasks
+constexpr int kEvictedAtOnce = 128;                   // tasks between rests
 constexpr size_t kWrittenAtOnce = size_t{1} << 20;    // bytes of a snapshot
 constexpr size_t kSyncedAtOnce = size_t{64} << 20;
 // Tasks that a writer evicts for each row; one is enough but for a capacity in
@@ -53,6 +53,10 @@ bool SyncFolder(const std::string& path) {
   close(fd);
   return synced;
 }
+
+// A thread that rests has its next turn soon and whole. One that works on is
+// interrupted in the end, and if it then holds a lock, all wait for it.
+void Rest() { std::this_thread::sleep_for(std::chrono::milliseconds(1)); }
 
 SupportOptions WithClock(SupportOptions options) {
   if (!options.clock) options.clock = SystemMicros;
@@ -329,13 +333,24 @@ SupportStats SupportStore::Stats() {
 }
 
 void SupportStore::Evict() {
-  while (table_.EvictOldest()) {
+  int evicted = 0;
+  const auto go_on = [&](int more) {
+    evicted += more;
+    if (evicted >= kEvictedAtOnce) {
+      evicted = 0;
+      Rest();
+    }
+    return !stopping_;
+  };
+  while (table_.EvictOldest() && go_on(1)) {
   }
   // In turns, so that nobody waits long for one shard.
   for (bool more = true; more;) {
     more = false;
     for (size_t shard = 0; shard < SupportTable::kShards; ++shard) {
-      more |= table_.ExpireSome(shard);
+      const int found = table_.ExpireSome(shard);
+      if (!go_on(found)) return;
+      more |= found == SupportTable::kTasksAtOnce;
     }
   }
 }
@@ -406,15 +421,17 @@ bool SupportStore::WriteSnapshot(const std::string& path, uint64_t* bytes,
   bool good = true;
   uint64_t synced = 0;
   std::vector<char> records;
+  constexpr size_t kTasks = SupportTable::kTasksAtOnce;
   for (size_t shard = 0; good && shard < SupportTable::kShards; ++shard) {
     const std::vector<int64_t> tasks = table_.Tasks(shard);
-    for (size_t i = 0; good && i < tasks.size(); i += kCopiedAtOnce) {
+    for (size_t i = 0; good && i < tasks.size(); i += kTasks) {
       if (stopping_) return false;  // logs alone will do
-      const size_t n = std::min(kCopiedAtOnce, tasks.size() - i);
+      const size_t n = std::min(kTasks, tasks.size() - i);
       table_.Copy(shard, tasks.data() + i, n, &records);
       if (records.size() < kWrittenAtOnce) continue;
       good = file->Append(records);
       records.clear();
+      Rest();
       if (good && file->bytes() - synced > kSyncedAtOnce) {
         good = file->Sync();
         synced = file->bytes();

@@ -7,8 +7,6 @@
 namespace qianmo {
 namespace {
 
-// Tasks that are worked on under one hold of a lock.
-constexpr int kTasksAtOnce = 16;
 // A block: the address of the task that owns it, then its rows.
 constexpr size_t kOwnerBytes = sizeof(void*);
 
@@ -89,7 +87,9 @@ int32_t SupportTable::Put(int64_t task, char* row) {
 
 void SupportTable::Load(int64_t task, const char* row) {
   std::vector<char> copy(row, row + row_bytes_);  // aligned
-  const int64_t written = HeadOf(copy.data())->written;
+  // A clock that was ahead must not keep rows for longer.
+  int64_t& written = HeadOf(copy.data())->written;
+  written = std::min(written, clock_());
   if (written <= ExpiredUntil()) return;
   int64_t last = last_written_;
   while (last < written &&
@@ -243,17 +243,17 @@ bool SupportTable::EvictOldest() {
   return true;
 }
 
-bool SupportTable::ExpireSome(size_t number) {
+int SupportTable::ExpireSome(size_t number) {
   Shard& shard = shards_[number];
   const int64_t until = ExpiredUntil();
-  if (shard.oldest > until) return false;
+  if (shard.oldest > until) return 0;
   Garbage garbage;
   std::lock_guard<std::mutex> lock(shard.mutex);
-  for (int i = 0; i < kTasksAtOnce; ++i) {
-    if (shard.oldest > until) return false;
+  int evicted = 0;
+  for (; evicted < kTasksAtOnce && shard.oldest <= until; ++evicted) {
     EvictOldestOf(&shard, &garbage);
   }
-  return true;
+  return evicted;
 }
 
 int32_t SupportTable::Get(int64_t id, int64_t version, int32_t max_rows,

@@ -55,6 +55,7 @@ struct SupportCounters {
 class SupportTable {
  public:
   static constexpr size_t kShards = 128;
+  static constexpr int kTasksAtOnce = 16;
 
   // `clock` tells the microseconds since 1970.
   SupportTable(const SupportShape& shape, std::function<int64_t()> clock);
@@ -80,9 +81,9 @@ class SupportTable {
   // Evicts the task that was not written for longest, if the table is over its
   // capacity. Returns whether it was.
   bool EvictOldest();
-  // Evicts a few tasks whose rows are all past their time. Returns whether
-  // there may be more in the shard.
-  bool ExpireSome(size_t shard);
+  // Evicts some tasks of a shard whose rows are all past their time, at most
+  // kTasksAtOnce. Returns their number.
+  int ExpireSome(size_t shard);
 
   void StartJournal() { journaling_ = true; }
   int64_t journal_bytes() const { return journal_bytes_; }
