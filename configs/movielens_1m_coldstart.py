@@ -7,6 +7,8 @@ rating is at least 2, 3, 4 and 5, so that 1 + the sum of the probabilities is th
 
 from __future__ import annotations
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from qianmo.configs import movielens_1m_melu
@@ -25,7 +27,7 @@ def get_config(method: str = "meta") -> ConfigDict:
     schema = movielens_1m_melu.schema(dim=8, ids=("movie_id",))
     # A zip code names a user or two, and a rare director or actor a film or two, whose ratings
     # would be learned by heart. Films without their ids teach row 0 what to expect of a new film.
-    more = {
+    more: dict[str, dict[str, Any]] = {
         "director": {"min_count": 100},
         "actor": {"min_count": 100},
         "movie_id": {"drop_rate": 0.4},
@@ -34,7 +36,7 @@ def get_config(method: str = "meta") -> ConfigDict:
         {**f, **more.get(f["name"], {})} for f in schema["features"] if f["name"] != "zip_code"
     ]
     config.schema = {**schema, "labels": ("at_least_2", "at_least_3", "at_least_4", "at_least_5")}
-    meta = {
+    meta: dict[str, Any] = {
         "inner": {"steps": STEPS, "step_size": 0.1, "shrinkage": 3.0, "max_support": 100},
         "split": "random",
         "support_sizes": SUPPORT_SIZES,

@@ -36,7 +36,8 @@ def arguments(name: str) -> list[str]:
     """Names of the arguments that a recipe may give to a model."""
     function, passed_on = MODELS[name]
     signatures = [
-        inspect.signature(b.__init__ if isinstance(b, type) else b) for b in (function, *passed_on)
+        inspect.signature(vars(b)["__init__"] if isinstance(b, type) else b)
+        for b in (function, *passed_on)
     ]
     return sorted(
         parameter.name
