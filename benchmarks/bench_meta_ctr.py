@@ -23,7 +23,7 @@ from qianmo.pipelines import adapted, evaluate
 from qianmo.pipelines.recipe import Recipe
 from qianmo.pipelines.train import Run
 
-SEEDS = (1, 2, 3)
+SEEDS = (1,)  # three make a claim; one tells whether it is worth making
 SIZES = (1, 2, 5, 10, 20)
 PARTIAL = common.CACHE / "meta_ctr.partial.json"
 PROTOCOLS = {

@@ -76,9 +76,13 @@ def trained(config: ConfigDict, folder: pathlib.Path | None = None) -> dict[str,
 
 
 def times(
-    calls: Mapping[Any, Callable[[], Any]], repeats: int, *, span: float = 0.05
+    calls: Mapping[Any, Callable[[], Any]],
+    repeats: int,
+    *,
+    span: float = 0.05,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Any, Any]:
-    """Seconds of each call, one array a name.
+    """Seconds of each call by a clock, one array a name.
 
     The calls take turns, for about `span` seconds each, so that a busy machine hits them alike.
     """
@@ -93,9 +97,9 @@ def times(
     for _ in range(repeats):
         for name, call in calls.items():
             for _ in range(counts[name]):
-                start = time.perf_counter()
+                start = clock()
                 call()
-                found[name].append(time.perf_counter() - start)
+                found[name].append(clock() - start)
     return {name: np.asarray(values) for name, values in found.items()}
 
 
@@ -105,8 +109,10 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
 
 
 def shown(values: Sequence[float], digits: int = 4) -> str:
-    """`mean +- sd` as text."""
+    """`mean +- sd` as text; one value stands alone."""
     mean, sd = mean_and_sd(values)
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ± {sd:.{digits}f}"
 
 
