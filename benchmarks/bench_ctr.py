@@ -1,4 +1,8 @@
-"""CTR models beside DeepCTR's on MovieLens-1M: AUC, speed, and what a larger vocabulary costs."""
+"""CTR models beside DeepCTR's on MovieLens-1M: AUC, speed, and what a larger vocabulary costs.
+
+Finished seeds are kept in runs/benchmarks/ctr.partial.json, from which a benchmark that was killed
+goes on; remove it after a change that the numbers should show.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +23,11 @@ from qianmo.configs import movielens_1m_ctr
 from qianmo.layers import metrics
 from qianmo.layers.features import Schema
 from qianmo.layers.mlp import MLP
-from qianmo.pipelines import readers
+from qianmo.pipelines import readers, run_dir
 from qianmo.pipelines.recipe import Recipe
 from qianmo.pipelines.train import Run
 
+PARTIAL = common.CACHE / "ctr.partial.json"
 MODELS = {"deepfm": "DeepFM", "dcn": "DCN", "xdeepfm": "xDeepFM"}
 SPEED_TARGET = {"deepfm": 2.0, "dcn": 2.0, "xdeepfm": 1.5}
 # DeepCTR's DCN has a vector for each cross layer unless told; our recipe has matrices.
@@ -250,22 +255,40 @@ def compared(
     }
 
 
+def all_units(
+    encoded: pathlib.Path, schema: dict[str, Any], names: list[str], seeds: list[int], *, keep: bool
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Results of the libraries, which take turns: `model seed` -> library -> result."""
+    data = deepctr_inputs(encoded, schema)
+    done: dict[str, Any] = run_dir.read_json(PARTIAL, {}) if keep else {}
+    for name in names:
+        for seed in seeds:
+            key = f"{name} {seed}"
+            if key in done:
+                continue
+            done[key] = {"qianmo": ours(name, seed, encoded, schema)}
+            for library, options in PEERS[name].items():
+                done[key][library] = peer(name, seed, data, options)
+            print(key, done[key], flush=True)
+            if keep:
+                run_dir.write_json(PARTIAL, done)
+    return done
+
+
 def run(*, quick: bool) -> dict[str, Any]:
     """All models, both libraries, seed by seed in turn."""
     folder = common.movielens_1m("time")
     encoded, schema = label_encoded(folder)
-    data = deepctr_inputs(encoded, schema)
     seeds = [1] if quick else [1, 2, 3]
     names = ["deepfm"] if quick else list(MODELS)
+    done = all_units(encoded, schema, names, seeds, keep=not quick)
     rows: list[dict[str, Any]] = []
     targets: dict[str, Any] = {}
     for name in names:
-        found: dict[str, list[dict[str, float]]] = {"qianmo": [], **{p: [] for p in PEERS[name]}}
-        for seed in seeds:
-            found["qianmo"].append(ours(name, seed, encoded, schema))
-            for library, options in PEERS[name].items():
-                found[library].append(peer(name, seed, data, options))
-            print(name, seed, {k: v[-1] for k, v in found.items()}, flush=True)
+        found = {
+            library: [done[f"{name} {seed}"][library] for seed in seeds]
+            for library in ("qianmo", *PEERS[name])
+        }
         for library, results in found.items():
             rows.append(
                 {
