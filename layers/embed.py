@@ -50,6 +50,16 @@ class Embedded(NamedTuple):
         return tf.concat([*parts, tf.cast(self.dense, self.linear.dtype)], 1)
 
 
+def fields_of(schema: Schema, dim: int) -> list[Categorical]:
+    """The features with that embedding dim, in the order of `Embedded.fields`.
+
+    Shared ones first, and of the shared as of each domain's own the lists last.
+    """
+    # So that the others' vectors come out of one gather and are copied once.
+    features = [f for f in schema.categorical if f.dim == dim]
+    return sorted(features, key=lambda f: (f.domains, f.is_list))
+
+
 def pool(vectors: tf.Tensor, length: tf.Tensor, how: Pooling) -> tf.Tensor:
     """Pools lists of vectors over their valid places; an empty list gives zeros.
 
@@ -120,13 +130,8 @@ class Embed(tf_keras.layers.Layer):
         self._first_row: dict[str, int] = {}
 
     def features_of(self, dim: int) -> list[Categorical]:
-        """The features with that embedding dim, in the order of `Embedded.fields`.
-
-        Shared ones first, and of the shared as of each domain's own the lists last.
-        """
-        # So that the others' vectors come out of one gather and are copied once.
-        features = [f for f in self.schema.categorical if f.dim == dim]
-        return sorted(features, key=lambda f: (f.domains, f.is_list))
+        """The features with that embedding dim, in the order of `Embedded.fields`."""
+        return fields_of(self.schema, dim)
 
     def build(self, input_shape: Any) -> None:
         """Makes one variable for each dim."""

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
-from qianmo.layers.embed import Embedded
+from qianmo.layers.embed import Embedded, fields_of
 from qianmo.layers.features import Schema
 
 
@@ -40,14 +40,7 @@ class Select(tf_keras.layers.Layer):
                 f"`features` should name some of the schema's. Received: {list(features)}"
             )
         dims = sorted({f.dim for f in self.schema.categorical})
-        # As `Embed.features_of` orders them.
-        ordered = [
-            sorted(
-                (f for f in self.schema.categorical if f.dim == dim),
-                key=lambda f: (f.domains, f.is_list),
-            )
-            for dim in dims
-        ]
+        ordered = [fields_of(self.schema, dim) for dim in dims]
         self._fields = [self._kept(f.name for f in group) for group in ordered]
         self._linear = self._kept(f.name for group in ordered for f in group)
         self._dense = self._kept(f.name for f in self.schema.dense)

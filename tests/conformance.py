@@ -271,8 +271,7 @@ CASES: dict[str, Case] = {
         float32_outputs=(0,),
     ),
     "Bottom with a seam": Case(
-        make=lambda: Bottom(networks=[MLP((4,), seed=1)], seam_dim=3, seed=2),
-        inputs=lambda: Embedded((floats(3, 2)(),), floats(3, 1)(), floats(2)()),
+        make=lambda: Bottom(networks=[MLP((4,), seed=1)], seam_dim=3, seed=2), inputs=embedded
     ),
     # Its logits are float32 under every policy: too coarse for finite differences.
     "Tower": Case(
@@ -297,10 +296,7 @@ CASES: dict[str, Case] = {
     ),
     **{
         f"model {name} of {tasks}": model_of_domains(name=name, tasks=tasks, tower_units=(3,))
-        for name in ("shared_bottom", "mmoe", "ple")
-        for tasks in ("labels", "domains")
+        for name, tasks in (("shared_bottom", "domains"), ("mmoe", "labels"), ("ple", "domains"))
     },
     "model ppnet": model_of_domains(name="ppnet", units=(4, 3), epnet=True),
-    "model poso": model_of_domains(name="poso", units=(4, 3)),
-    "model epnet": model_of_domains(name="epnet", units=(4, 3)),
 }

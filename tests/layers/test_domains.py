@@ -8,6 +8,7 @@ from qianmo.layers.by_domain import by_domain
 from qianmo.layers.embed import Embed
 from qianmo.layers.encode import BAD_DENSE, Encode
 from qianmo.layers.features import Categorical, Dense, Schema
+from qianmo.layers.select import Select
 
 SCHEMA = Schema(
     features=(
@@ -108,3 +109,20 @@ def test_rows_are_computed_by_their_own_domain(batch):
     known = (domain > 0)[:, None]
     np.testing.assert_allclose(y, known * np.einsum("bi,bij->bj", x, kernels[domain]))
     assert counts == [(domain == p).sum() for p in (1, 2, 3)]
+
+
+def test_select_keeps_the_features_named_in_the_order_of_the_row():
+    embed = Embed(SCHEMA, linear_dim=1, seed=1)
+    embedded = embed(Encode(SCHEMA)(rows()))
+    names = [f.name for f in embed.features_of(3)]
+    kept = Select(SCHEMA, ["search", "seen", "age", "tab"])(embedded)
+    places = [place for place, name in enumerate(names) if name in ("search", "seen", "tab")]
+    np.testing.assert_array_equal(kept.fields[0], embedded.fields[0].numpy()[:, places])
+    np.testing.assert_array_equal(kept.linear, embedded.linear.numpy()[:, places])
+    np.testing.assert_array_equal(kept.dense, embedded.dense[:, 1:])
+    np.testing.assert_array_equal(kept.domain, embedded.domain)
+    only = Select(SCHEMA, ["age"])(embedded)
+    assert only.fields == ()
+    np.testing.assert_array_equal(only.flat, embedded.dense[:, 1:])
+    with pytest.raises(ValueError, match=r"should name some of the schema's. Received: \['x'\]"):
+        Select(SCHEMA, ["x"])

@@ -256,3 +256,29 @@ def test_towers_by_domain_and_by_label_can_be_meta_towers(config: dict[str, Any]
     found = {name: float(value) for name, value in model.train_step((batch, targets)).items()}
     assert np.isfinite(found["loss"])
     assert found["loss"] == pytest.approx(found["bce"] + found["meta"])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"name": "poso", "units": (4,), "gate_features": ("age",)},
+        {"name": "epnet", "units": (4,)},
+        {"name": "shared_bottom", "units": (4,), "tower_units": (3,)},
+        {"name": "ple", "expert_units": ((4,),)},
+    ],
+    ids=lambda config: config["name"],
+)
+def test_a_row_has_its_own_score_in_any_batch(config: dict[str, Any]) -> None:
+    tf_keras.utils.set_random_seed(3)
+    model = zoo.build(SCHEMA, {**config, "embedding_stddev": 1.0})
+    batch = rows(7, 1, 4, 99)
+    whole = model(batch)["model"].numpy()
+    assert len(np.unique(whole)) == 8
+    for place in range(4):
+        alone = model({name: values[place : place + 1] for name, values in batch.items()})
+        np.testing.assert_allclose(alone["model"][0], whole[place], rtol=1e-4, atol=1e-6)
+
+
+def test_unknown_tasks_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"`tasks` should be one of .*Received: 'scenes'"):
+        zoo.build(SCHEMA, {"name": "mmoe", "tasks": "scenes"})
