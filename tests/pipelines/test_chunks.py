@@ -171,6 +171,7 @@ def config(data: pathlib.Path, **changes: Any) -> dict[str, Any]:
             "train": str(data),
             "valid": "",
             "test": "",
+            "test_support": "",
             "shuffle_rows": 500,
             "chunk_rows": 7,
             "chunk_tasks": 5,
