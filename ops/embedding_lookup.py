@@ -22,6 +22,9 @@ class Read(NamedTuple):
       ids: int64, of any shape; [B, L] to be pooled.
       lengths: how many ids of each row to pool, from the left, int64 [B].
       pooling: how a row of ids becomes one vector, as `qianmo.layers.embed.pool` does it.
+      weights: of the ids that are pooled by "mean", "sum" or "sqrtn", float [B, L]: their sum is
+        then of weight * vector, over the sum of weights, nothing, or the root of the sum of their
+        squares. Where that is 0 the vector is zeros.
     """
 
     table: str
@@ -29,6 +32,7 @@ class Read(NamedTuple):
     ids: tf.Tensor
     lengths: tf.Tensor | None = None
     pooling: Literal["none", "mean", "sum", "sqrtn", "max"] = "none"
+    weights: tf.Tensor | None = None
 
 
 class EmbeddingStore(tf.saved_model.experimental.TrackableResource):
@@ -116,9 +120,11 @@ class EmbeddingStore(tf.saved_model.experimental.TrackableResource):
             self.resource_handle,
             [tf.cast(r.ids, tf.int64) for r in reads],
             [tf.cast(r.lengths, tf.int64) for r in reads if r.lengths is not None],
+            [tf.cast(r.weights, tf.float32) for r in reads if r.weights is not None],
             tables=[r.table for r in reads],
             dims=[r.dim for r in reads],
             pooling=[r.pooling for r in reads],
+            weighted=[r.weights is not None for r in reads],
             missing=missing,
             timeout_ms=timeout_ms,
         )

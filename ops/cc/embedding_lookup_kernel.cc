@@ -15,6 +15,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "ops/cc/embedding_lookup.h"
 #include "ops/cc/embedding_store.h"
 #include "ops/cc/embedding_version.h"
 #include "tensorflow/core/framework/op_kernel.h"
@@ -162,8 +163,9 @@ struct Piece {
   const EmbeddingTable* table;
   Tensor ids;
   Tensor lengths;
+  Tensor weights;
   Tensor vectors;
-  bool pooled;
+  bool pooled, weighted;
   Pooling how;
   int64_t rows;               // vectors to write
   int64_t width;              // ids of each
@@ -250,12 +252,17 @@ class Lookup : public std::enable_shared_from_this<Lookup> {
         piece.vectors.flat<float>().data() + part.begin * piece.table->dim();
     const float* const absent =
         piece.absent.empty() ? nullptr : piece.absent.data();
+    const float* const weights =
+        piece.weighted
+            ? piece.weights.flat<float>().data() + part.begin * piece.width
+            : nullptr;
     const auto n = static_cast<size_t>(part.end - part.begin);
     const size_t done =
         piece.pooled
             ? piece.table->Pool(
-                  ids, piece.lengths.flat<int64_t>().data() + part.begin, n,
-                  static_cast<size_t>(piece.width), piece.how, absent, out)
+                  ids, piece.lengths.flat<int64_t>().data() + part.begin,
+                  weights, n, static_cast<size_t>(piece.width), piece.how,
+                  absent, out)
             : piece.table->Gather(ids, n, absent, out);
     if (done == n) return absl::OkStatus();
     const int64_t row = part.begin + static_cast<int64_t>(done);
@@ -302,9 +309,14 @@ class Lookup : public std::enable_shared_from_this<Lookup> {
 class EmbeddingLookupOp : public AsyncOpKernel {
  public:
   explicit EmbeddingLookupOp(OpKernelConstruction* ctx) : AsyncOpKernel(ctx) {
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("tables", &tables_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("dims", &dims_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("pooling", &pooling_));
+    int64_t n, m, w;
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("N", &n));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("M", &m));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("W", &w));
+    OP_REQUIRES_OK(ctx, attrs_.Get(ctx));
+    OP_REQUIRES_OK(ctx,
+                   attrs_.Check(static_cast<size_t>(n), static_cast<size_t>(m),
+                                static_cast<size_t>(w)));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("missing", &missing_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("timeout_ms", &timeout_ms_));
   }
@@ -333,26 +345,28 @@ class EmbeddingLookupOp : public AsyncOpKernel {
     *version = store->Snapshot(&error);
     if (*version == nullptr) return absl::FailedPreconditionError(error);
 
-    OpInputList ids, lengths;
+    OpInputList ids, lengths, weights;
     OpOutputList vectors;
     TF_RETURN_IF_ERROR(ctx->input_list("ids", &ids));
     TF_RETURN_IF_ERROR(ctx->input_list("lengths", &lengths));
+    TF_RETURN_IF_ERROR(ctx->input_list("weights", &weights));
     TF_RETURN_IF_ERROR(ctx->output_list("vectors", &vectors));
-    int length = 0;
+    int length = 0, weight = 0;
     for (int i = 0; i < ids.size(); ++i) {
       Piece piece;
-      piece.table = (*version)->table(tables_[i]);
+      piece.table = (*version)->table(attrs_.tables[i]);
       if (piece.table == nullptr ||
-          piece.table->dim() != static_cast<uint32_t>(dims_[i])) {
+          piece.table->dim() != static_cast<uint32_t>(attrs_.dims[i])) {
         return absl::FailedPreconditionError(absl::StrCat(
-            (*version)->folder(), " should have a table `", tables_[i],
-            "` of dim ", dims_[i], ". It has ",
+            (*version)->folder(), " should have a table `", attrs_.tables[i],
+            "` of dim ", attrs_.dims[i], ". It has ",
             piece.table == nullptr
                 ? "none of that name"
                 : absl::StrCat("one of dim ", piece.table->dim())));
       }
       piece.ids = ids[i];
-      piece.pooled = pooling_[i] != "none";
+      piece.pooled = attrs_.pooling[i] != "none";
+      piece.weighted = attrs_.weighted[i];
       TensorShape shape = ids[i].shape();
       piece.rows = shape.num_elements();
       piece.width = 1;
@@ -365,15 +379,24 @@ class EmbeddingLookupOp : public AsyncOpKernel {
               "Received: ", shape.DebugString(), " and ",
               piece.lengths.shape().DebugString()));
         }
-        piece.how = pooling_[i] == "mean"    ? Pooling::kMean
-                    : pooling_[i] == "sum"   ? Pooling::kSum
-                    : pooling_[i] == "sqrtn" ? Pooling::kSqrtn
-                                             : Pooling::kMax;
+        if (piece.weighted) {
+          piece.weights = weights[weight++];
+          if (piece.weights.shape() != shape) {
+            return absl::InvalidArgumentError(absl::StrCat(
+                "`weights` should have the shape of their `ids`, ",
+                shape.DebugString(),
+                ". Received: ", piece.weights.shape().DebugString()));
+          }
+        }
+        piece.how = attrs_.pooling[i] == "mean"    ? Pooling::kMean
+                    : attrs_.pooling[i] == "sum"   ? Pooling::kSum
+                    : attrs_.pooling[i] == "sqrtn" ? Pooling::kSqrtn
+                                                   : Pooling::kMax;
         piece.rows = shape.dim_size(0);
         piece.width = shape.dim_size(1);
         shape.RemoveDim(1);
       }
-      TF_RETURN_IF_ERROR(shape.AddDimWithStatus(dims_[i]));
+      TF_RETURN_IF_ERROR(shape.AddDimWithStatus(attrs_.dims[i]));
       Tensor* out;
       TF_RETURN_IF_ERROR(vectors.allocate(i, shape, &out));
       piece.vectors = *out;
@@ -384,8 +407,7 @@ class EmbeddingLookupOp : public AsyncOpKernel {
     return absl::OkStatus();
   }
 
-  std::vector<std::string> tables_, pooling_;
-  std::vector<int32_t> dims_;
+  LookupAttrs attrs_;
   std::string missing_;
   int64_t timeout_ms_;
 };

@@ -1,9 +1,41 @@
 #include "absl/strings/str_cat.h"
+#include "ops/cc/embedding_lookup.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
 
 namespace qianmo {
+
+absl::Status LookupAttrs::Check(size_t ids, size_t lengths,
+                                size_t weights) const {
+  size_t pooled = 0, with_weights = 0;
+  for (const std::string& how : pooling) pooled += how != "none";
+  for (const bool is_weighted : weighted) with_weights += is_weighted;
+  if (tables.size() != ids || dims.size() != ids || pooling.size() != ids ||
+      weighted.size() != ids || pooled != lengths || with_weights != weights) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "`tables`, `dims`, `pooling` and `weighted` should have one item for ",
+        "each of `ids`, `lengths` one for each that is pooled, and `weights` ",
+        "one for each that is weighted. Received: ", ids, " ids, ",
+        tables.size(), " tables, ", dims.size(), " dims, ", pooling.size(),
+        " pooling, ", pooled, " of it not none, ", lengths, " lengths, ",
+        weighted.size(), " weighted, ", with_weights, " of it true, ", weights,
+        " weights"));
+  }
+  for (size_t i = 0; i < ids; ++i) {
+    if (dims[i] < 1) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("`dims` should be >= 1. Received: ", dims[i]));
+    }
+    if (weighted[i] && (pooling[i] == "none" || pooling[i] == "max")) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "Weights should stand where `pooling` is mean, sum or sqrtn. ",
+          "Received: ", pooling[i]));
+    }
+  }
+  return absl::OkStatus();
+}
+
 namespace {
 
 using ::tensorflow::shape_inference::DimensionHandle;
@@ -11,44 +43,31 @@ using ::tensorflow::shape_inference::InferenceContext;
 using ::tensorflow::shape_inference::ShapeHandle;
 
 absl::Status EmbeddingLookupShape(InferenceContext* c) {
-  std::vector<ShapeHandle> ids, lengths;
-  std::vector<std::string> tables, pooling;
-  std::vector<int32_t> dims;
+  std::vector<ShapeHandle> ids, lengths, weights;
   TF_RETURN_IF_ERROR(c->input("ids", &ids));
   TF_RETURN_IF_ERROR(c->input("lengths", &lengths));
-  TF_RETURN_IF_ERROR(c->GetAttr("tables", &tables));
-  TF_RETURN_IF_ERROR(c->GetAttr("dims", &dims));
-  TF_RETURN_IF_ERROR(c->GetAttr("pooling", &pooling));
-  size_t pooled = 0;
-  for (const std::string& how : pooling) pooled += how != "none";
-  if (tables.size() != ids.size() || dims.size() != ids.size() ||
-      pooling.size() != ids.size() || pooled != lengths.size()) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "`tables`, `dims` and `pooling` should have one item for each of ",
-        "`ids`, and `lengths` one for each that is pooled. Received: ",
-        ids.size(), " ids, ", tables.size(), " tables, ", dims.size(),
-        " dims, ", pooling.size(), " pooling, ", pooled, " of it not none, ",
-        lengths.size(), " lengths"));
-  }
+  TF_RETURN_IF_ERROR(c->input("weights", &weights));
+  LookupAttrs attrs;
+  TF_RETURN_IF_ERROR(attrs.Get(c));
+  TF_RETURN_IF_ERROR(attrs.Check(ids.size(), lengths.size(), weights.size()));
   std::vector<ShapeHandle> vectors;
-  size_t length = 0;
+  size_t length = 0, weight = 0;
   for (size_t i = 0; i < ids.size(); ++i) {
     ShapeHandle rows = ids[i];
-    if (dims[i] < 1) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("`dims` should be >= 1. Received: ", dims[i]));
-    }
-    if (pooling[i] != "none") {
+    if (attrs.pooling[i] != "none") {
       ShapeHandle one;
       DimensionHandle batch;
       TF_RETURN_IF_ERROR(c->WithRank(ids[i], 2, &rows));
       TF_RETURN_IF_ERROR(c->WithRank(lengths[length++], 1, &one));
       TF_RETURN_IF_ERROR(c->Merge(c->Dim(rows, 0), c->Dim(one, 0), &batch));
+      if (attrs.weighted[i]) {
+        TF_RETURN_IF_ERROR(c->Merge(rows, weights[weight++], &rows));
+      }
       rows = c->Vector(batch);
     }
     vectors.emplace_back();
     TF_RETURN_IF_ERROR(
-        c->Concatenate(rows, c->Vector(dims[i]), &vectors.back()));
+        c->Concatenate(rows, c->Vector(attrs.dims[i]), &vectors.back()));
   }
   return c->set_output("vectors", vectors);
 }
@@ -95,12 +114,15 @@ REGISTER_OP("Qianmo>EmbeddingLookup")
     .Input("store: resource")
     .Input("ids: N * int64")
     .Input("lengths: M * int64")
+    .Input("weights: W * float")
     .Output("vectors: N * float")
     .Attr("N: int >= 1")
     .Attr("M: int >= 0")
+    .Attr("W: int >= 0")
     .Attr("tables: list(string)")
     .Attr("dims: list(int)")
     .Attr("pooling: list({'none', 'mean', 'sum', 'sqrtn', 'max'})")
+    .Attr("weighted: list(bool)")
     .Attr("missing: {'default', 'zero', 'error'}")
     .Attr("timeout_ms: int >= 0")
     .SetShapeFn(EmbeddingLookupShape)
@@ -115,12 +137,15 @@ time is up.
 ids: of each table any shape, or [B, L] where it is pooled.
 lengths: how many ids of each row to pool, from the left, [B]; one for each of
   `ids` that is pooled, in their order. Clipped to [0, L].
+weights: of the ids, [B, L]; one for each of `ids` that is weighted.
 vectors: of each table [..., D], or [B, D] where it is pooled; a list of length
   0 gives zeros.
 tables: the names of the tables.
 dims: D of each.
 pooling: 'none', or how a row of ids becomes one vector; 'sqrtn' is
-  sum / sqrt(length).
+  sum / sqrt(length). With weights, the sum of weight * vector over the sum of
+  weights, over nothing, or over the root of the sum of their squares.
+weighted: which of them have weights; not those of pooling 'none' and 'max'.
 missing: what an id without a row gives: the vector of the table's default id,
   zeros, or an error.
 timeout_ms: 0 for no limit.

@@ -405,25 +405,38 @@ size_t EmbeddingTable::Gather(const int64_t* ids, size_t n, const float* absent,
 
 template <RowType kType>
 size_t EmbeddingTable::PoolAs(const int64_t* ids, const int64_t* lengths,
-                              size_t n, size_t width, Pooling how,
-                              const float* absent, float* out) const {
+                              const float* weights, size_t n, size_t width,
+                              Pooling how, const float* absent,
+                              float* out) const {
   std::fill(out, out + n * dim_, 0.0f);
-  std::vector<int64_t> used;   // the ids within the lengths, rows joined
-  std::vector<size_t> row_of;  // the row of each
-  std::vector<int64_t> counts(n);
+  struct Place {
+    size_t row;
+    float weight;
+  };
+  std::vector<int64_t> used;  // the ids within the lengths, rows joined
+  std::vector<Place> places;  // where each one goes
+  std::vector<float> divisors(n, 0.0f);
   for (size_t i = 0; i < n; ++i) {
-    counts[i] = std::clamp<int64_t>(lengths[i], 0, static_cast<int64_t>(width));
-    used.insert(used.end(), ids + i * width, ids + i * width + counts[i]);
-    row_of.resize(used.size(), i);
+    const auto count = static_cast<size_t>(
+        std::clamp<int64_t>(lengths[i], 0, static_cast<int64_t>(width)));
+    for (size_t at = i * width; at < i * width + count; ++at) {
+      const float weight = weights == nullptr ? 1.0f : weights[at];
+      used.push_back(ids[at]);
+      places.push_back({i, weight});
+      divisors[i] += how == Pooling::kSqrtn ? weight * weight : weight;
+    }
   }
   size_t last = n;  // the row of the id before
   const size_t done =
       ForEachRow(used.data(), used.size(), [&](size_t i, const char* row) {
         if (row == nullptr && absent == nullptr) return false;
-        const bool first = row_of[i] != last;
-        last = row_of[i];
+        const float weight = places[i].weight;
+        const bool first = places[i].row != last;
+        last = places[i].row;
         float* const to = out + last * dim_;
-        const auto add = [to](uint32_t j, float v) { to[j] += v; };
+        const auto add = [to, weight](uint32_t j, float v) {
+          to[j] += weight * v;
+        };
         const auto raise = [to, first](uint32_t j, float v) {
           to[j] = first ? v : std::max(to[j], v);
         };
@@ -441,22 +454,26 @@ size_t EmbeddingTable::PoolAs(const int64_t* ids, const int64_t* lengths,
         }
         return true;
       });
-  if (done < used.size()) return row_of[done];
+  if (done < used.size()) return places[done].row;
   if (how == Pooling::kSum || how == Pooling::kMax) return n;
   for (size_t i = 0; i < n; ++i) {
-    const auto count = static_cast<float>(std::max<int64_t>(counts[i], 1));
-    const float by = how == Pooling::kSqrtn ? std::sqrt(count) : count;
-    for (uint32_t j = 0; j < dim_; ++j) out[i * dim_ + j] /= by;
+    const float by =
+        how == Pooling::kSqrtn ? std::sqrt(divisors[i]) : divisors[i];
+    for (uint32_t j = 0; j < dim_; ++j) {
+      float& value = out[i * dim_ + j];
+      value = by == 0 ? 0 : value / by;
+    }
   }
   return n;
 }
 
 size_t EmbeddingTable::Pool(const int64_t* ids, const int64_t* lengths,
-                            size_t n, size_t width, Pooling how,
-                            const float* absent, float* out) const {
+                            const float* weights, size_t n, size_t width,
+                            Pooling how, const float* absent,
+                            float* out) const {
   return WithType(type_, [&](auto type) {
-    return PoolAs<decltype(type)::value>(ids, lengths, n, width, how, absent,
-                                         out);
+    return PoolAs<decltype(type)::value>(ids, lengths, weights, n, width, how,
+                                         absent, out);
   });
 }
 

@@ -47,6 +47,7 @@
 namespace qianmo {
 
 enum class RowType : uint32_t { kFloat32, kFloat16, kBfloat16, kInt8 };
+// sum of w v over: sum of w; 1; the root of the sum of w^2. Or the largest v.
 enum class Pooling { kMean, kSum, kSqrtn, kMax };
 
 // CRC-32 as in zlib; `crc` is that of the bytes before.
@@ -111,9 +112,11 @@ class EmbeddingTable {
 
   // Writes one vector for each row of ids [n, width] to out, [n, dim], from the
   // first lengths[i] ids of row i; a length is clipped to [0, width], and a row
-  // of length 0 gets zeros. Otherwise as Gather; the place is in [0, n].
-  size_t Pool(const int64_t* ids, const int64_t* lengths, size_t n,
-              size_t width, Pooling how, const float* absent, float* out) const;
+  // of length 0, or whose weights cancel out, gets zeros. `weights` [n, width]
+  // or null is not for kMax. Otherwise as Gather; the place is in [0, n].
+  size_t Pool(const int64_t* ids, const int64_t* lengths, const float* weights,
+              size_t n, size_t width, Pooling how, const float* absent,
+              float* out) const;
 
  private:
   friend class EmbeddingVersion;
@@ -131,9 +134,9 @@ class EmbeddingTable {
   size_t GatherAs(const int64_t* ids, size_t n, const float* absent,
                   float* out) const;
   template <RowType kType>
-  size_t PoolAs(const int64_t* ids, const int64_t* lengths, size_t n,
-                size_t width, Pooling how, const float* absent,
-                float* out) const;
+  size_t PoolAs(const int64_t* ids, const int64_t* lengths,
+                const float* weights, size_t n, size_t width, Pooling how,
+                const float* absent, float* out) const;
   void Prefetch(const char* row) const;
 
   std::string name_;

@@ -198,8 +198,8 @@ bool ReadsRight(const EmbeddingVersion& version) {
       }
     }
     const int64_t length = 100;
-    table->Pool(used->data(), &length, 1, used->size(), Pooling::kMean, absent,
-                found.data());
+    table->Pool(used->data(), &length, nullptr, 1, used->size(), Pooling::kMean,
+                absent, found.data());
     right =
         right && std::abs(found[0] - (used == &rows ? 49.71f : 49.5f)) < 1e-3f;
   }
@@ -227,8 +227,31 @@ void ReadsWhatWasWritten() {
   float out[4 * kDim];
   CHECK(version->table("d")->Gather(ids, 4, nullptr, out) == 2);
   const int64_t lengths[] = {2, 1};
-  CHECK(version->table("d")->Pool(ids, lengths, 2, 2, Pooling::kMax, nullptr,
-                                  out) == 1);
+  CHECK(version->table("d")->Pool(ids, lengths, nullptr, 2, 2, Pooling::kMax,
+                                  nullptr, out) == 1);
+}
+
+void WeightsCount() {
+  const Folder folder;
+  folder.Write(Version());
+  std::string error;
+  const auto version = EmbeddingVersion::Open(folder.path(), &error);
+  const int64_t ids[] = {1, 2, 4, 8, 5, 6, 7, 9};
+  const int64_t lengths[] = {3, 2};
+  const float weights[] = {2, 3, -1, NAN, 1, -1, NAN, NAN};
+  const std::pair<Pooling, float> expected[] = {
+      {Pooling::kMean, (2 * 1 + 3 * 2 - 1 * 4) / 4.0f},
+      {Pooling::kSum, 2 * 1 + 3 * 2 - 1 * 4},
+      {Pooling::kSqrtn, (2 * 1 + 3 * 2 - 1 * 4) / std::sqrt(4.0f + 9 + 1)},
+  };
+  for (const auto& [how, value] : expected) {
+    float out[2 * kDim];
+    CHECK(version->table("d")->Pool(ids, lengths, weights, 2, 4, how, nullptr,
+                                    out) == 2);
+    CHECK(std::abs(out[0] - value) < 1e-6f);
+    // Weights that cancel out have no mean.
+    if (how == Pooling::kMean) CHECK(out[kDim] == 0);
+  }
 }
 
 void AWaitForTheDiskIsRemembered() {
@@ -426,6 +449,7 @@ void Fuzz(int count, bool sealed) {
 void Run() {
   ChecksumIsThatOfZlib();
   ReadsWhatWasWritten();
+  WeightsCount();
   AWaitForTheDiskIsRemembered();
   RefusalsNameTheFileAndTheFault();
   ManifestsThatLieAreRefused();

@@ -92,6 +92,33 @@ def test_pooled_as_the_model_pools(opened: EmbeddingStore, dtype: str, how: str)
             np.testing.assert_allclose(vectors, expected, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("how", ["mean", "sum", "sqrtn"])
+def test_weights(opened: EmbeddingStore, how: str) -> None:
+    rows = RNG.integers(4, 1000, (200, 9))
+    lengths = RNG.integers(0, 10, 200)
+    weights = RNG.uniform(0.5, 2, (200, 9)).astype(np.float32)
+    read = Read("dense_float32", 7, tf.constant(rows), tf.constant(lengths), how, weights)
+    used = weights * (np.arange(9) < lengths[:, None])
+    total = (used[:, :, None] * DENSE[rows]).sum(1)
+    over = {"mean": used.sum(1), "sum": np.ones(200), "sqrtn": np.sqrt((used**2).sum(1))}[how]
+    expected = total / np.where(lengths > 0, over, 1)[:, None]
+    np.testing.assert_allclose(opened.lookup([read])[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_wrong_weights(opened: EmbeddingStore) -> None:
+    ids, lengths = tf.constant([[1, 2], [3, 4]]), tf.constant([1, 2])
+    read = Read("dense_float32", 7, ids, lengths, "max", tf.ones([2, 2]))
+    with pytest.raises(ValueError, match="Weights should stand where `pooling` is mean"):
+        tf.function(lambda: opened.lookup([read]))()
+    with pytest.raises(tf.errors.InvalidArgumentError, match="Weights should stand where"):
+        opened.lookup([read])
+    read = read._replace(pooling="mean", weights=tf.ones([2, 3]))
+    with pytest.raises(ValueError, match="must be equal"):
+        tf.function(lambda: opened.lookup([read]))()
+    with pytest.raises(tf.errors.InvalidArgumentError, match="`weights` should have the shape"):
+        opened.lookup([read])
+
+
 def test_ids_without_a_row(opened: EmbeddingStore) -> None:
     stray = tf.constant([5, 1000, -1, 2**62, -(2**63), 5])
     unknown = tf.constant([int(IDS[9]), 123456789, int(IDS[9])])
@@ -143,7 +170,7 @@ def test_shapes_are_known_before_running(opened: EmbeddingStore) -> None:
         ([1, 2], [1], "mean", "must be rank 2"),
         ([[1, 2]], [[1]], "mean", "must be rank 1"),
         ([[1, 2]], [1, 1], "mean", "must be equal"),
-        ([[1, 2]], None, "mean", "one for each that is pooled"),
+        ([[1, 2]], None, "mean", "`lengths` one for each that is pooled"),
         ([[1, 2]], [1], "none", "one for each that is pooled"),
     ],
 )
@@ -163,6 +190,8 @@ def test_wrong_shapes(opened: EmbeddingStore, ids, lengths, pooling, message) ->
 
     with pytest.raises(ValueError, match=message):
         tf.function(find).get_concrete_function()
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        find()
 
 
 @pytest.mark.parametrize(
