@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol, get_args
@@ -23,7 +24,7 @@ class AdaptableTower(Protocol):
     def dense_shapes(self, h_dim: int) -> list[DenseShape]:
         """Its dense layers, in the order in which a correction counts them."""
 
-    def __call__(self, h: tf.Tensor, *, correction: Correction) -> TowerOutput:
+    def __call__(self, h: tf.Tensor, *, correction: Correction | None = None) -> TowerOutput:
         """Logits of h, [..., H], with the correction added to each dense layer's output."""
 
 
@@ -58,7 +59,8 @@ class _Change(NamedTuple):
         return self.bias - tf.matmul(tf.matmul(a, self.x, transpose_b=True), self.d)
 
 
-class Adaptation(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Adaptation:
     """What `InnerLoop.adapt` found: a `Correction` for inputs with leading axes [T, ...].
 
     Attributes:
@@ -345,6 +347,8 @@ class InnerLoop(tf_keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """The layer's arguments."""
-        names = ("steps", "step_size", "rates", "shrinkage", "last_layer_only", "first_order")
-        names += ("loss", "form", "max_support")
+        names = (
+            *("steps", "step_size", "rates", "shrinkage", "last_layer_only", "first_order"),
+            *("loss", "form", "max_support"),
+        )
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}

@@ -178,8 +178,10 @@ class Meta(tf_keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """The layer's arguments."""
-        names = ("weight", "split", "support_share", "support_sizes", "max_query", "gradient_to")
-        names += ("min_support", "reptile", "seed")
+        names = (
+            *("weight", "split", "support_share", "support_sizes", "max_query", "gradient_to"),
+            *("min_support", "reptile", "seed"),
+        )
         inner = self.inner.get_config()
         for key in ("name", "trainable", "dtype"):
             inner.pop(key)
