@@ -111,7 +111,7 @@ def run(*, quick: bool) -> dict[str, Any]:
                 for (tasks, source), (signature, rows) in asked.items():
                     assert not ask(signature, rows)[STATUS].any()
                     calls[way, steps, tasks, source] = functools.partial(ask, signature, rows)
-        found = common.times(calls, 2 if quick else 40)
+        found = common.times(calls, 2 if quick else 12)
     table = []
     for (way, steps, tasks, source), took in found.items():
         plain = found[way, STEPS[0], 0, ""]

@@ -25,6 +25,7 @@ import qianmo
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 NAMES = {
+    "adgroups": "a tower for each of 10 to 100,000 adgroups beside one trunk",
     "ctr": "CTR models against DeepCTR on MovieLens-1M",
     "distillation": "the dual DNN and its relatives on MovieLens-1M",
     "distillation_speed": "a student in serving against its teachers",
@@ -33,6 +34,8 @@ NAMES = {
     "kuairand": "KuaiRand clicks",
     "meta_coldstart": "new users and new films, MeLU's four states",
     "meta_ctr": "towers that adapt to each user, on clicks and likes",
+    "meta_serving": "adapted scores against the plain score of one exported graph",
+    "meta_speed": "episodes in the training step, and MeLU's net",
     "serving": "the embedded server against a direct session.run",
     "support_store": "rows of a million tasks: rates, memory, eviction, threads, kills",
 }
