@@ -30,6 +30,7 @@ NAMES = {
     "distillation": "the dual DNN and its relatives on MovieLens-1M",
     "distillation_speed": "a student in serving against its teachers",
     "domains_kuairand": "KuaiRand's tabs in one model, by many designs",
+    "embedding_faults": "swaps of graphs and embeddings under load, and damaged files",
     "embedding_lookup": "rows/s of the op against tf.gather, memory, time to open",
     "kuairand": "KuaiRand clicks",
     "meta_coldstart": "new users and new films, MeLU's four states",
