@@ -1,6 +1,6 @@
 """A tower for each adgroup beside one trunk: size, memory and time of a request by their number.
 
-An adgroup is eight consecutive rows of one MovieLens-1M user, so that the training rows make
+An adgroup is five consecutive rows of one MovieLens-1M user, so that the training rows make
 100,000 of them. The trunk is an MLP 256-128 with a seam of 16, its weights as initialised; a tower
 is 16-16-1, 289 numbers. Each export answers requests of 200 rows through the session loader, as
 TensorFlow Serving does, for 10 adgroups or for 200, drawn anew for each request; the exports take
@@ -32,7 +32,7 @@ from qianmo.pipelines.recipe import Recipe
 
 ADGROUPS = (10, 1_000, 100_000)
 QUICK_ADGROUPS = (10, 100, 1_000)
-OWN_ROWS = 8
+OWN_ROWS = 5
 ROWS, REQUESTS = 200, 50
 ASKED = (10, 200)  # adgroups of a request
 

@@ -120,7 +120,8 @@ def part(
         tape.watch(h)
         time, step = tf.zeros_like(task), tf.zeros([], tf.int64)
         loss = model.meta.loss(tower, h, labels, tf.ones_like(labels), task, time, step)
-    return loss, tape.gradient(loss, [*tower.trainable_variables, h])
+    gradients = tape.gradient(loss, [*tower.trainable_variables, h])
+    return loss, [tf.convert_to_tensor(g) for g in gradients]
 
 
 def steps_and_loops(
