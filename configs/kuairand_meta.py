@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from qianmo.configs import kuairand
 from qianmo.configs.base import base_config
-from qianmo.configs.movielens_1m_meta import METHODS, method
+from qianmo.configs.movielens_1m_meta import method, protocol_and_method
 
 # With the user's id among the features, and without.
 PROTOCOLS = ("kuairand_id", "kuairand_no_id")
@@ -20,12 +20,7 @@ PROTOCOLS = ("kuairand_id", "kuairand_no_id")
 
 def get_config(variant: str = "kuairand_no_id-meta") -> ConfigDict:
     """The recipe of `<protocol>-<method>`."""
-    protocol, name = variant.split("-")
-    if protocol not in PROTOCOLS or name not in METHODS:
-        raise ValueError(
-            f"The variant should be one of {PROTOCOLS}, a -, and one of {METHODS}. "
-            f"Received: {variant!r}"
-        )
+    protocol, name = protocol_and_method(variant, PROTOCOLS)
     config = base_config()
     schema = kuairand.schema()
     past = ("watched", "long_watched")

@@ -29,6 +29,17 @@ META: dict[str, Any] = {
 }
 
 
+def protocol_and_method(variant: str, protocols: tuple[str, ...]) -> tuple[str, str]:
+    """The parts of `<protocol>-<method>`."""
+    protocol, _, name = variant.partition("-")
+    if protocol not in protocols or name not in METHODS:
+        raise ValueError(
+            f"The variant should be one of {protocols}, a -, and one of {METHODS}. "
+            f"Received: {variant!r}"
+        )
+    return protocol, name
+
+
 def method(
     name: str,
     features: list[dict[str, Any]],
@@ -61,12 +72,7 @@ def method(
 
 def get_config(variant: str = "new_users-meta") -> ConfigDict:
     """The recipe of `<protocol>-<method>`."""
-    protocol, name = variant.split("-")
-    if protocol not in PROTOCOLS or name not in METHODS:
-        raise ValueError(
-            f"The variant should be one of {PROTOCOLS}, a -, and one of {METHODS}. "
-            f"Received: {variant!r}"
-        )
+    protocol, name = protocol_and_method(variant, PROTOCOLS)
     config = base_config()
     schema = movielens_1m.schema()
     is_new = protocol == "new_users"

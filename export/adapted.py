@@ -14,6 +14,7 @@ Tasks that stand in a batch many times are adapted once.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -24,19 +25,21 @@ import tensorflow as tf
 
 from qianmo.export.saved_model import (
     STATUS,
-    TOLERANCE,
     ExportError,
     Rows,
     Signature,
     Specs,
     answer,
     cast,
+    check_parity,
     fill,
     next_version,
     publishing,
     raw_specs,
     replay,
+    scorer,
     session,
+    tensors,
     write_serving_files,
 )
 from qianmo.export.support_table import SupportTable
@@ -44,7 +47,7 @@ from qianmo.layers.encode import example
 from qianmo.layers.inner_loop import Support
 from qianmo.layers.meta import Meta
 from qianmo.models.ranker import Ranker
-from qianmo.ops.support_store import SupportStore
+from qianmo.ops.support_store import TOO_OLD, SupportStore
 
 UNDEFINED = -1.0  # a label that a row does not have
 BAD_SUPPORT = 32  # a support row in the request could not be read and was left out
@@ -118,23 +121,17 @@ def _scored(
     status: tf.Tensor,
 ) -> dict[str, tf.Tensor]:
     head = model.serving_head
-    encoded = model.encode({name: features[name] for name in model.schema.input_names})
-    h = model.heads(model.embed(encoded), (head,))[head].h
-    tower = model.tower_of(head)
-    adapted, how = _meta(model).score(tower, h, place, support)
-    logits = tf.where(adapt[:, None], adapted, tower(h).logits)
-    return answer(model.schema, logits, encoded.status | tf.where(adapt, how | status, 0))
+    plain, read = model.one_head(features, head)
+    adapted, how = _meta(model).score(model.tower_of(head), plain, place, support)
+    logits = tf.where(adapt[:, None], adapted, plain.logits)
+    return answer(model.schema, logits, read | tf.where(adapt, how | status, 0))
 
 
 def _adapted(model: Ranker, store: SupportTable | SupportStore, bottom: int) -> Signature:
     def adapted(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
         tasks, place = tf.unique(inputs[model.schema.task_id])
-        most = _meta(model).inner.max_support
-        found = (
-            store.get(tasks, most)
-            if isinstance(store, SupportTable)
-            else store.get(tasks, tf.constant(bottom, tf.int64), most)
-        )
+        version = tf.constant(bottom, tf.int64)
+        found = store.get(tasks, version, _meta(model).inner.max_support)
         support = Support(found.h, found.labels, found.weights)
         status = tf.zeros_like(place)
         return _scored(model, inputs, inputs[ADAPT], place, support, status)
@@ -177,10 +174,9 @@ def _adapted_by_request(model: Ranker) -> Signature:
         for feature in schema.categorical:
             if feature.is_list:
                 features[feature.name].set_shape([None, None])
-        encoded = model.encode(features)
-        head = model.serving_head
-        h = model.heads(model.embed(encoded), (head,))[head].h
-        readable = tf.reduce_all(tf.math.is_finite(h), 1) & (encoded.status == 0)
+        output, read = model.one_head(features, model.serving_head)
+        h = output.h
+        readable = tf.reduce_all(tf.math.is_finite(h), 1) & (read == 0)
         labels, weights, good = _labels([columns[label] for label in schema.labels])
         readable = tf.reshape(readable, tf.shape(good)) & good
         inside = tf.range(most) < kept[:, None]
@@ -199,18 +195,15 @@ def _put(model: Ranker, store: SupportTable | SupportStore, bottom: int) -> Sign
     schema = model.schema
 
     def put_support(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-        encoded = model.encode({name: inputs[name] for name in schema.input_names})
-        head = model.serving_head
-        h = model.heads(model.embed(encoded), (head,))[head].h
+        output, read = model.one_head(inputs, model.serving_head)
         labels, weights, good = _labels([inputs[label] for label in schema.labels])
         # What cannot be read is not stored: a value that is not finite says so to the store.
         nan = float("nan")
-        h = tf.where((encoded.status == 0)[:, None], h, nan)
+        h = tf.where((read == 0)[:, None], output.h, nan)
         labels = tf.where(good[:, None], labels, nan)
-        row = (inputs[schema.task_id], h, labels, weights, inputs[schema.timestamp])
-        if isinstance(store, SupportTable):
-            return {STATUS: store.put(*row)}
-        return {STATUS: store.put(*row, tf.fill(tf.shape(row[0]), tf.constant(bottom, tf.int64)))}
+        task, time = inputs[schema.task_id], inputs[schema.timestamp]
+        version = tf.fill(tf.shape(task), tf.constant(bottom, tf.int64))
+        return {STATUS: store.put(task, h, labels, weights, time, version)}
 
     return put_support
 
@@ -223,7 +216,7 @@ def _stats(model: Ranker, store: SupportTable | SupportStore) -> Signature:
 
 
 def bottom_version(model: Ranker) -> int:
-    """A number, int64, of the weights left of the tower seam: equal weights, equal number.
+    """A number, int64, of the schema and the weights left of the tower seam: equal if they are.
 
     Support rows that other weights made do not fit a tower; a `SupportStore` refuses them by this.
     """
@@ -232,7 +225,7 @@ def bottom_version(model: Ranker) -> int:
         .get_concrete_function(example(model.schema))
         .graph
     )
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps(model.schema.to_config(), sort_keys=True).encode())
     for variable in graph.variables:
         digest.update(np.ascontiguousarray(variable.numpy()).data)
     return int.from_bytes(digest.digest()[:8], "little", signed=True)
@@ -255,7 +248,7 @@ def export_adapted(
       base_path: folder of the versions.
       rows: real rows: features and the task's column.
       support: real support rows, in order of time: features, the columns of task and time, labels.
-        The table, or the store, gets them.
+        The table, or the store, gets them; a store keeps them even if the export is refused.
       store: where support rows live instead of a table in the graph: beyond a version, and for all
         versions. Its ops must be linked into the server. It is as wide as the tower's input.
       ttl_seconds: of the table: support that was written longer ago is not used; 0: for ever.
@@ -266,14 +259,15 @@ def export_adapted(
       adapted.
 
     Raises:
-      ExportError: no `meta`; foreign ops, scores that differ, a version that exists.
+      ExportError: no `meta`; a support row that cannot be stored; foreign ops, scores that differ,
+        a version that exists.
     """
     schema, meta = model.schema, _meta(model)
     for role in ("task_id", "timestamp"):
         if not getattr(schema, role):
             raise ExportError(f"Adapted scores need `schema.{role}`.")
     head = model.serving_head
-    h_dim = model.tower_input(cast_to_tensors(cast(rows, raw_specs(schema))), head).shape[-1]
+    h_dim = model.tower_input(tensors(cast(rows, raw_specs(schema))), head).shape[-1]
     held: SupportTable | SupportStore = store or SupportTable(
         h_dim, len(schema.labels), meta.inner.max_support, ttl_seconds=ttl_seconds
     )
@@ -284,18 +278,21 @@ def export_adapted(
         )
     bottom = bottom_version(model)
     put = tf.function(_put(model, held, bottom), reduce_retracing=True)
-    seeds = cast_to_tensors(cast(support, put_specs(schema)))
+    seeds = tensors(cast(support, put_specs(schema)))
     size = len(support[schema.task_id])
     for first in range(0, size, 8192):
-        put(**{name: column[first : first + 8192] for name, column in seeds.items()})
-
-    def plain(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-        encoded = model.encode(inputs)
-        logits = model.heads(model.embed(encoded), (head,))[head].logits
-        return answer(schema, logits, encoded.status)
+        status = put(**{name: column[first : first + 8192] for name, column in seeds.items()})
+        # A row older than those that a full task keeps is no fault.
+        bits = status[STATUS].numpy() & ~TOO_OLD
+        if bits.any():
+            row = int(np.flatnonzero(bits)[0])
+            raise ExportError(
+                f"support row {first + row} of task {support[schema.task_id][first + row]} cannot "
+                f"be stored: status {bits[row]}, see `SupportStore.put`."
+            )
 
     functions: dict[str, Signature] = {
-        "serving_default": plain,
+        "serving_default": scorer(model, head),
         "adapted": _adapted(model, held, bottom),
         "adapted_by_request": _adapted_by_request(model),
         "put_support": _put(model, held, bottom),
@@ -333,21 +330,10 @@ def export_adapted(
         fill(folder, base.name, model, functions, specs, inputs, module, own_ops=store is not None)
         raw = inputs["serving_default"]
         worst = replay(folder, model, {"serving_default": head}, raw, raw)
-        keras = tf.function(functions["adapted"])(**cast_to_tensors(inputs["adapted"]))
+        keras = tf.function(functions["adapted"])(**tensors(inputs["adapted"]))
         with session(folder) as run:
             served = run("adapted", inputs["adapted"])
-        for label in schema.labels:
-            difference = np.abs(served[label] - keras[label].numpy())
-            if not difference.max() <= TOLERANCE:
-                raise ExportError(
-                    f"signature `adapted`: row {int(difference.argmax())} differs from the Keras "
-                    f"model by {difference.max():.1e} in `{label}`."
-                )
-            worst = max(worst, float(difference.max()))
+        expected = np.stack([keras[label] for label in schema.labels], 1)
+        worst = max(worst, check_parity(served, expected, schema, inputs["adapted"], "adapted"))
     write_serving_files(base, any(f.is_list for f in schema.categorical))
     return base / str(version), worst
-
-
-def cast_to_tensors(rows: Rows) -> dict[str, tf.Tensor]:
-    """Columns as tensors."""
-    return {name: tf.constant(column) for name, column in rows.items()}

@@ -88,11 +88,12 @@ def answer(schema: Schema, logits: tf.Tensor, status: tf.Tensor) -> dict[str, tf
     return {**columns, STATUS: status | tf.where(finite, OK, BAD_SCORE)}
 
 
-def _scorer(model: Ranker, head: str) -> Signature:
+def scorer(model: Ranker, head: str) -> Signature:
+    """The plain score of a head, from raw features."""
+
     def score(**features: tf.Tensor) -> dict[str, tf.Tensor]:
-        encoded = model.encode(features)
-        logits = model.heads(model.embed(encoded), (head,))[head].logits
-        return answer(model.schema, logits, encoded.status)
+        output, status = model.one_head(features, head)
+        return answer(model.schema, output.logits, status)
 
     return score
 
@@ -229,6 +230,11 @@ def check_parity(
     return float(difference.max())
 
 
+def tensors(rows: Rows) -> dict[str, tf.Tensor]:
+    """Columns as tensors."""
+    return {name: tf.constant(column) for name, column in rows.items()}
+
+
 def cast(rows: Rows, specs: Specs) -> Rows:
     """The columns that are inputs, in the inputs' dtypes."""
     found = {}
@@ -297,7 +303,7 @@ def replay(
     tolerance: float = TOLERANCE,
 ) -> float:
     """Largest difference between the signatures, given `inputs`, and Keras, given raw `rows`."""
-    logits = model({k: tf.constant(v) for k, v in rows.items()})
+    logits = model(tensors(rows))
     keras = {head: tf.sigmoid(tf.cast(z, tf.float32)).numpy() for head, z in logits.items()}
     with session(folder) as run:
         return max(
@@ -348,7 +354,7 @@ def export_in_graph(
       ExportError: foreign ops, scores that differ, a version that exists. Nothing is left behind.
     """
     signatures = signature_heads(model, heads)
-    functions = {name: _scorer(model, head) for name, head in signatures.items()}
+    functions = {name: scorer(model, head) for name, head in signatures.items()}
     specs = raw_specs(model.schema)
     inputs = cast(rows, specs)
     base = pathlib.Path(base_path)

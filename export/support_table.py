@@ -21,8 +21,8 @@ class SupportTable(tf.Module):
 
     It has the calls of `SupportStore`, and lives in the session of one model version: what Predict
     wrote is lost with the version, so what should last is put in at export. It is not replicated.
-    Rows are never of another bottom, since its own graph wrote them. Two calls of `put` that write
-    the same task at the same time may lose one of the rows, and no other.
+    Rows are never of another bottom, since its own graph wrote them: versions are not kept. Two
+    calls of `put` that write the same task at the same time may lose one of the rows, and no other.
 
     Args:
       dim: width of h.
@@ -57,7 +57,7 @@ class SupportTable(tf.Module):
         rows = tf.reshape(self._rows.lookup(task_id), [-1, self.max_rows, self._width])
         return rows, times[:, :-1]
 
-    def get(self, task_id: tf.Tensor, max_rows: int = 0) -> SupportRows:
+    def get(self, task_id: tf.Tensor, version: tf.Tensor, max_rows: int = 0) -> SupportRows:
         """Returns the last rows of tasks, see `SupportStore.get`."""
         rows, time = self._read(task_id)
         count = tf.reduce_sum(tf.cast(time > 0, tf.int32), 1)
@@ -77,6 +77,7 @@ class SupportTable(tf.Module):
         labels: tf.Tensor,
         weights: tf.Tensor,
         time: tf.Tensor,
+        version: tf.Tensor,
     ) -> tf.Tensor:
         """Stores rows and returns a status for each, see `SupportStore.put`."""
 

@@ -271,8 +271,10 @@ class Embed(tf_keras.layers.Layer):
             encoded = self._with_drops(encoded)
         stacks = [self._gather(dim, self.features_of(dim), encoded) for dim in self.dims]
         if self.l2 and training and stacks:
-            squares = [tf.reduce_sum(tf.square(s)) for s in stacks]
-            batch = tf.cast(tf.shape(stacks[0])[0], squares[0].dtype)
+            # As wide as the weights: a sum over a batch is beyond bfloat16.
+            wide = [tf.cast(s, self.variable_dtype) for s in stacks]
+            squares = [tf.reduce_sum(tf.square(s)) for s in wide]
+            batch = tf.cast(tf.shape(wide[0])[0], self.variable_dtype)
             self.add_loss(self.l2 * tf.add_n(squares) / batch)
         feature = self.schema.domain_feature
         if feature is None:

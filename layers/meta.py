@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import tensorflow as tf
@@ -10,6 +11,7 @@ import tf_keras
 from qianmo.layers.episodes import episodes
 from qianmo.layers.inner_loop import AdaptableTower, InnerLoop, Support, elementwise
 from qianmo.layers.seeding import pick_seed
+from qianmo.layers.tower import TowerOutput
 
 NO_SUPPORT = 8  # the task has too few support rows; the row got the plain score
 DIVERGED = 16  # its adapted score was not finite; the row got the plain score
@@ -121,9 +123,6 @@ class Meta(tf_keras.layers.Layer):
             max_query=self.max_query,
             seed=seed + 1,
         )
-        if self.gradient_to == "tower":
-            h = tf.stop_gradient(h)
-
         def rows(index: tf.Tensor, count: tf.Tensor) -> Support:
             inside = tf.sequence_mask(count, tf.shape(index)[1], h.dtype)[:, :, None]
             return Support(
@@ -134,6 +133,21 @@ class Meta(tf_keras.layers.Layer):
 
         support = rows(found.support, found.support_count)
         query = rows(found.query, found.query_count)
+        return self.episode_loss(tower, support, query, tf.reduce_sum(found.query_count))
+
+    def episode_loss(
+        self, tower: AdaptableTower, support: Support, query: Support, num_query: tf.Tensor
+    ) -> tf.Tensor:
+        """L_meta of episodes, a scalar.
+
+        Args:
+          tower: phi.
+          support: of T tasks.
+          query: of the same.
+          num_query: rows in `query`, by which their losses' sum is divided.
+        """
+        if self.gradient_to == "tower":
+            query = query._replace(h=tf.stop_gradient(query.h))
         if self.reptile:
             everything = Support(*(tf.concat(pair, 1) for pair in zip(support, query, strict=True)))
             losses = tf.add_n(self.inner.adapt(tower, everything).losses)
@@ -144,12 +158,11 @@ class Meta(tf_keras.layers.Layer):
         logits = tower(query.h, correction=self.inner.adapt(tower, support)).logits
         weights = tf.cast(query.weights, logits.dtype)
         loss = elementwise(self.inner.loss, tf.cast(query.labels, logits.dtype), logits)
-        rows_in_query = tf.cast(tf.reduce_sum(found.query_count), logits.dtype)
         total = tf.reduce_sum(weights * loss)
-        return self.weight * tf.math.divide_no_nan(total, rows_in_query)
+        return self.weight * tf.math.divide_no_nan(total, tf.cast(num_query, logits.dtype))
 
     def score(
-        self, tower: AdaptableTower, h: tf.Tensor, task: tf.Tensor, support: Support
+        self, tower: AdaptableTower, plain: TowerOutput, task: tf.Tensor, support: Support
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Scores rows by the towers of their tasks, which are then forgotten.
 
@@ -158,23 +171,33 @@ class Meta(tf_keras.layers.Layer):
 
         Args:
           tower: phi.
-          h: [B, H].
+          plain: what phi made of the rows.
           task: [B], place of each row's task in `support`.
           support: rows of the distinct tasks.
 
         Returns:
           Logits [B, K], and int32 [B]: 0 or a bit of `NO_SUPPORT`, `DIVERGED`.
         """
-        plain = tower(h).logits
+        return self.adapted(tower, plain, task, support, lambda output: output.logits)
+
+    def adapted(
+        self,
+        tower: AdaptableTower,
+        plain: TowerOutput,
+        task: tf.Tensor,
+        support: Support,
+        part: Callable[[TowerOutput], tf.Tensor],
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """The same for any part of what a tower makes, [..., N] of h [..., H]."""
         correction = self.inner.adapt(tower, support).rows(task)
-        adapted = tower(h[:, None], correction=correction).logits[:, 0]
+        adapted = part(tower(plain.h[:, None], correction=correction))[:, 0]
         has_label = tf.reduce_max(tf.cast(support.weights, tf.float32), 2)
         count = tf.gather(tf.reduce_sum(has_label, 1), task)
         finite = tf.reduce_all(tf.math.is_finite(adapted), 1)
         enough = count >= self.min_support
-        logits = tf.where(tf.logical_and(enough, finite)[:, None], adapted, plain)
+        found = tf.where(tf.logical_and(enough, finite)[:, None], adapted, part(plain))
         diverged = tf.where(finite, 0, DIVERGED)
-        return logits, tf.where(enough, diverged, NO_SUPPORT)
+        return found, tf.where(enough, diverged, NO_SUPPORT)
 
     def get_config(self) -> dict[str, Any]:
         """The layer's arguments."""

@@ -94,10 +94,16 @@ class Ranker(tf_keras.Model):
         heads = self.heads(embedded, self.head_names, training=training)
         return {name: head.logits for name, head in heads.items()}
 
+    def one_head(
+        self, features: Mapping[str, tf.Tensor], head: str
+    ) -> tuple[TowerOutput, tf.Tensor]:
+        """A head's output, with no other head computed, and the rows' status of `encode`, [B]."""
+        encoded = self.encode({name: features[name] for name in self.schema.input_names})
+        return self.heads(self.embed(encoded), (head,))[head], encoded.status
+
     def tower_input(self, features: Mapping[str, tf.Tensor], head: str) -> tf.Tensor:
         """What crosses a head's tower seam, [B, H]."""
-        inputs = {name: features[name] for name in self.schema.input_names}
-        return self.heads(self.embed(self.encode(inputs)), (head,))[head].h
+        return self.one_head(features, head)[0].h
 
     def build(self, input_shape: Any = None) -> None:
         """Makes all weights; the schema tells all shapes, so none is needed."""
@@ -168,6 +174,7 @@ class Ranker(tf_keras.Model):
         is_there = ~tf.math.is_nan(rows["labels"])
         rows["label_weights"] = tf.cast(is_there, rows["labels"].dtype)
         rows["labels"] = tf.where(is_there, rows["labels"], 0.0)
+        # A random split reads no time; any column then stands in.
         rows["timestamp"] = targets.get("timestamp", targets["task_id"])
         if "episode" in targets:
             rows = {k: tf.boolean_mask(v, targets["episode"] > 0) for k, v in rows.items()}
@@ -223,5 +230,5 @@ class Ranker(tf_keras.Model):
             "embedding_l2": self.embed.l2,
             "embedding_stddev": self.embed.stddev,
             "embedding_seed": self.embed.seed,
-            "meta": self.meta and {**self.meta.get_config()},
+            "meta": self.meta and self.meta.get_config(),
         }

@@ -21,7 +21,7 @@ GROUPS = ((0, 0), (1, 2), (3, 5), (6, 10), (11, 20), (21, None))
 
 
 @dataclasses.dataclass(frozen=True)
-class SupportRows:
+class TaskRows:
     """What crossed the tower seam for each task's support rows, the newest last.
 
     Attributes:
@@ -36,10 +36,10 @@ class SupportRows:
     labels: npt.NDArray[np.float32]
     count: npt.NDArray[np.int64]
 
-    def newest(self, rows: int) -> SupportRows:
+    def newest(self, rows: int) -> TaskRows:
         """The same with at most that many rows a task."""
         first = self.h.shape[1] - min(rows, self.h.shape[1])
-        return SupportRows(
+        return TaskRows(
             self.task_id, self.h[:, first:], self.labels[:, first:], np.minimum(self.count, rows)
         )
 
@@ -57,7 +57,7 @@ class SupportRows:
         )
 
 
-def support_rows(model: Ranker, path: str, most: int = 20) -> SupportRows:
+def support_rows(model: Ranker, path: str, most: int = 20) -> TaskRows:
     """Runs the rows of a file up to the tower seam.
 
     Args:
@@ -80,7 +80,7 @@ def support_rows(model: Ranker, path: str, most: int = 20) -> SupportRows:
     place = np.arange(len(order)) - np.repeat(starts + counts, counts)  # -1 is the newest
     task = np.repeat(np.arange(len(tasks)), counts)
     kept = place >= -most
-    found = SupportRows(
+    found = TaskRows(
         tasks,
         np.zeros((len(tasks), most, h.shape[1]), np.float32),
         np.zeros((len(tasks), most, labels.shape[1]), np.float32),
@@ -95,7 +95,7 @@ def support_rows(model: Ranker, path: str, most: int = 20) -> SupportRows:
 def score(
     model: Ranker,
     path: str,
-    support: SupportRows,
+    support: TaskRows,
     sizes: Sequence[int],
     batch_size: int = 4096,
 ) -> Scored:
@@ -120,10 +120,10 @@ def score(
     def scores(
         features: Mapping[str, tf.Tensor], task: tf.Tensor, rows: Mapping[str, Support]
     ) -> dict[str, tf.Tensor]:
-        h = model.tower_input(features, head)
+        plain, _ = model.one_head(features, head)
         tower = model.tower_of(head)
-        adapted = {k: meta.score(tower, h, task, rows[k])[0] for k in rows}
-        return {name: tf.sigmoid(z) for name, z in {"plain": tower(h).logits, **adapted}.items()}
+        adapted = {k: meta.score(tower, plain, task, rows[k])[0] for k in rows}
+        return {name: tf.sigmoid(z) for name, z in {"plain": plain.logits, **adapted}.items()}
 
     found: dict[str, list[Any]] = {}
     columns: dict[str, list[Any]] = {}

@@ -315,3 +315,12 @@ def test_a_store_of_other_sizes_is_refused(model, tmp_path):
     with pytest.raises(ExportError, match=r"rows of 16 numbers and 2 labels\. Received: 3 and 2"):
         export_adapted(model, tmp_path / "ranker", ROWS, SUPPORT, store=store)
     store.close()
+
+
+def test_support_that_cannot_be_stored_stops_the_export_and_names_the_row(model, tmp_path):
+    price = SUPPORT["price"].copy()
+    price[17] = np.nan
+    user = SUPPORT["user"][17]
+    with pytest.raises(ExportError, match=f"support row 17 of task {user} cannot be stored"):
+        export_adapted(model, tmp_path / "ranker", ROWS, {**SUPPORT, "price": price})
+    assert not list(tmp_path.glob("ranker/*"))

@@ -15,12 +15,15 @@ def put(table, task_id, time, values):
     """Rows whose h, labels and weights follow from one value."""
     v = tf.constant(values, tf.float32)[:, None]
     h = tf.concat([v, -v], 1)
-    return table.put(int64(task_id), h, v / 2, tf.ones_like(v), int64(time)).numpy().tolist()
+    version = tf.zeros_like(time)
+    return (
+        table.put(int64(task_id), h, v / 2, tf.ones_like(v), int64(time), version).numpy().tolist()
+    )
 
 
 def content(table, task):
     """Event time -> value of one task, after checking that the parts of a row belong together."""
-    rows = table.get(int64([task]))
+    rows = table.get(int64([task]), 0)
     count = int(rows.count[0])
     h = rows.h.numpy()[0]
     assert not h[count:].any()
@@ -53,15 +56,16 @@ def test_bad_rows_are_refused_alone():
         tf.constant([[1.0], [1.0], [nan], [1.0], [1.0]]),
         tf.constant([[1.0], [1.0], [1.0], [-1.0], [1.0]]),
         int64([1, 2, 3, 4, 0]),
+        int64([0, 0, 0, 0, 0]),
     )
     assert status.numpy().tolist() == [0, BAD_VECTOR, BAD_LABEL, BAD_LABEL, BAD_TIME]
-    assert table.get(int64([1])).time.numpy().tolist() == [[1, 0, 0]]
+    assert table.get(int64([1]), 0).time.numpy().tolist() == [[1, 0, 0]]
 
 
 def test_fewer_rows_are_the_newest():
     table = SupportTable(2, 1, 4)
     put(table, [3] * 4, [1, 2, 3, 4], [1, 2, 3, 4])
-    rows = table.get(int64([3]), 2)
+    rows = table.get(int64([3]), 0, 2)
     assert rows.time.numpy().tolist() == [[3, 4]]
     assert rows.count.numpy().tolist() == [2]
 

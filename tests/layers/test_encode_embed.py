@@ -152,6 +152,12 @@ def test_l2_reads_the_batch():
     assert embed.losses == []
 
 
+def test_l2_is_as_wide_as_the_weights():
+    embed = Embed(SCHEMA, l2=0.5, dtype="mixed_bfloat16")
+    embed(Encode(SCHEMA)(rows()), training=True)
+    assert [loss.dtype for loss in embed.losses] == [tf.float32]
+
+
 @pytest.mark.parametrize("how", ["mean", "sum", "sqrtn", "max"])
 def test_pooling(how):
     vectors = np.random.default_rng(1).normal(size=(3, 4, 2)).astype(np.float32) - 3
