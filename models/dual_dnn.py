@@ -120,8 +120,13 @@ class DualDNN(Ranker):
                 teacher_bottom.trainable = False  # type: ignore[union-attr]
                 teacher_tower.trainable = False
             if hint_weight:
-                if not (teacher_tower.mlp.units and student_tower.mlp.units):
-                    raise ValueError("`hint_weight` needs hidden layers in teacher and student.")
+                if not all(
+                    isinstance(tower, Tower) and tower.mlp.units
+                    for tower in (teacher_tower, student_tower)
+                ):
+                    raise ValueError(
+                        "`hint_weight` needs one tower with hidden layers in teacher and student."
+                    )
                 self.hint_projections = [
                     None
                     if t == s

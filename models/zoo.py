@@ -9,7 +9,54 @@ from typing import Any
 
 from qianmo.layers.features import Schema
 from qianmo.models import cross_domain, ctr, dual_dnn, multi_task, personal
+from qianmo.models.dual_dnn import DualDNN
 from qianmo.models.ranker import Ranker
+from qianmo.models.road import Road
+
+
+def distilled(
+    schema: Schema, *, teacher: Mapping[str, Any], student: Mapping[str, Any], **kwargs: Any
+) -> DualDNN:
+    """A dual DNN of any two models of one bottom and one tower, each as a recipe names it.
+
+    The teacher starts, and its tables do, as when it is trained alone with the same seed.
+
+    Args:
+      schema: what a row holds.
+      teacher: config of the teacher, such as a cross-domain assembly with star towers.
+      student: config of the student, whose tower serves; `meta` makes that one a meta tower.
+      **kwargs: arguments of `DualDNN` and `Ranker`.
+
+    Raises:
+      ValueError: a model of another form, models that want different schemas, or an argument
+        of the whole in a part.
+    """
+    roads: list[Road] = []
+    for role, config in (("teacher", teacher), ("student", student)):
+        of_the_whole = sorted(key for key in config if key in _keywords(Ranker))
+        if of_the_whole:
+            raise ValueError(
+                f"`{role}`: `{of_the_whole[0]}` belongs to the whole model; give it beside `{role}`"
+            )
+        road = build(roads[0].schema if roads else schema, config)
+        if not isinstance(road, Road):
+            raise ValueError(
+                f"`{role}` should be a model of one bottom and one tower. "
+                f"Received: {config['name']!r}"
+            )
+        roads.append(road)
+    first, second = roads
+    if first.schema != second.schema:
+        raise ValueError(
+            f"`student`: model `{student['name']}` changes the schema, which its teacher shares."
+        )
+    of_tables = {
+        "linear_dim": max(first.embed.linear_dim, second.embed.linear_dim),
+        "embedding_seed": first.embed.seed,
+    }
+    parts = (first.bottom, first.tower, second.bottom, second.tower)
+    return DualDNN(first.schema, *parts, **{**of_tables, **kwargs})
+
 
 # name -> its function, and the functions and classes whose keyword arguments it passes on.
 MODELS: dict[str, tuple[Callable[..., Ranker], tuple[Callable[..., Ranker], ...]]] = {
@@ -21,6 +68,7 @@ MODELS: dict[str, tuple[Callable[..., Ranker], tuple[Callable[..., Ranker], ...]
     "xdeepfm": (ctr.xdeepfm, (ctr.road, Ranker)),
     "dual_dnn": (dual_dnn.dual_dnn, (dual_dnn.DualDNN, Ranker)),
     "teacher_alone": (dual_dnn.teacher_alone, (Ranker,)),
+    "distilled": (distilled, (DualDNN, Ranker)),
     "star": (cross_domain.star, (Ranker,)),
     "cross_domain": (cross_domain.cross_domain, (Ranker,)),
     "shared_bottom": (multi_task.shared_bottom, (Ranker,)),
@@ -32,19 +80,17 @@ MODELS: dict[str, tuple[Callable[..., Ranker], tuple[Callable[..., Ranker], ...]
 }
 
 
+def _keywords(part: Callable[..., Ranker]) -> list[str]:
+    """Names of the keyword arguments of a function or a class."""
+    signature = inspect.signature(vars(part)["__init__"] if isinstance(part, type) else part)
+    return [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
 def arguments(name: str) -> list[str]:
     """Names of the arguments that a recipe may give to a model."""
     function, passed_on = MODELS[name]
-    signatures = [
-        inspect.signature(vars(b)["__init__"] if isinstance(b, type) else b)
-        for b in (function, *passed_on)
-    ]
-    return sorted(
-        parameter.name
-        for signature in signatures
-        for parameter in signature.parameters.values()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.name != "linear_dim"
-    )
+    known = {key for part in (function, *passed_on) for key in _keywords(part)}
+    return sorted(known - {"linear_dim"})
 
 
 def build(schema: Schema, config: Mapping[str, Any]) -> Ranker:

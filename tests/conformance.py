@@ -298,5 +298,14 @@ CASES: dict[str, Case] = {
         f"model {name} of {tasks}": model_of_domains(name=name, tasks=tasks, tower_units=(3,))
         for name, tasks in (("shared_bottom", "domains"), ("mmoe", "labels"), ("ple", "domains"))
     },
+    "model distilled": dataclasses.replace(
+        model_of_domains(
+            name="distilled",
+            teacher={"name": "cross_domain", "expert_units": (4,), "tower_units": (3,)},
+            student={"name": "wdl", "units": (4,), "tower_units": (3,)},
+            hint_weight=0.1,
+        ),
+        float32_outputs=(0, 1),
+    ),
     "model ppnet": model_of_domains(name="ppnet", units=(4, 3), epnet=True),
 }

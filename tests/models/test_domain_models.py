@@ -279,6 +279,53 @@ def test_a_row_has_its_own_score_in_any_batch(config: dict[str, Any]) -> None:
         np.testing.assert_allclose(alone["model"][0], whole[place], rtol=1e-4, atol=1e-6)
 
 
+def test_a_distilled_teacher_moves_as_if_alone_bit_for_bit() -> None:
+    """Whatever its student is: here one with a meta tower."""
+    schema = dataclasses.replace(SCHEMA, task_id="user")
+    whole = {"embedding_stddev": 1.0, "embedding_l2": 0.01}
+    student = {"name": "wdl", "units": (4,), "seam_dim": 3, "tower_units": (3,)}
+    meta = {"inner": {"steps": 1}, "split": "random", "gradient_to": "embeddings"}
+    found = []
+    for config in (
+        MODELS["cross_domain"],
+        {
+            "name": "distilled",
+            "teacher": MODELS["cross_domain"],
+            "student": student,
+            "hint_weight": 0.1,
+            "meta": meta,
+        },
+    ):
+        tf_keras.utils.set_random_seed(3)
+        model = zoo.build(schema, {**whole, **config})
+        model.build()
+        model.compile(*(tf_keras.optimizers.SGD(0.1) for _ in range(3)))
+        for _ in range(2):
+            batch = rows(*[7, 1, 4, 99] * 5)
+            targets = {"labels": tf.ones([20, 2]), "weight": tf.ones([20])}
+            model.train_step((batch, {**targets, "task_id": batch["user"]}))
+        parts = (model.bottom, model.tower)
+        vectors = [table[:, :4].numpy() for table in model.embed.tables.values()]
+        found.append([*vectors, *(v.numpy() for part in parts for v in part.variables)])
+    for alone, distilled in zip(*found, strict=True):
+        np.testing.assert_array_equal(alone, distilled)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teacher": {"name": "dual_dnn"}}, r"`teacher` should be a model of one bottom.*dual_dnn"),
+        ({"student": {"name": "mlp", "meta": {}}}, "`student`: `meta` belongs to the whole model"),
+        ({"student": {"name": "lr"}}, "`student`: model `lr` changes the schema"),
+        ({"student": {"name": "mlpp"}}, "`model.name` should be one of"),
+    ],
+)
+def test_parts_that_do_not_compose_are_refused(change: dict[str, Any], message: str) -> None:
+    config = {"name": "distilled", "teacher": MODELS["star"], "student": {"name": "mlp"}}
+    with pytest.raises(ValueError, match=message):
+        zoo.build(SCHEMA, {**config, **change})
+
+
 def test_unknown_tasks_are_refused() -> None:
     with pytest.raises(ValueError, match=r"`tasks` should be one of .*Received: 'scenes'"):
         zoo.build(SCHEMA, {"name": "mmoe", "tasks": "scenes"})
