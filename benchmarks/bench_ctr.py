@@ -6,6 +6,7 @@ goes on; remove it after a change that the numbers should show.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import time
 from typing import Any
@@ -27,6 +28,7 @@ from qianmo.pipelines import readers, run_dir
 from qianmo.pipelines.recipe import Recipe
 from qianmo.pipelines.train import Run
 
+HALF = "mixed_bfloat16"
 PARTIAL = common.CACHE / "ctr.partial.json"
 MODELS = {"deepfm": "DeepFM", "dcn": "DCN", "xdeepfm": "xDeepFM"}
 SPEED_TARGET = {"deepfm": 2.0, "dcn": 2.0, "xdeepfm": 1.5}
@@ -158,9 +160,12 @@ def samples_per_second(found: dict[str, Any]) -> float:
     return float(found["rows"]["train"] / found["history"][-1]["seconds"])
 
 
-def ours(name: str, seed: int, folder: pathlib.Path, schema: dict[str, Any]) -> dict[str, float]:
+def ours(
+    name: str, seed: int, folder: pathlib.Path, schema: dict[str, Any], policy: str = "float32"
+) -> dict[str, float]:
     """Our model by the recipe: test AUC, samples/s of its second epoch, rows/s."""
     config = recipe(name, seed, folder, schema)
+    config.train.dtype_policy = policy
     tf_keras.backend.clear_session()
     with common.model_dir() as temporary:
         run = Run(Recipe.from_config(config.to_dict()), temporary)
@@ -169,6 +174,7 @@ def ours(name: str, seed: int, folder: pathlib.Path, schema: dict[str, Any]) -> 
         parts = [f for f, _ in readers.dataset(run.model.schema, path, batch_size=2**16)]
         inputs = {k: np.concatenate([p[k].numpy() for p in parts]) for k in parts[0]}
         speed = predict_speed(run.model, inputs)
+    tf_keras.mixed_precision.set_global_policy("float32")
     return {
         "auc": common.test_metrics(found, "model")["auc"],
         "samples/s": samples_per_second(found),
@@ -182,26 +188,6 @@ def half_precision() -> str:
     flags = set(info.read_text().split()) if info.exists() else set()
     found = [name for name in ("amx_bf16", "avx512_bf16") if name in flags]
     return ", ".join(found) or "no bfloat16 instructions here"
-
-
-def step_speed(folder: pathlib.Path, schema: dict[str, Any], policy: str, steps: int = 12) -> float:
-    """Samples/s of xDeepFM's training step alone under a dtype policy."""
-    config = recipe("xdeepfm", 1, folder, schema)
-    config.train.dtype_policy = policy
-    tf_keras.backend.clear_session()
-    with common.model_dir() as temporary:
-        run = Run(Recipe.from_config(config.to_dict()), temporary)
-        data = readers.dataset(run.model.schema, config.data.train, batch_size=2048)
-        batches = list(data.take(steps))
-        step = tf.function(lambda batch: run.model.train_step(batch))
-        step(batches[0])
-        start = time.perf_counter()
-        for batch in batches:
-            loss = step(batch)["loss"]
-        loss.numpy()
-        seconds = time.perf_counter() - start
-    tf_keras.mixed_precision.set_global_policy("float32")
-    return 2048 * steps / seconds
 
 
 def products_alone(width: int = 144) -> dict[str, float]:
@@ -263,15 +249,17 @@ def all_units(
     done: dict[str, Any] = run_dir.read_json(PARTIAL, {}) if keep else {}
     for name in names:
         for seed in seeds:
-            key = f"{name} {seed}"
-            if key in done:
-                continue
-            done[key] = {"qianmo": ours(name, seed, encoded, schema)}
+            found = done.setdefault(f"{name} {seed}", {})
+            calls = {"qianmo": functools.partial(ours, name, seed, encoded, schema)}
+            if name == "xdeepfm":
+                calls[HALF] = functools.partial(ours, name, seed, encoded, schema, HALF)
             for library, options in PEERS[name].items():
-                done[key][library] = peer(name, seed, data, options)
-            print(key, done[key], flush=True)
-            if keep:
-                run_dir.write_json(PARTIAL, done)
+                calls[library] = functools.partial(peer, name, seed, data, options)
+            for library in [c for c in calls if c not in found]:
+                found[library] = calls[library]()
+                print(name, seed, library, found[library], flush=True)
+                if keep:
+                    run_dir.write_json(PARTIAL, done)
     return done
 
 
@@ -287,13 +275,15 @@ def run(*, quick: bool) -> dict[str, Any]:
     for name in names:
         found = {
             library: [done[f"{name} {seed}"][library] for seed in seeds]
-            for library in ("qianmo", *PEERS[name])
+            for library in done[f"{name} {seeds[0]}"]
         }
         for library, results in found.items():
             rows.append(
                 {
                     "model": MODELS[name],
-                    "library": library,
+                    "library": f"qianmo, {HALF} ({half_precision()})"
+                    if library == HALF
+                    else library,
                     "AUC": common.shown([r["auc"] for r in results]),
                     "training samples/s": float(np.median([r["samples/s"] for r in results])),
                     "predict rows/s": float(np.median([r["rows/s"] for r in results])),
@@ -310,17 +300,6 @@ def run(*, quick: bool) -> dict[str, Any]:
             "predict rows/s": ceiling["predict"],
         }
     )
-    speeds = {
-        policy: step_speed(encoded, schema, policy) for policy in ("float32", "mixed_bfloat16")
-    }
-    rows.append(
-        {
-            "model": "xDeepFM",
-            "library": f"qianmo, mixed_bfloat16 ({half_precision()})",
-            "training samples/s": speeds["mixed_bfloat16"],
-        }
-    )
-    print(speeds, flush=True)
     pairs = [
         (vocabulary_cost(encoded, schema, 1), vocabulary_cost(encoded, schema, 10))
         for _ in range(1 if quick else 3)
