@@ -13,8 +13,6 @@ Tasks that stand in a batch many times are adapted once.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -42,8 +40,8 @@ from qianmo.export.saved_model import (
     tensors,
     write_serving_files,
 )
+from qianmo.export.support_rows import FeatureRows, HiddenRows, Keep, kept
 from qianmo.export.support_table import SupportTable
-from qianmo.layers.encode import example
 from qianmo.layers.inner_loop import Support
 from qianmo.layers.meta import Meta
 from qianmo.models.ranker import Ranker
@@ -51,6 +49,7 @@ from qianmo.ops.support_store import TOO_OLD, SupportStore
 
 UNDEFINED = -1.0  # a label that a row does not have
 BAD_SUPPORT = 32  # a support row in the request could not be read and was left out
+Store = SupportTable | SupportStore
 ADAPT = "adapt"
 COUNT = "support_count"
 
@@ -127,12 +126,12 @@ def _scored(
     return answer(model.schema, logits, read | tf.where(adapt, how | status, 0))
 
 
-def _adapted(model: Ranker, store: SupportTable | SupportStore, bottom: int) -> Signature:
+def _adapted(model: Ranker, store: Store, rows_of: HiddenRows | FeatureRows) -> Signature:
     def adapted(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
         tasks, place = tf.unique(inputs[model.schema.task_id])
-        version = tf.constant(bottom, tf.int64)
+        version = tf.constant(rows_of.version, tf.int64)
         found = store.get(tasks, version, _meta(model).inner.max_support)
-        support = Support(found.h, found.labels, found.weights)
+        support = Support(rows_of.hidden(found.h), found.labels, found.weights)
         status = tf.zeros_like(place)
         return _scored(model, inputs, inputs[ADAPT], place, support, status)
 
@@ -191,44 +190,28 @@ def _adapted_by_request(model: Ranker) -> Signature:
     return adapted_by_request
 
 
-def _put(model: Ranker, store: SupportTable | SupportStore, bottom: int) -> Signature:
+def _put(model: Ranker, store: Store, rows_of: HiddenRows | FeatureRows) -> Signature:
     schema = model.schema
 
     def put_support(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-        output, read = model.one_head(inputs, model.serving_head)
+        rows, read = rows_of.pack(inputs)
         labels, weights, good = _labels([inputs[label] for label in schema.labels])
         # What cannot be read is not stored: a value that is not finite says so to the store.
         nan = float("nan")
-        h = tf.where((read == 0)[:, None], output.h, nan)
+        rows = tf.where((read == 0)[:, None], rows, nan)
         labels = tf.where(good[:, None], labels, nan)
         task, time = inputs[schema.task_id], inputs[schema.timestamp]
-        version = tf.fill(tf.shape(task), tf.constant(bottom, tf.int64))
-        return {STATUS: store.put(task, h, labels, weights, time, version)}
+        version = tf.fill(tf.shape(task), tf.constant(rows_of.version, tf.int64))
+        return {STATUS: store.put(task, rows, labels, weights, time, version)}
 
     return put_support
 
 
-def _stats(model: Ranker, store: SupportTable | SupportStore) -> Signature:
+def _stats(model: Ranker, store: Store) -> Signature:
     def stats(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"stats": store.stats(inputs[model.schema.task_id])}
 
     return stats
-
-
-def bottom_version(model: Ranker) -> int:
-    """A number, int64, of the schema and the weights left of the tower seam: equal if they are.
-
-    Support rows that other weights made do not fit a tower; a `SupportStore` refuses them by this.
-    """
-    graph = (
-        tf.function(lambda x: model.tower_input(x, model.serving_head))
-        .get_concrete_function(example(model.schema))
-        .graph
-    )
-    digest = hashlib.sha256(json.dumps(model.schema.to_config(), sort_keys=True).encode())
-    for variable in graph.variables:
-        digest.update(np.ascontiguousarray(variable.numpy()).data)
-    return int.from_bytes(digest.digest()[:8], "little", signed=True)
 
 
 def export_adapted(
@@ -238,6 +221,7 @@ def export_adapted(
     support: Rows,
     *,
     store: SupportStore | None = None,
+    keep: Keep = "hidden",
     ttl_seconds: float = 0.0,
     version: int | None = None,
 ) -> tuple[pathlib.Path, float]:
@@ -250,7 +234,10 @@ def export_adapted(
       support: real support rows, in order of time: features, the columns of task and time, labels.
         The table, or the store, gets them; a store keeps them even if the export is refused.
       store: where support rows live instead of a table in the graph: beyond a version, and for all
-        versions. Its ops must be linked into the server. It is as wide as the tower's input.
+        versions. Its ops must be linked into the server. It is as wide as the rows kept.
+      keep: what a support row holds. "hidden": the tower's input, which is of no use to a model of
+        other weights. "features": the encoded features, of which every request makes the tower's
+        input anew; rows are of use as long as the schema and its vocabularies stay.
       ttl_seconds: of the table: support that was written longer ago is not used; 0: for ever.
       version: default: one above the highest.
 
@@ -267,17 +254,16 @@ def export_adapted(
         if not getattr(schema, role):
             raise ExportError(f"Adapted scores need `schema.{role}`.")
     head = model.serving_head
-    h_dim = model.tower_input(tensors(cast(rows, raw_specs(schema))), head).shape[-1]
-    held: SupportTable | SupportStore = store or SupportTable(
-        h_dim, len(schema.labels), meta.inner.max_support, ttl_seconds=ttl_seconds
+    of_support = kept(model, keep)
+    held: Store = store or SupportTable(
+        of_support.dim, len(schema.labels), meta.inner.max_support, ttl_seconds=ttl_seconds
     )
-    if held.dim != h_dim or held.num_labels != len(schema.labels):
+    if held.dim != of_support.dim or held.num_labels != len(schema.labels):
         raise ExportError(
-            f"The store should hold rows of {h_dim} numbers and {len(schema.labels)} labels. "
-            f"Received: {held.dim} and {held.num_labels}"
+            f"The store should hold rows of {of_support.dim} numbers and {len(schema.labels)} "
+            f"labels. Received: {held.dim} and {held.num_labels}"
         )
-    bottom = bottom_version(model)
-    put = tf.function(_put(model, held, bottom), reduce_retracing=True)
+    put = tf.function(_put(model, held, of_support), reduce_retracing=True)
     seeds = tensors(cast(support, put_specs(schema)))
     size = len(support[schema.task_id])
     for first in range(0, size, 8192):
@@ -293,9 +279,9 @@ def export_adapted(
 
     functions: dict[str, Signature] = {
         "serving_default": scorer(model, head),
-        "adapted": _adapted(model, held, bottom),
+        "adapted": _adapted(model, held, of_support),
         "adapted_by_request": _adapted_by_request(model),
-        "put_support": _put(model, held, bottom),
+        "put_support": _put(model, held, of_support),
         "stats": _stats(model, held),
     }
     specs: dict[str, Specs] = {

@@ -13,6 +13,7 @@ from qianmo.export.adapted import (
     support_name,
 )
 from qianmo.export.saved_model import STATUS, ExportError, export_in_graph, op_types, session
+from qianmo.export.support_rows import ID_BASE, FeatureRows
 from qianmo.layers.features import Categorical, Dense, Schema
 from qianmo.layers.inner_loop import Support
 from qianmo.layers.meta import DIVERGED, NO_SUPPORT
@@ -324,3 +325,33 @@ def test_support_that_cannot_be_stored_stops_the_export_and_names_the_row(model,
     with pytest.raises(ExportError, match=f"support row 17 of task {user} cannot be stored"):
         export_adapted(model, tmp_path / "ranker", ROWS, {**SUPPORT, "price": price})
     assert not list(tmp_path.glob("ranker/*"))
+
+
+def test_rows_of_features_outlive_the_weights_that_were_there(model, tmp_path):
+    store = SupportStore("test_adapted_features", 12, 2, MOST)
+    base = tmp_path / "ranker"
+    _, worst = export_adapted(model, base, ROWS, SUPPORT, store=store, keep="features")
+    assert worst <= 1e-6
+    kernel = model.bottom.trainable_variables[0]
+    was = kernel.numpy()
+    kernel.assign(was + 0.01)
+    nothing = {k: v[:1] for k, v in SUPPORT.items()}
+    second, _ = export_adapted(model, base, ROWS, nothing, store=store, keep="features")
+    reference = expected(model)
+    kernel.assign(was)
+    with session(second) as run:
+        answer = run("adapted", switched())
+    np.testing.assert_allclose(probabilities(answer), reference, atol=1e-6)
+    store.close()
+
+
+def test_ids_of_features_are_kept_exactly():
+    schema = Schema(
+        features=(Categorical(name="id", num_ids=2**40, dim=1),), labels=("y",), task_id="id"
+    )
+    made = zoo.build(schema, {"name": "mlp", "units": ()})
+    ids = tf.constant([0, 1, 2**20 - 2, 2**24, 2**24 + 1, 2**39 + 12345], tf.int64)
+    rows, _ = FeatureRows(made).pack({"id": ids})
+    assert rows.dtype == tf.float32
+    found = tf.cast(rows[:, 0], tf.int64) * ID_BASE + tf.cast(rows[:, 1], tf.int64)
+    np.testing.assert_array_equal(found, ids + 1)
