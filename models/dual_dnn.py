@@ -114,32 +114,36 @@ class DualDNN(Ranker):
         self.teacher_frozen = teacher_frozen
         self.head_names = ("student",) if teacher_tower is None else ("teacher", "student")
         self.hint_projections: list[tf_keras.layers.Layer | None] = []
-        if teacher_tower is not None:
-            if teacher_frozen:
-                self.embed.trainable = False
-                teacher_bottom.trainable = False  # type: ignore[union-attr]
-                teacher_tower.trainable = False
-            if hint_weight:
-                if not all(
-                    isinstance(tower, Tower) and tower.mlp.units
-                    for tower in (teacher_tower, student_tower)
-                ):
-                    raise ValueError(
-                        "`hint_weight` needs one tower with hidden layers in teacher and student."
-                    )
-                self.hint_projections = [
-                    None
-                    if t == s
-                    else tf_keras.layers.Dense(
-                        t,
-                        use_bias=False,
-                        kernel_initializer=tf_keras.initializers.GlorotUniform(
-                            derive_seed(student_tower.seed, 2, i)
-                        ),
-                        name=f"hint_{i}",
-                    )
-                    for i, (t, s) in enumerate(self._hint_widths())
-                ]
+        if teacher_frozen:
+            self.freeze_teacher()
+        if teacher_tower is not None and hint_weight:
+            if not all(
+                isinstance(tower, Tower) and tower.mlp.units
+                for tower in (teacher_tower, student_tower)
+            ):
+                raise ValueError(
+                    "`hint_weight` needs one tower with hidden layers in teacher and student."
+                )
+            self.hint_projections = [
+                None
+                if t == s
+                else tf_keras.layers.Dense(
+                    t,
+                    use_bias=False,
+                    kernel_initializer=tf_keras.initializers.GlorotUniform(
+                        derive_seed(student_tower.seed, 2, i)
+                    ),
+                    name=f"hint_{i}",
+                )
+                for i, (t, s) in enumerate(self._hint_widths())
+            ]
+
+    def freeze_teacher(self) -> None:
+        """From now on steps move the student alone; teacher and tables stay as they are."""
+        self.teacher_frozen = True
+        for part in (self.embed, self.bottom, self.tower):
+            if part is not None:
+                part.trainable = False
 
     @property
     def teacher_bottom(self) -> tf_keras.layers.Layer | None:

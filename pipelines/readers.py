@@ -53,6 +53,10 @@ class DataError(ValueError):
     """
 
 
+class NoRowsError(DataError):
+    """Files that can be read, and hold no rows."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Column:
     """What a column should hold.
@@ -95,6 +99,16 @@ class _Part:
 
     def error(self, column: str, row: int, fault: str) -> DataError:
         return DataError(f"{self.file}, column `{column}`, row {row} (counted from 0): {fault}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entries(_Part):
+    """Rows that came one by one, each with an id of its own, from what `file` names."""
+
+    ids: Sequence[str] = ()
+
+    def error(self, column: str, row: int, fault: str) -> DataError:
+        return DataError(f"{self.file}, entry {self.ids[row]}, column `{column}`: {fault}")
 
 
 # A reader yields the columns of consecutive rows; CSV's come as the bytes between the commas.
@@ -192,9 +206,9 @@ def dataset(
     def generate() -> Iterator[tuple[Block, Block]]:
         skip = skip_batches * batch_size
         for block in _blocks(columns, plan, path, seed, epoch, shuffle_rows):
-            skipped = min(skip, _num_rows(block))
+            skipped = min(skip, num_rows(block))
             skip -= skipped
-            if skipped == _num_rows(block):
+            if skipped == num_rows(block):
                 continue
             yield batch(schema, {name: values[skipped:] for name, values in block.items()})
 
@@ -263,7 +277,7 @@ def count_rows(schema: Schema, path: PathLike) -> int:
     plan = _plan(columns, path, (0, 1))
     if schema.only_domains:
         kept = {name: column for name, column in columns.items() if column.tells_domain}
-        return sum(map(_num_rows, _in_order(kept, plan, path, _DECODED_ROWS)))
+        return sum(map(num_rows, _in_order(kept, plan, path, _DECODED_ROWS)))
     count = 0
     for part in plan.parts:
         if part.metadata is not None:
@@ -355,7 +369,7 @@ def _files(path: PathLike) -> list[pathlib.Path]:
     """
     name = os.fspath(path)
     if os.path.isdir(name):
-        files = [file for file in pathlib.Path(name).iterdir() if _has_format(file)]
+        files = [file for file in pathlib.Path(name).iterdir() if has_format(file)]
         hint = f"The folder holds no file that ends in {', '.join(_READERS)}."
     elif os.path.isfile(name):
         files = [pathlib.Path(name)]
@@ -370,7 +384,8 @@ def _files(path: PathLike) -> list[pathlib.Path]:
     return sorted(files)
 
 
-def _has_format(file: pathlib.Path) -> bool:
+def has_format(file: pathlib.Path) -> bool:
+    """Whether a file's name says that it holds rows; hidden ones and `_...` do not."""
     return file.name.endswith(tuple(_READERS)) and not file.name.startswith((".", "_"))
 
 
@@ -413,8 +428,8 @@ def _plan(columns: Mapping[str, _Column], path: PathLike, shard: tuple[int, int]
     return _Plan(parts, index, count)
 
 
-def _no_rows(path: PathLike) -> DataError:
-    return DataError(f"{os.fspath(path)}: no rows. Write the data again, or give another path.")
+def _no_rows(path: PathLike) -> NoRowsError:
+    return NoRowsError(f"{os.fspath(path)}: no rows. Write the data again, or give another path.")
 
 
 def _parts(file: pathlib.Path, columns: Mapping[str, _Column]) -> list[_Part]:
@@ -467,38 +482,72 @@ def _in_order(
       DataError: there are none, or they do not fit the schema.
     """
     empty = none_kept = True
-    # The domain first: it says which rows have the others' values.
-    ordered = sorted(columns.values(), key=lambda column: not column.tells_domain)
+    ordered = _domain_first(columns)
     for part in plan.parts:
         row = part.first_row
         is_text = part.file.name.endswith((".csv", ".csv.gz"))
         for arrays in _reader(part.file)(part, columns, decoded_rows):
             here = dataclasses.replace(part, first_row=row)
-            block: Block = {}
-            domain: npt.NDArray[np.int64] | None = None
-            only: tuple[int, ...] = ()
-            for column in ordered:
-                block.update(_convert(here, column, arrays[column.name], is_text, domain))
-                if column.tells_domain:
-                    domain, only = block[column.name], column.only
-            rows = _num_rows(block)
+            block = _block(here, ordered, arrays, is_text)
+            rows = num_rows(block)
             empty = empty and not rows
             if plan.stride > 1:
                 own = slice((plan.offset - row) % plan.stride, None, plan.stride)
                 block = {name: values[own] for name, values in block.items()}
             row += rows
-            if domain is not None and only:
-                block = _taken(block, np.flatnonzero(np.isin(block[ordered[0].name], only)))
-            if _num_rows(block):
+            if only := ordered[0].only:
+                block = taken(block, np.flatnonzero(np.isin(block[ordered[0].name], only)))
+            if num_rows(block):
                 none_kept = False
                 yield block
     if not empty and none_kept and plan.stride == 1 and ordered[0].only:
-        raise DataError(
+        raise NoRowsError(
             f"{os.fspath(path)}: no rows of domains {ordered[0].only}. Give other rows, or name "
             "other domains in `only_domains`."
         )
     if empty:
         raise _no_rows(path)
+
+
+def _domain_first(columns: Mapping[str, _Column]) -> list[_Column]:
+    """The columns in the order to convert them: the domain says which rows have the others'."""
+    return sorted(columns.values(), key=lambda column: not column.tells_domain)
+
+
+def _block(
+    part: _Part, ordered: Sequence[_Column], arrays: Mapping[str, pa.Array], is_text: bool
+) -> Block:
+    """Checks consecutive rows' columns and makes them a block."""
+    block: Block = {}
+    domain: npt.NDArray[np.int64] | None = None
+    for column in ordered:
+        block.update(_convert(part, column, arrays[column.name], is_text, domain))
+        if column.tells_domain:
+            domain = block[column.name]
+    return block
+
+
+def text_block(
+    schema: Schema, source: str, ids: Sequence[str], rows: Sequence[Mapping[bytes, bytes]]
+) -> Block:
+    """Makes a block of rows that came one by one as text: what `blocks` makes of a CSV's lines.
+
+    Args:
+      schema: the columns.
+      source: what errors name.
+      ids: of the rows, which errors name too.
+      rows: column -> value, as UTF-8. A value that is not there is a CSV's empty cell.
+
+    Raises:
+      DataError: a row does not fit the schema.
+    """
+    columns = _columns(schema)
+    arrays = {}
+    for name, column in columns.items():
+        key = name.encode()
+        cells = pa.array([row.get(key) for row in rows], pa.binary())
+        arrays[name] = _split(cells) if column.max_length else cells
+    return _block(_Entries(pathlib.Path(source), ids=ids), _domain_first(columns), arrays, True)
 
 
 def _shuffled(
@@ -507,28 +556,30 @@ def _shuffled(
     """Passes rows through a buffer: new ones take the places of as many drawn at random."""
     ordered = iter(ordered)
     first: list[Block] = []
-    while sum(map(_num_rows, first)) < shuffle_rows and (block := next(ordered, None)):
+    while sum(map(num_rows, first)) < shuffle_rows and (block := next(ordered, None)):
         first.append(block)
     if not first:
         return
     # A column at a time, so that the rows are not held twice.
     buffer = {name: np.concatenate([block.pop(name) for block in first]) for name in [*first[0]]}
-    size = _num_rows(buffer)
+    size = num_rows(buffer)
     for block in ordered:
-        for start in range(0, _num_rows(block), size):
+        for start in range(0, num_rows(block), size):
             new = {name: values[start : start + size] for name, values in block.items()}
-            places = random.choice(size, _num_rows(new), replace=False)
-            yield _taken(buffer, places)
+            places = random.choice(size, num_rows(new), replace=False)
+            yield taken(buffer, places)
             for name, values in new.items():
                 buffer[name][places] = values
-    yield _taken(buffer, random.permutation(size))
+    yield taken(buffer, random.permutation(size))
 
 
-def _taken(block: Block, rows: npt.NDArray[np.int64]) -> Block:
+def taken(block: Block, rows: npt.NDArray[np.int64]) -> Block:
+    """Some rows of a block."""
     return {name: values[rows] for name, values in block.items()}
 
 
-def _num_rows(block: Block) -> int:
+def num_rows(block: Block) -> int:
+    """How many rows a block has."""
     return len(next(iter(block.values()), ()))
 
 
