@@ -36,23 +36,24 @@ class Read(NamedTuple):
 
 
 class EmbeddingStore(tf.saved_model.experimental.TrackableResource):
-    """Embedding tables that are read from memory-mapped files and not held by the graph.
+    """Embedding tables that are read from memory-mapped files or a Redis, not held by the graph.
 
     All graphs of a process that open the same folder share one mapping. The store follows the
-    version that the folder publishes, within a tenth of a second and without a reload of the graph;
+    version that is published there, within a tenth of a second and without a reload of the graph;
     each lookup reads one version.
 
     In a SavedModel the store opens when the model is loaded, so a server without the op refuses it.
 
     Args:
-      path: the store's folder, or a `tf.saved_model.Asset`: a file whose only line names the
-        folder, from the file's own folder on.
+      path: the store's folder, the URL of a Redis (see docs/embedding_store.md), or a
+        `tf.saved_model.Asset`: a file whose only line names one of them, a folder from the file's
+        own folder on.
       space: accepts embedding versions of this space, whose vectors fit the graph; 0 for all.
-      on_mismatch: when the folder publishes a version of another space, "fall_back" reads the
+      on_mismatch: when a version of another space is published, "fall_back" reads the
         newest one there that is of this space, and "refuse" makes lookups fail until one is
         published. When the store opens and there is none, both fail.
       verify: compare the checksums of all rows before a version is used. Without it those of the
-        manifest and of the shards' headers are compared, and the files' sizes.
+        manifest and of the shards' headers are compared, and the files' sizes. Not of a Redis.
 
     Raises:
       tf.errors.FailedPreconditionError: the store cannot be opened; it names file and fault.
@@ -90,8 +91,15 @@ class EmbeddingStore(tf.saved_model.experimental.TrackableResource):
         tf.raw_ops.DestroyResourceOp(resource=self.resource_handle, ignore_lookup_error=True)
 
     def close(self) -> None:
-        """Stops following the folder; lookups fail from now on."""
+        """Stops following what is published; lookups fail from now on."""
         self._destroy_resource()
+
+    def rows_lost(self) -> int:
+        """Rows that could not be had from a Redis since this process has it open.
+
+        Their requests failed, or got default vectors where the URL says so.
+        """
+        return int(library().qianmo_embedding_store_rows_lost(self.resource_handle))
 
     def lookup(
         self,
@@ -115,6 +123,7 @@ class EmbeddingStore(tf.saved_model.experimental.TrackableResource):
           tf.errors.NotFoundError: an id has no row, where `missing` is "error".
           tf.errors.DeadlineExceededError: the time was up.
           tf.errors.FailedPreconditionError: there is no accepted version, or it has not that table.
+          tf.errors.UnavailableError: a node of the Redis is down, or has lost rows.
         """
         found: list[tf.Tensor] = library().qianmo_embedding_lookup(
             self.resource_handle,

@@ -17,7 +17,7 @@
 #include "absl/strings/str_cat.h"
 #include "ops/cc/embedding_lookup.h"
 #include "ops/cc/embedding_store.h"
-#include "ops/cc/embedding_version.h"
+#include "ops/cc/embedding_table.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/resource_mgr.h"
 #include "tensorflow/core/framework/resource_op_kernel.h"
@@ -103,7 +103,24 @@ class StoreOpenOp : public tensorflow::OpKernel {
   bool verify_;
 };
 
-// Threads for lookups of all stores while rows may have to come from a disk.
+class StoreRowsLostOp : public tensorflow::OpKernel {
+ public:
+  using OpKernel::OpKernel;
+
+  void Compute(OpKernelContext* ctx) override {
+    tensorflow::core::RefCountPtr<StoreResource> resource;
+    OP_REQUIRES_OK(ctx,
+                   tensorflow::LookupResource(
+                       ctx, tensorflow::HandleFromInput(ctx, 0), &resource));
+    const auto store = resource->store();
+    Tensor* out;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, TensorShape(), &out));
+    out->scalar<int64_t>()() = store == nullptr ? 0 : store->RowsLost();
+  }
+};
+
+// Threads for lookups of all stores while rows may have to come from a disk or
+// from another machine.
 tensorflow::thread::ThreadPool* Threads() {
   static auto* const threads = new tensorflow::thread::ThreadPool(
       tensorflow::Env::Default(), tensorflow::ThreadOptions(), "qianmo_lookup",
@@ -221,11 +238,11 @@ class Lookup : public std::enable_shared_from_this<Lookup> {
           });
     }
     // Cancelled or late by now, the context may be gone.
-    const bool stay = version_->IsInMemory();
-    for (int64_t i = stay ? 1 : 0; i < threads_; ++i) {
-      Threads()->Schedule([self = shared_from_this()] { self->Work(); });
+    if (version_->is_remote()) {
+      Threads()->Schedule([self = shared_from_this()] { self->Fetch(); });
+    } else {
+      Spread(/*stay=*/version_->IsInMemory());
     }
-    if (stay) Work();
   }
 
  private:
@@ -233,6 +250,32 @@ class Lookup : public std::enable_shared_from_this<Lookup> {
     size_t piece;
     int64_t begin, end;
   };
+
+  // Has all threads work, this one among them if it should stay.
+  void Spread(bool stay) {
+    for (int64_t i = stay ? 1 : 0; i < threads_; ++i) {
+      Threads()->Schedule([self = shared_from_this()] { self->Work(); });
+    }
+    if (stay) Work();
+  }
+
+  void Fetch() {
+    std::vector<WantedIds> wanted;
+    for (const Piece& piece : pieces_) {
+      wanted.push_back(
+          {piece.table, piece.ids.flat<int64_t>().data(),
+           piece.pooled ? piece.lengths.flat<int64_t>().data() : nullptr,
+           static_cast<size_t>(piece.rows), static_cast<size_t>(piece.width)});
+    }
+    std::string error;
+    auto fetched = ended_ ? nullptr : version_->Fetch(wanted, &error);
+    if (fetched == nullptr) return Finish(absl::UnavailableError(error));
+    for (Piece& piece : pieces_) {
+      piece.table = fetched->table(piece.table->name());
+    }
+    version_ = std::move(fetched);
+    Spread(/*stay=*/true);
+  }
 
   void Work() {
     const int64_t waits = WaitsForDisk();
@@ -295,7 +338,7 @@ class Lookup : public std::enable_shared_from_this<Lookup> {
 
   OpKernelContext* const ctx_;
   AsyncOpKernel::DoneCallback done_;
-  const std::shared_ptr<const EmbeddingVersion> version_;
+  std::shared_ptr<const EmbeddingVersion> version_;
   std::vector<Piece> pieces_;
   std::vector<Part> parts_;
   int64_t threads_;
@@ -358,7 +401,7 @@ class EmbeddingLookupOp : public AsyncOpKernel {
       if (piece.table == nullptr ||
           piece.table->dim() != static_cast<uint32_t>(attrs_.dims[i])) {
         return absl::FailedPreconditionError(absl::StrCat(
-            (*version)->folder(), " should have a table `", attrs_.tables[i],
+            (*version)->where(), " should have a table `", attrs_.tables[i],
             "` of dim ", attrs_.dims[i], ". It has ",
             piece.table == nullptr
                 ? "none of that name"
@@ -418,6 +461,9 @@ REGISTER_KERNEL_BUILDER(
 REGISTER_KERNEL_BUILDER(
     Name("Qianmo>EmbeddingStoreOpen").Device(tensorflow::DEVICE_CPU),
     StoreOpenOp);
+REGISTER_KERNEL_BUILDER(
+    Name("Qianmo>EmbeddingStoreRowsLost").Device(tensorflow::DEVICE_CPU),
+    StoreRowsLostOp);
 REGISTER_KERNEL_BUILDER(
     Name("Qianmo>EmbeddingLookup").Device(tensorflow::DEVICE_CPU),
     EmbeddingLookupOp);

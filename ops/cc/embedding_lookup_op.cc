@@ -96,18 +96,29 @@ REGISTER_OP("Qianmo>EmbeddingStoreOpen")
       return c->WithRank(c->input(1), 0, &scalar);
     })
     .Doc(R"doc(
-Opens a folder of embedding versions, and follows the version it publishes.
+Opens a source of embedding versions, and follows the version it publishes.
 
-Graphs of a process that open the same folder share it.
+Graphs of a process that open the same one share it.
 
-path: the folder, or a file whose only line names it, from the file's own folder
-  on.
+path: a folder, the URL of a Redis, or a file whose only line names one of them,
+  a folder from the file's own folder on.
 space: accepts embedding versions of this space; 0 for all.
 on_mismatch: what to read when the version published is of another space:
-  'fall_back' is the newest one in the folder that is of this space, 'refuse'
-  none, so that lookups fail until one is published. Without any both fail here.
+  'fall_back' is the newest one there that is of this space, 'refuse' none, so that lookups fail until one is published. Without any both fail here.
 verify: read every byte of a version and compare the checksums before it is
   used.
+)doc");
+
+REGISTER_OP("Qianmo>EmbeddingStoreRowsLost")
+    .Input("store: resource")
+    .Output("rows: int64")
+    .SetIsStateful()
+    .SetShapeFn(tensorflow::shape_inference::ScalarShape)
+    .Doc(R"doc(
+Counts the rows that a store could not get from a Redis since it is open.
+
+Of a store that fails requests then, these are the rows of the failed requests;
+otherwise each of them was answered by its table's default vector.
 )doc");
 
 REGISTER_OP("Qianmo>EmbeddingLookup")
@@ -130,8 +141,8 @@ REGISTER_OP("Qianmo>EmbeddingLookup")
 Reads vectors of several tables from one embedding version of a store.
 
 An id may stand any number of times; each place gets the vector. The work runs
-on threads of its own as long as rows come from a disk, so that none of
-TensorFlow's waits for them. It ends early when the step is cancelled or its
+on threads of its own as long as rows come from a disk or from a Redis, so that
+none of TensorFlow's waits for them. It ends early when the step is cancelled or its
 time is up.
 
 ids: of each table any shape, or [B, L] where it is pooled.

@@ -9,8 +9,9 @@
 #include <cstdlib>
 #include <fstream>
 #include <map>
-#include <utility>
-#include <vector>
+
+#include "ops/cc/embedding_version.h"
+#include "ops/cc/redis_source.h"
 
 namespace qianmo {
 namespace {
@@ -44,22 +45,12 @@ bool ReadLine(const std::string& path, std::string* line, std::string* error) {
   return true;
 }
 
-// The number that a version's folder is named by; -1 if it is none.
-int64_t VersionOf(const std::string& name) {
-  if (name.empty() || name.size() > 18 || name[0] == '0') return -1;
-  if (!std::all_of(name.begin(), name.end(),
-                   [](char c) { return c >= '0' && c <= '9'; })) {
-    return -1;
-  }
-  return std::atoll(name.c_str());
-}
-
 // The versions in a folder, the newest first.
 std::vector<int64_t> VersionsIn(const std::string& folder) {
   std::vector<int64_t> found;
   if (DIR* const listing = opendir(folder.c_str())) {
     while (const dirent* const entry = readdir(listing)) {
-      const int64_t version = VersionOf(entry->d_name);
+      const int64_t version = VersionNumber(entry->d_name);
       if (version > 0) found.push_back(version);
     }
     closedir(listing);
@@ -68,79 +59,131 @@ std::vector<int64_t> VersionsIn(const std::string& folder) {
   return found;
 }
 
-}  // namespace
+// What tells one file from the next under the same name.
+using FileId = std::tuple<uint64_t, uint64_t, int64_t, int64_t>;
 
-EmbeddingStore::FileId EmbeddingStore::IdOf(const std::string& path) {
+FileId IdOf(const std::string& path) {
   struct stat info;
   if (stat(path.c_str(), &info) != 0) return FileId{};
   return FileId{info.st_dev, info.st_ino, info.st_mtim.tv_sec,
                 info.st_mtim.tv_nsec};
 }
 
-// Graphs share opened versions, also those that accept different ones.
-std::shared_ptr<const EmbeddingVersion> EmbeddingStore::OpenVersion(
-    const std::string& folder, int64_t number, bool verify,
-    std::string* error) {
-  struct Opened {
-    std::weak_ptr<const EmbeddingVersion> version;
-    bool verified = false;
-  };
-  static std::mutex* const mutex = new std::mutex;
-  static auto* const all = new std::map<FileId, Opened>;
-  const std::string path = folder + "/" + std::to_string(number);
-  const FileId id = IdOf(path + "/MANIFEST");
-  std::lock_guard<std::mutex> lock(*mutex);
-  Opened opened = (*all)[id];
-  all->erase(id);
-  auto version = opened.version.lock();
-  if (version == nullptr) {
-    version = EmbeddingVersion::Open(path, error);
-    if (version == nullptr) return nullptr;
-    opened = {version, false};
+class Folder : public EmbeddingSource {
+ public:
+  Folder(std::string path, bool verify)
+      : path_(std::move(path)), verify_(verify) {}
+
+  bool Changed() override { return IdOf(path_ + "/CURRENT") != seen_; }
+
+  bool ReadCurrent(int64_t* version, std::string* error) override {
+    seen_ = IdOf(path_ + "/CURRENT");
+    std::string line;
+    if (!ReadLine(path_ + "/CURRENT", &line, error)) return false;
+    *version = VersionNumber(line);
+    if (*version < 0) {
+      *error = path_ + "/CURRENT: it should hold a version's number";
+    }
+    return *version >= 0;
   }
-  if (version->version() != number) {
-    *error = path + "/MANIFEST: it is of version " +
-             std::to_string(version->version()) + ", not of this folder's";
-    return nullptr;
+
+  std::vector<int64_t> Versions() override { return VersionsIn(path_); }
+
+  // Graphs share opened versions, also those that accept different ones.
+  std::shared_ptr<const EmbeddingVersion> Open(int64_t number,
+                                               std::string* error) override {
+    struct Opened {
+      std::weak_ptr<const MappedVersion> version;
+      bool verified = false;
+    };
+    static std::mutex* const mutex = new std::mutex;
+    static auto* const all = new std::map<FileId, Opened>;
+    const std::string path = path_ + "/" + std::to_string(number);
+    const FileId id = IdOf(path + "/MANIFEST");
+    std::lock_guard<std::mutex> lock(*mutex);
+    Opened opened = (*all)[id];
+    all->erase(id);
+    auto version = opened.version.lock();
+    if (version == nullptr) {
+      version = MappedVersion::Open(path, error);
+      if (version == nullptr) return nullptr;
+      opened = {version, false};
+    }
+    if (version->version() != number) {
+      *error = path + "/MANIFEST: it is of version " +
+               std::to_string(version->version()) + ", not of this folder's";
+      return nullptr;
+    }
+    if (verify_ && !opened.verified) {
+      if (!version->Verify(error)) return nullptr;
+      opened.verified = true;
+    }
+    (*all)[id] = opened;
+    return version;
   }
-  if (verify && !opened.verified) {
-    if (!version->Verify(error)) return nullptr;
-    opened.verified = true;
+
+ private:
+  const std::string path_;
+  const bool verify_;
+  FileId seen_;  // CURRENT as it was last read
+};
+
+// The folder or URL that `path` is, or that the file there names.
+bool Resolve(const std::string& path, std::string* where, std::string* error) {
+  *where = path;
+  if (!IsRedisUrl(path) && !IsFolder(path)) {
+    std::string line;
+    if (!ReadLine(path, &line, error)) return false;
+    const size_t slash = path.rfind('/');
+    const bool relative = line[0] != '/' && slash != std::string::npos;
+    *where =
+        relative && !IsRedisUrl(line) ? path.substr(0, slash + 1) + line : line;
   }
-  (*all)[id] = opened;
-  return version;
+  if (IsRedisUrl(*where)) return true;
+  char* const real = realpath(where->c_str(), nullptr);
+  if (real == nullptr || !IsFolder(real)) {
+    std::free(real);
+    *error = *where + ": there is no such folder of embeddings" +
+             (*where == path ? "" : ", which " + path + " names");
+    return false;
+  }
+  *where = real;
+  std::free(real);
+  return true;
+}
+
+}  // namespace
+
+int64_t VersionNumber(const std::string& name) {
+  if (name.empty() || name.size() > 18 || name[0] == '0') return -1;
+  if (!std::all_of(name.begin(), name.end(),
+                   [](char c) { return c >= '0' && c <= '9'; })) {
+    return -1;
+  }
+  return std::atoll(name.c_str());
 }
 
 std::shared_ptr<EmbeddingStore> EmbeddingStore::Open(const std::string& path,
                                                      const Accepted& accepted,
                                                      bool verify,
                                                      std::string* error) {
-  std::string folder = path;
-  if (!IsFolder(path)) {
-    std::string line;
-    if (!ReadLine(path, &line, error)) return nullptr;
-    const size_t slash = path.rfind('/');
-    const bool relative = line[0] != '/' && slash != std::string::npos;
-    folder = relative ? path.substr(0, slash + 1) + line : line;
-  }
-  char* const real = realpath(folder.c_str(), nullptr);
-  if (real == nullptr || !IsFolder(real)) {
-    std::free(real);
-    *error = folder + ": there is no such folder of embeddings" +
-             (folder == path ? "" : ", which " + path + " names");
-    return nullptr;
-  }
-  folder = real;
-  std::free(real);
-
+  std::string where;
+  if (!Resolve(path, &where, error)) return nullptr;
   using Key = std::tuple<std::string, Accepted, bool>;
   static std::mutex* const mutex = new std::mutex;
   static auto* const stores = new std::map<Key, std::weak_ptr<EmbeddingStore>>;
   std::lock_guard<std::mutex> lock(*mutex);
-  auto& known = (*stores)[Key(folder, accepted, verify)];
+  auto& known = (*stores)[Key(where, accepted, verify)];
   auto store = known.lock();
   if (store != nullptr && store->Snapshot(error) != nullptr) return store;
-  store.reset(new EmbeddingStore(folder, accepted, verify));
+  std::unique_ptr<EmbeddingSource> source;
+  if (IsRedisUrl(where)) {
+    source = OpenRedis(where, verify, error);
+    if (source == nullptr) return nullptr;
+  } else {
+    source = std::make_unique<Folder>(where, verify);
+  }
+  store.reset(new EmbeddingStore(where, accepted, std::move(source)));
   store->Refresh();
   if (store->Snapshot(error) == nullptr) return nullptr;
   store->follower_ = std::thread(&EmbeddingStore::Follow, store.get());
@@ -175,7 +218,7 @@ void EmbeddingStore::Follow() {
       failed = !error_.empty();
     }
     polls = failed ? polls + 1 : 0;
-    if (IdOf(folder_ + "/CURRENT") != seen_ || polls >= kPollsBeforeRetry) {
+    if (source_->Changed() || polls >= kPollsBeforeRetry) {
       Refresh();
       polls = 0;
     }
@@ -184,7 +227,6 @@ void EmbeddingStore::Follow() {
 }
 
 void EmbeddingStore::Refresh() {
-  seen_ = IdOf(folder_ + "/CURRENT");
   bool refused = false;
   std::string error;
   auto chosen = Choose(&refused, &error);
@@ -202,29 +244,24 @@ void EmbeddingStore::Refresh() {
 
 std::shared_ptr<const EmbeddingVersion> EmbeddingStore::Choose(
     bool* refused, std::string* error) const {
-  std::string line;
-  if (!ReadLine(folder_ + "/CURRENT", &line, error)) return nullptr;
-  const int64_t named = VersionOf(line);
-  if (named < 0) {
-    *error = folder_ + "/CURRENT: it should hold a version's number";
-    return nullptr;
-  }
+  int64_t named;
+  if (!source_->ReadCurrent(&named, error)) return nullptr;
   const auto accepts = [this](const EmbeddingVersion& version) {
     return accepted_.space == 0 || accepted_.space == version.space();
   };
-  auto opened = OpenVersion(folder_, named, verify_, error);
+  auto opened = source_->Open(named, error);
   if (opened == nullptr || accepts(*opened)) return opened;
   std::string what =
-      folder_ + ": the graph accepts embedding versions of space " +
+      where_ + ": the graph accepts embedding versions of space " +
       std::to_string(accepted_.space) + ", and CURRENT names " +
       std::to_string(named) + " of space " + std::to_string(opened->space());
   if (accepted_.fall_back) {
-    for (const int64_t version : VersionsIn(folder_)) {
+    for (const int64_t version : source_->Versions()) {
       std::string ignored;
-      opened = OpenVersion(folder_, version, verify_, &ignored);
+      opened = source_->Open(version, &ignored);
       if (opened != nullptr && accepts(*opened)) return opened;
     }
-    what += "; no version in the folder is of that space";
+    what += "; no version there is of that space";
   }
   *refused = !accepted_.fall_back;
   *error = what;

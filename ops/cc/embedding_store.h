@@ -1,6 +1,5 @@
 // Which embedding version is read now: one store for all graphs of a process,
-// which follows the file CURRENT. The files are described in
-// embedding_version.h.
+// which follows what is published.
 
 #ifndef QIANMO_OPS_CC_EMBEDDING_STORE_H_
 #define QIANMO_OPS_CC_EMBEDDING_STORE_H_
@@ -12,8 +11,10 @@
 #include <string>
 #include <thread>
 #include <tuple>
+#include <utility>
+#include <vector>
 
-#include "ops/cc/embedding_version.h"
+#include "ops/cc/embedding_table.h"
 
 namespace qianmo {
 
@@ -21,7 +22,7 @@ namespace qianmo {
 struct Accepted {
   int64_t space = 0;  // 0 for all
   // When CURRENT names a version of another space: read the newest one of this
-  // space in the folder, or nothing.
+  // space that is there, or nothing.
   bool fall_back = true;
 
   bool operator<(const Accepted& other) const {
@@ -29,15 +30,37 @@ struct Accepted {
   }
 };
 
-// A folder of embedding versions, opened for the versions that one graph
-// accepts. A thread looks at CURRENT ten times a second. A version that cannot
-// be opened leaves the one before in use.
+// Where embedding versions lie. Used by one thread at a time.
+class EmbeddingSource {
+ public:
+  virtual ~EmbeddingSource() = default;
+
+  // Whether what is published may differ from what was read last.
+  virtual bool Changed() = 0;
+  // Reads which version is published.
+  virtual bool ReadCurrent(int64_t* version, std::string* error) = 0;
+  // Those that are there, the newest first.
+  virtual std::vector<int64_t> Versions() = 0;
+  virtual std::shared_ptr<const EmbeddingVersion> Open(int64_t version,
+                                                       std::string* error) = 0;
+  // Rows that were answered by a default vector since they could not be had.
+  virtual int64_t RowsLost() const { return 0; }
+};
+
+// The number that a version is named by; -1 if it is none.
+int64_t VersionNumber(const std::string& name);
+
+// A source of embedding versions, opened for those that one graph accepts. A
+// thread looks at CURRENT ten times a second. A version that cannot be opened
+// leaves the one before in use.
 class EmbeddingStore {
  public:
-  // Opens the store, or shares one that this process has open. `path` is the
-  // folder, or a file whose only line names it, from the file's own folder on.
-  // With `verify` every byte of a version is read before its first use.
-  // Returns null and an error when no accepted version can be opened.
+  // Opens the store, or shares one that this process has open. `path` is a
+  // folder, as embedding_version.h describes it, the URL of a Redis, as
+  // redis_source.h does, or a file whose only line names one of them, a folder
+  // from the file's own folder on. With `verify` every byte of a version is
+  // read before its first use. Returns null and an error when no accepted
+  // version can be opened.
   static std::shared_ptr<EmbeddingStore> Open(const std::string& path,
                                               const Accepted& accepted,
                                               bool verify, std::string* error);
@@ -50,16 +73,15 @@ class EmbeddingStore {
   // falling back is off.
   std::shared_ptr<const EmbeddingVersion> Snapshot(std::string* error) const;
 
- private:
-  EmbeddingStore(std::string folder, const Accepted& accepted, bool verify)
-      : folder_(std::move(folder)), accepted_(accepted), verify_(verify) {}
-  // What tells one file from the next under the same name.
-  using FileId = std::tuple<uint64_t, uint64_t, int64_t, int64_t>;
+  int64_t RowsLost() const { return source_->RowsLost(); }
 
-  static FileId IdOf(const std::string& path);
-  static std::shared_ptr<const EmbeddingVersion> OpenVersion(
-      const std::string& folder, int64_t number, bool verify,
-      std::string* error);
+ private:
+  EmbeddingStore(std::string where, const Accepted& accepted,
+                 std::unique_ptr<EmbeddingSource> source)
+      : where_(std::move(where)),
+        accepted_(accepted),
+        source_(std::move(source)) {}
+
   void Follow();
   void Refresh();
   // Null and an error when no version can be chosen; `refused` when that is
@@ -67,10 +89,9 @@ class EmbeddingStore {
   std::shared_ptr<const EmbeddingVersion> Choose(bool* refused,
                                                  std::string* error) const;
 
-  const std::string folder_;
+  const std::string where_;
   const Accepted accepted_;
-  const bool verify_;
-  FileId seen_;  // CURRENT as it was last read; of the thread below
+  const std::unique_ptr<EmbeddingSource> source_;
 
   mutable std::mutex mutex_;  // of the two below
   std::shared_ptr<const EmbeddingVersion> current_;

@@ -36,7 +36,6 @@
 #ifndef QIANMO_OPS_CC_EMBEDDING_VERSION_H_
 #define QIANMO_OPS_CC_EMBEDDING_VERSION_H_
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -44,17 +43,9 @@
 #include <string>
 #include <vector>
 
+#include "ops/cc/embedding_table.h"
+
 namespace qianmo {
-
-enum class RowType : uint32_t { kFloat32, kFloat16, kBfloat16, kInt8 };
-// sum of w v over: sum of w; 1; the root of the sum of w^2. Or the largest v.
-enum class Pooling { kMean, kSum, kSqrtn, kMax };
-
-// CRC-32 as in zlib; `crc` is that of the bytes before.
-uint32_t Crc32(const void* data, size_t size, uint32_t crc = 0);
-
-// Spreads ids over slots: the finaliser of MurmurHash3.
-uint64_t HashId(int64_t id);
 
 // A file mapped for reading.
 class MappedFile {
@@ -95,100 +86,43 @@ struct Shard {
   std::unique_ptr<MappedFile> file;
 };
 
-// One table of an embedding version. Threads may share it.
-class EmbeddingTable {
- public:
-  const std::string& name() const { return name_; }
-  uint32_t dim() const { return dim_; }
-  uint64_t num_rows() const { return num_rows_; }
-  // The vector of the table's default id, for ids that have no row.
-  const std::vector<float>& default_vector() const { return default_vector_; }
-
-  // Writes the vectors of ids[0] ... ids[n - 1] to out, [n, dim]. An id without
-  // a row gets `absent`, or ends the work where that is null. Returns the place
-  // of the id that ended it, or n.
-  size_t Gather(const int64_t* ids, size_t n, const float* absent,
-                float* out) const;
-
-  // Writes one vector for each row of ids [n, width] to out, [n, dim], from the
-  // first lengths[i] ids of row i; a length is clipped to [0, width], and a row
-  // of length 0, or whose weights cancel out, gets zeros. `weights` [n, width]
-  // or null is not for kMax. Otherwise as Gather; the place is in [0, n].
-  size_t Pool(const int64_t* ids, const int64_t* lengths, const float* weights,
-              size_t n, size_t width, Pooling how, const float* absent,
-              float* out) const;
-
+// A table whose rows lie in mapped files.
+class MappedTable : public EmbeddingTable {
  private:
-  friend class EmbeddingVersion;
+  friend class MappedVersion;
+  using EmbeddingTable::EmbeddingTable;
 
-  // Addresses of rows, null for ids without one. Memory is asked for them, so
-  // that they are near when they are read.
-  void Find(const int64_t* ids, size_t n, const char** rows) const;
+  void Find(const int64_t* ids, size_t n, const char** rows) const override;
   void FindDense(const int64_t* ids, size_t n, const char** rows) const;
   void FindHashed(const Shard* shards, int shift, const int64_t* ids, size_t n,
                   const char** rows) const;
-  // Calls consume(i, address or null) for each id until it returns false.
-  template <typename Consume>
-  size_t ForEachRow(const int64_t* ids, size_t n, Consume consume) const;
-  template <RowType kType>
-  size_t GatherAs(const int64_t* ids, size_t n, const float* absent,
-                  float* out) const;
-  template <RowType kType>
-  size_t PoolAs(const int64_t* ids, const int64_t* lengths,
-                const float* weights, size_t n, size_t width, Pooling how,
-                const float* absent, float* out) const;
   void Prefetch(const char* row) const;
 
-  std::string name_;
-  RowType type_ = RowType::kFloat32;
-  bool hashed_ = false;
-  uint32_t dim_ = 0;
-  uint64_t row_bytes_ = 0;
-  uint64_t num_rows_ = 0;
-  int64_t default_id_ = 0;
   int shift_ = 0;  // dense: id >> shift_ is the shard; hashed: HashId(id) >> it
-  std::vector<float> default_vector_;
   std::vector<Shard> shards_;
   Shard changed_;  // without slots when no row changed
 };
 
-// One opened embedding version; it never changes.
-class EmbeddingVersion {
+// An embedding version in a folder.
+class MappedVersion : public EmbeddingVersion {
  public:
   // Maps the version in `folder`. Returns null and an error that names the file
   // and what is wrong with it.
-  static std::shared_ptr<const EmbeddingVersion> Open(const std::string& folder,
-                                                      std::string* error);
+  static std::shared_ptr<const MappedVersion> Open(const std::string& folder,
+                                                   std::string* error);
 
-  int64_t version() const { return version_; }
-  int64_t space() const { return space_; }
-  const std::string& folder() const { return folder_; }
-  const std::map<std::string, EmbeddingTable>& tables() const {
-    return tables_;
-  }
-  // Null when there is none of that name.
-  const EmbeddingTable* table(const std::string& name) const;
+  const MappedTable* table(const std::string& name) const override;
 
   // Reads every byte and compares the checksums. Returns false and an error
   // that names the file that differs.
   bool Verify(std::string* error) const;
 
-  // Takes note of a reading, and whether it waited for a disk.
-  void NoteReading(bool waited) const;
-  // Whether rows have been in memory for a while: no reading has waited lately.
-  bool IsInMemory() const;
-
  private:
   bool Parse(const std::string& manifest, std::string* error);
-  bool OpenTable(EmbeddingTable* table, std::string* error);
-  bool OpenShard(const EmbeddingTable& table, uint64_t number, bool hashed,
+  bool OpenShard(const MappedTable& table, uint64_t number, bool hashed,
                  Shard* shard, std::string* error);
 
-  int64_t version_ = 0;
-  int64_t space_ = 0;
-  std::string folder_;
-  std::map<std::string, EmbeddingTable> tables_;
-  mutable std::atomic<int64_t> readings_in_memory_{0};  // since one waited
+  std::map<std::string, MappedTable> tables_;
 };
 
 }  // namespace qianmo

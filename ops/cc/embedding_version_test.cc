@@ -168,7 +168,7 @@ class Folder {
 };
 
 // Reads every row and some that are not there; whether all are as written.
-bool ReadsRight(const EmbeddingVersion& version) {
+bool ReadsRight(const MappedVersion& version) {
   const EmbeddingTable* const dense = version.table("d");
   const EmbeddingTable* const hashed = version.table("h");
   if (dense == nullptr || hashed == nullptr || dense->dim() != kDim ||
@@ -210,7 +210,7 @@ void ReadsWhatWasWritten() {
   const Folder folder;
   folder.Write(Version());
   std::string error;
-  const auto version = EmbeddingVersion::Open(folder.path(), &error);
+  const auto version = MappedVersion::Open(folder.path(), &error);
   CHECK(version != nullptr);
   CHECK(version->version() == 7);
   CHECK(version->space() == 5);
@@ -235,7 +235,7 @@ void WeightsCount() {
   const Folder folder;
   folder.Write(Version());
   std::string error;
-  const auto version = EmbeddingVersion::Open(folder.path(), &error);
+  const auto version = MappedVersion::Open(folder.path(), &error);
   const int64_t ids[] = {1, 2, 4, 8, 5, 6, 7, 9};
   const int64_t lengths[] = {3, 2};
   const float weights[] = {2, 3, -1, NAN, 1, -1, NAN, NAN};
@@ -258,7 +258,7 @@ void AWaitForTheDiskIsRemembered() {
   const Folder folder;
   folder.Write(Version());
   std::string error;
-  const auto version = EmbeddingVersion::Open(folder.path(), &error);
+  const auto version = MappedVersion::Open(folder.path(), &error);
   for (const bool waited : {false, true}) {
     version->NoteReading(waited);
     CHECK(!version->IsInMemory());
@@ -274,7 +274,7 @@ void ChecksumIsThatOfZlib() {
 
 std::string Refusal(const Folder& folder) {
   std::string error;
-  const auto version = EmbeddingVersion::Open(folder.path(), &error);
+  const auto version = MappedVersion::Open(folder.path(), &error);
   if (version != nullptr) CHECK(!version->Verify(&error));
   return error;
 }
@@ -371,8 +371,7 @@ void ManifestsThatLieAreRefused() {
     folder.Write(Version());
     folder.Write("MANIFEST", Sealed(changed));
     std::string error;
-    const bool refused =
-        EmbeddingVersion::Open(folder.path(), &error) == nullptr;
+    const bool refused = MappedVersion::Open(folder.path(), &error) == nullptr;
     if (!refused) std::fprintf(stderr, "%s\n", to.c_str());
     CHECK(refused);
     CHECK(error.find(folder.path()) == 0);
@@ -432,7 +431,7 @@ void Fuzz(int count, bool sealed) {
     }
     folder.Write(name, bytes);
     std::string error;
-    const auto version = EmbeddingVersion::Open(folder.path(), &error);
+    const auto version = MappedVersion::Open(folder.path(), &error);
     if (version == nullptr) {
       CHECK(error.find(folder.path()) == 0);
       ++refused;

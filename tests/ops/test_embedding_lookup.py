@@ -306,7 +306,7 @@ def test_which_versions_a_graph_accepts(tmp_path: pathlib.Path) -> None:
     for each in (newest, falls_back, refuses):
         assert reads_soon(each, 2)
     with pytest.raises(
-        tf.errors.FailedPreconditionError, match="no version in the folder is of that space"
+        tf.errors.FailedPreconditionError, match="no version there is of that space"
     ):
         EmbeddingStore(str(tmp_path), space=4)
 
