@@ -47,6 +47,12 @@ def define_flags() -> None:
         f"Serve from this process even where {SERVER_PROGRAM} is on the PATH or named by "
         f"{SERVER_VARIABLE}.",
     )
+    flags.DEFINE_list(
+        "custom_op_path",
+        [],
+        "Shared libraries of custom ops, which the embedded server loads before the models. "
+        f"Default: this package's. {SERVER_PROGRAM} must have its ops linked in.",
+    )
     flags.DEFINE_string(
         "batching_parameters_file",
         None,
@@ -162,11 +168,9 @@ def serve_embedded(values: flags.FlagValues) -> None:
         signal.signal(number, lambda *_: stopped.set())
     models = read_models(values)
     # TensorFlow takes seconds to import, which the genuine server does not need.
-    from qianmo.ops.library import library
     from qianmo.pipelines.serving import ModelServer
 
-    with contextlib.suppress(FileNotFoundError):  # only graphs that hold the ops need them
-        library()
+    load_custom_ops(values.custom_op_path)
     server = ModelServer(
         models,
         host=values.host,
@@ -180,6 +184,29 @@ def serve_embedded(values: flags.FlagValues) -> None:
     with server:
         print(_ready_line(values.host, server.port, server.rest_port, models), flush=True)
         stopped.wait()
+
+
+def load_custom_ops(paths: Sequence[str]) -> None:
+    """Loads shared libraries of custom ops, or this package's where none is named.
+
+    An op can be registered once in a process, so a build of this package's ops that is named takes
+    the place of its own.
+
+    Raises:
+      ValueError: a path that is no such library.
+    """
+    import tensorflow as tf
+
+    from qianmo.ops.library import library
+
+    for path in paths:
+        try:
+            tf.load_op_library(os.path.abspath(path))
+        except (tf.errors.OpError, OSError) as error:
+            raise ValueError(f"--custom_op_path should name libraries of ops: {error}") from None
+    if not paths:
+        with contextlib.suppress(RuntimeError):  # not compiled; only graphs that hold them care
+            library()
 
 
 def _ready_line(host: str, port: int, rest_port: int, models: Mapping[str, str]) -> str:
@@ -205,6 +232,11 @@ def run(argv: Sequence[str]) -> None:
         if server is None:
             serve_embedded(values)
             return
+        if values.custom_op_path:
+            raise ValueError(
+                f"--custom_op_path is for the embedded server, --embedded; {server} must have its "
+                "ops linked in."
+            )
         command = server_command(server, values)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")

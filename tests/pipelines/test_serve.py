@@ -36,6 +36,7 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 
+import qianmo.ops.library
 from qianmo.layers.features import Schema
 from qianmo.pipelines import predict, serving_models, serving_tensors
 from qianmo.pipelines.predict import Client, RestClient
@@ -871,6 +872,10 @@ def test_the_command_line_for_the_genuine_server(
         ([], "give either --model_base_path or --model_config_file"),
         (["--model_base_path=a"], "QIANMO_MODEL_SERVER should name a program"),
         (["--embedded", "--model_config_file=missing"], "missing should be a ModelServerConfig"),
+        (
+            ["--embedded", "--model_base_path=m", "--custom_op_path=missing.so"],
+            "--custom_op_path should name libraries of ops",
+        ),
     ],
 )
 def test_serve_says_what_is_wrong_with_its_flags(arguments: list[str], message: str) -> None:
@@ -878,6 +883,28 @@ def test_serve_says_what_is_wrong_with_its_flags(arguments: list[str], message: 
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert message in printed + errors
+
+
+def test_a_library_of_ops_that_is_named_takes_the_place_of_the_own(tmp_path: pathlib.Path) -> None:
+    built = pathlib.Path(qianmo.ops.library.__file__).with_name("_qianmo_ops.so")
+    shutil.copy(built, tmp_path / "elsewhere.so")
+    program = (
+        "import sys\n"
+        "from tensorflow.python.framework import op_def_registry\n"
+        "from qianmo.pipelines.serve import load_custom_ops\n"
+        "load_custom_ops(sys.argv[1:])\n"
+        "assert op_def_registry.get('Qianmo>EmbeddingLookup')\n"
+        "print(open('/proc/self/maps').read())\n"
+    )
+    for paths in ([tmp_path / "elsewhere.so"], []):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *paths], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert ("elsewhere.so" in done.stdout, "_qianmo_ops.so" in done.stdout) == (
+            bool(paths),
+            not paths,
+        )
 
 
 @pytest.mark.skipif(
