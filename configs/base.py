@@ -13,6 +13,7 @@ def base_config() -> ConfigDict:
                 "valid": "",  # empty: no early stopping
                 "test": "",
                 "test_support": "",  # earlier rows of the test rows' tasks, for towers that adapt
+                "items": "",  # a row for each item, of which a retrieval model finds the next
                 "shuffle_rows": 2**18,  # rows held in memory while shuffling
                 # Batches of chunks, which are consecutive rows of one task.
                 "chunk_rows": 0,  # rows of a chunk; 0: no chunks, batches of shuffled rows
@@ -29,7 +30,7 @@ def base_config() -> ConfigDict:
                 "table_optimizer": {"name": "sparse_adam", "learning_rate": 1e-3},
                 # Of the step sizes that a meta tower learns.
                 "meta_optimizer": {"name": "adam", "learning_rate": 2e-2},
-                "monitor": "auc",  # the validation metric to stop by: auc, gauc or log_loss
+                "monitor": "auc",  # by which to stop: auc, gauc, log_loss or ndcg_10 (with items)
                 "patience": 1,  # epochs without a better one before training stops
                 "checkpoint_every": 500,  # steps
                 "steps_per_call": 16,  # steps that run in the graph between two looks at the host

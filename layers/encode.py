@@ -50,6 +50,15 @@ def example(schema: Schema, rows: int = 1) -> dict[str, tf.Tensor]:
     return features
 
 
+def completed(schema: Schema, features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """Features of some names with constants for the others, for what reads one side alone."""
+    rows = tf.shape(next(iter(features.values())))[0]
+    return {
+        name: features[name] if name in features else tf.repeat(column, rows, 0)
+        for name, column in example(schema).items()
+    }
+
+
 def _lookup(table: Categorical) -> tf_keras.layers.Layer | None:
     if table.num_ids:
         return None

@@ -123,6 +123,7 @@ class Meta(tf_keras.layers.Layer):
             max_query=self.max_query,
             seed=seed + 1,
         )
+
         def rows(index: tf.Tensor, count: tf.Tensor) -> Support:
             inside = tf.sequence_mask(count, tf.shape(index)[1], h.dtype)[:, :, None]
             return Support(

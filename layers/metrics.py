@@ -1,7 +1,8 @@
-"""What the articles measure, exactly and in NumPy: AUC, GAUC, log loss, PCOC, calibration."""
+"""What the articles measure, in NumPy: AUC, GAUC, log loss, PCOC, calibration, hit rates."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -229,3 +230,44 @@ def calibration(
     sums = (np.bincount(place, weights=values, minlength=num_bins) for values in (p, y))
     predicted, observed = (total[used] / count[used] for total in sums)
     return Calibration(predicted, observed, count[used])
+
+
+def ranks(scores: npt.NDArray[np.floating], right: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """The rank of each row's right item, from 1 on; of items of equal score it is the last.
+
+    Args:
+      scores: of every item, [N, M]; -inf leaves one out.
+      right: place of the right item in each row, [N].
+
+    Example:
+    >>> ranks(np.array([[0.1, 0.9, 0.5], [0.3, 0.3, 0.3]]), [2, 0]).tolist()
+    [2, 3]
+    """
+    own = np.take_along_axis(scores, np.asarray(right)[:, None], 1)
+    # A score that is not a number is no better than any other.
+    return np.asarray(scores.shape[1] - (scores < own).sum(1), np.int64)
+
+
+def retrieval(ranks: npt.ArrayLike, sizes: Sequence[int] = (10,)) -> dict[str, float]:
+    """Hit rates, NDCG and MRR of the ranks of one right item a row.
+
+        HR@k = share of rank <= k,   NDCG@10 = mean of [rank <= 10] / log2(1 + rank)
+        MRR = mean of 1 / rank
+
+    Args:
+      ranks: from 1 on, [N].
+      sizes: the k of the hit rates.
+
+    Example:
+    >>> retrieval([1, 3, 40])["ndcg_10"]
+    0.5
+    """
+    r = np.asarray(ranks, np.float64)
+    if not r.size:
+        raise ValueError("`ranks` should hold at least one row.")
+    return {
+        "rows": r.size,
+        **{f"hr_{k}": float((r <= k).mean()) for k in sizes},
+        "ndcg_10": float(np.where(r <= 10, 1 / np.log2(1 + r), 0.0).mean()),
+        "mrr": float((1 / r).mean()),
+    }

@@ -10,7 +10,7 @@ import tensorflow as tf
 import tf_keras
 
 from qianmo.layers.embed import Embed, Embedded
-from qianmo.layers.encode import Encode, example
+from qianmo.layers.encode import Encode, Encoded, example
 from qianmo.layers.features import Schema
 from qianmo.layers.inner_loop import AdaptableTower
 from qianmo.layers.meta import Meta
@@ -87,6 +87,19 @@ class Ranker(tf_keras.Model):
         """The parts of the loss, each per row [B]; what is minimised is the sum of their means."""
         raise NotImplementedError
 
+    def targets_of(self, encoded: Encoded, targets: Targets) -> Targets:
+        """What the loss reads beside the heads; a model may add ids, which do not reach them."""
+        return targets
+
+    def mean_terms(self, heads: Mapping[str, TowerOutput], targets: Targets) -> dict[str, Any]:
+        """Means of `loss_terms` over the rows of the original loss."""
+        weight = targets["weight"]
+        if "original" in targets:  # rows of chunks may take part in episodes alone
+            weight *= targets["original"]
+        weight = tf.math.divide_no_nan(weight, tf.reduce_sum(weight))
+        terms = self.loss_terms(heads, targets["labels"])
+        return {name: tf.reduce_sum(weight * term) for name, term in terms.items()}
+
     def call(self, features: Mapping[str, tf.Tensor], training: bool = False) -> dict[str, Any]:
         """Scores one batch."""
         inputs = {name: features[name] for name in self.schema.input_names}
@@ -129,18 +142,12 @@ class Ranker(tf_keras.Model):
     def train_step(self, data: tuple[Mapping[str, tf.Tensor], Targets]) -> dict[str, tf.Tensor]:
         """One step; notes in `first_bad_step` the first step whose loss was not finite."""
         features, targets = data
-        weight = targets["weight"]
-        if "original" in targets:  # rows of chunks may take part in episodes alone
-            weight *= targets["original"]
-        weight = tf.math.divide_no_nan(weight, tf.reduce_sum(weight))
-        inputs = {name: features[name] for name in self.schema.input_names}
+        encoded = self.encode({name: features[name] for name in self.schema.input_names})
+        targets = self.targets_of(encoded, targets)
         with tf.GradientTape(persistent=True) as tape:
-            embedded = self.embed(self.encode(inputs), training=True)
+            embedded = self.embed(encoded, training=True)
             heads = self.heads(embedded, self.head_names, training=True)
-            terms = {
-                name: tf.reduce_sum(weight * term)
-                for name, term in self.loss_terms(heads, targets["labels"]).items()
-            }
+            terms = self.mean_terms(heads, targets)
             if self.losses:
                 terms["regularisation"] = tf.add_n(self.losses)
             table_loss = loss = tf.add_n(list(terms.values()))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qianmo.layers.features import Schema
-from qianmo.models import cross_domain, ctr, dual_dnn, multi_task, personal
+from qianmo.models import cross_domain, ctr, dual_dnn, multi_task, personal, two_tower
 from qianmo.models.dual_dnn import DualDNN
 from qianmo.models.ranker import Ranker
 from qianmo.models.road import Road
@@ -77,6 +77,7 @@ MODELS: dict[str, tuple[Callable[..., Ranker], tuple[Callable[..., Ranker], ...]
     "ppnet": (personal.ppnet, (Ranker,)),
     "poso": (personal.poso, (Ranker,)),
     "epnet": (personal.epnet, (Ranker,)),
+    "two_tower": (two_tower.two_tower, (Ranker,)),
 }
 
 

@@ -18,7 +18,9 @@ from tqdm import tqdm
 from qianmo.layers import metrics
 from qianmo.layers.features import Schema
 from qianmo.models.ranker import Ranker
+from qianmo.models.two_tower import TwoTower
 from qianmo.pipelines import program, readers, run_dir
+from qianmo.pipelines.recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +127,17 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _measured(model: Ranker, recipe: Recipe, path: str) -> tuple[dict[str, Any], str]:
+    """Metrics of the rows, and their table."""
+    if isinstance(model, TwoTower) and recipe.data.items:
+        from qianmo.pipelines import retrieval  # which imports this module
+
+        report = retrieval.of_recipe(model, recipe.data, path)
+        return report, retrieval.table(report)
+    report = evaluate(score(model, path, progress=True), model.schema)
+    return report, table(report)
+
+
 def define_flags() -> None:
     """Defines this program's flags."""
     flags.DEFINE_string("model_dir", None, "Directory of a trained model.", required=True)
@@ -142,12 +155,12 @@ def run(_: list[str]) -> None:
         path = values.data or recipe.data.test
         if not path:
             raise ValueError("The recipe names no test rows; give --data.")
-        report = evaluate(score(model, path, progress=True), model.schema)
+        report, text = _measured(model, recipe, path)
     except ValueError as error:
         sys.exit(f"error: {error}")
     if values.output:
         run_dir.write_json(pathlib.Path(values.output), report)
-    print(table(report))
+    print(text)
 
 
 def main() -> None:

@@ -17,10 +17,12 @@ from absl import flags
 
 from qianmo.export.adapted import UNDEFINED, export_adapted
 from qianmo.export.embedding_shards import DType
+from qianmo.export.retrieval import export_retrieval
 from qianmo.export.saved_model import TOLERANCE, ExportError, export_fed, export_in_graph
 from qianmo.export.store import export_store
 from qianmo.layers.features import Schema
-from qianmo.pipelines import program, readers, run_dir
+from qianmo.models.two_tower import TwoTower
+from qianmo.pipelines import program, readers, retrieval, run_dir
 
 FORMS = {"in_graph": export_in_graph, "fed": export_fed, "store": export_store}
 
@@ -60,10 +62,11 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "form",
         "in_graph",
-        sorted([*FORMS, "adapted"]),
+        sorted([*FORMS, "adapted", "retrieval"]),
         "in_graph: everything in one SavedModel. fed: the graph takes vectors as inputs, and a "
         "second SavedModel, <model_base_path>_lookup, makes them. adapted: in_graph with a tower "
-        "that adapts to each task in the graph. Stock ops in all three. store: the graph reads "
+        "that adapts to each task in the graph. retrieval: vectors of a two-tower model's users "
+        "and items, and the items found for a user. Stock ops in all four. store: the graph reads "
         "vectors from files by an op that the server must have linked in.",
     )
     flags.DEFINE_list(
@@ -79,6 +82,10 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "support_ttl_seconds", 0.0, "Older support is not used; 0: for ever.", lower_bound=0.0
     )
+    flags.DEFINE_string(
+        "items", None, "Form `retrieval`: the catalogue, a row an item. Default: the recipe's."
+    )
+    flags.DEFINE_integer("best", 100, "Form `retrieval`: items found for a user.", lower_bound=1)
     flags.DEFINE_integer("rows", 1000, "How many rows to replay.", lower_bound=1)
     flags.DEFINE_string(
         "embedding_store",
@@ -135,6 +142,18 @@ def run(_: list[str]) -> None:
                 columns(model.schema, path, values.rows),
                 columns(model.schema, support),
                 ttl_seconds=values.support_ttl_seconds,
+                version=values.version,
+            )
+        elif values.form == "retrieval":
+            items = values.items or data.items
+            if not isinstance(model, TwoTower) or not items:
+                raise ValueError("Form retrieval needs a two-tower model, and --items.")
+            folder, worst = export_retrieval(
+                model,
+                values.model_base_path,
+                first_rows(model.schema, path, values.rows),
+                retrieval.item_rows(model, items),
+                best=values.best,
                 version=values.version,
             )
         else:

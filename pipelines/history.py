@@ -128,6 +128,35 @@ def from_earlier_rows(
     return _with_columns(table, table.take(order), (starts, stops), item, label, rate, prefix)
 
 
+def last_items(table: pa.Table, *, task: str, item: str, rows: int, name: str) -> pa.Table:
+    """Adds a list of the items of a task's `rows` rows before each row, oldest first.
+
+    Args:
+      table: rows in order of time.
+      task: column of the task.
+      item: column of the item.
+      rows: most items of a list.
+      name: of the column.
+    """
+    ids = table[task].to_numpy()
+    order = np.argsort(ids, kind="stable")
+    place = np.arange(len(ids))
+    first = np.append(True, ids[order][1:] != ids[order][:-1])
+    starts, stops = np.empty_like(place), np.empty_like(place)
+    stops[order] = place
+    starts[order] = np.maximum.accumulate(np.where(first, place, 0))
+    starts = np.maximum(starts, stops - rows)
+    lists = _lists(table[item].to_numpy()[order], starts, stops - starts)
+    return table.append_column(name, lists)
+
+
+def _lists(items: _Rows, first: _Rows, lengths: _Rows) -> pa.Array:
+    """For each row, the items from place `first` on."""
+    offsets = np.append(0, np.cumsum(lengths))
+    flat = np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], lengths)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), items[flat])
+
+
 def _with_columns(
     table: pa.Table,
     source: pa.Table,
@@ -146,9 +175,7 @@ def _with_columns(
     for name, chosen in (("liked", labels > 0.5), ("disliked", labels < 0.5)):
         before = np.append(0, np.cumsum(chosen))
         first, lengths = before[starts], before[stops] - before[starts]
-        offsets = np.append(0, np.cumsum(lengths))
-        flat = np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], lengths)
-        lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), items[chosen][flat])
+        lists = _lists(items[chosen], first, lengths)
         table = table.append_column(f"{prefix}_{name}", lists)
     table = table.append_column(f"{prefix}_rate", pa.array(rates.astype(np.float32)))
     return table.append_column(f"{prefix}_count", pa.array(np.log1p(counts).astype(np.float32)))

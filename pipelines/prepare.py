@@ -49,7 +49,7 @@ SAMPLE = pathlib.Path(__file__).resolve().parent / "sample"
 DATASETS = ("kuairand", "movielens_1m", "kuairand_sample")
 LAST_TRAIN_DAY, VALID_DAY, TEST_DAY = 20220503, 20220504, 20220505
 HISTORY_LENGTH = 20
-Split = Literal["time", "random", "new_users", "all_users", "melu"]
+Split = Literal["time", "random", "new_users", "all_users", "new_items", "next_item", "melu"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 _ROW_GROUP = 2**16  # rows; the unit in which readers shuffle and share files
 
@@ -242,7 +242,9 @@ def movielens_1m(
       split: "time": the first 80 % by timestamp train, the rest test. "random": 80 % train, 10 %
         valid, 10 % test. "new_users" holds out 20 % of the users and tests on their rows after the
         20th, "all_users" tests on the last 20 % of every user's rows; both with the 20 rows before
-        as test_support, see `protocols`. "melu": other rows, see `movielens_1m_melu`.
+        as test_support, see `protocols`. "new_items" trains on films with 650 rows or more and
+        tests on others, see `protocols.new_items`. "next_item" and "melu": other rows, see
+        `movielens_1m_next_item` and `movielens_1m_melu`.
       seed: of the random split, and of the draw of new users.
       support_history: whether to add the columns of `history.add`; for splits with support. For
         new users the training rows see histories of random lengths.
@@ -253,34 +255,19 @@ def movielens_1m(
     """
     if split not in SPLITS:
         raise ValueError(f"`split` should be one of {SPLITS}. Received: {split!r}")
-    if support_history and split in ("time", "random"):
+    if support_history and split in ("time", "random", "new_items", "next_item"):
         raise ValueError(f"`support_history` needs a split with support. Received: {split!r}")
     if split == "melu":
         return movielens_1m_melu(
             source, output, support_history=support_history, overwrite=overwrite
         )
+    if split == "next_item":
+        return movielens_1m_next_item(source, output, overwrite=overwrite)
     tables = _movielens_tables(pathlib.Path(source))
     ratings = tables["ratings"].filter(pc.not_equal(tables["ratings"]["rating"], 3))
-    order = np.argsort(ratings["timestamp"].to_numpy(), kind="stable")
-    if split in ("new_users", "all_users") and "seq_pos" in ratings.column_names:
-        # A source whose times are partly estimated gives the order of a user's equal times apart.
-        order = np.lexsort((ratings["seq_pos"].to_numpy(), ratings["timestamp"].to_numpy()))
-    ratings = ratings.take(order)
-    users = _rows_of(tables["users"], "user_id", ratings["user_id"])
-    movies = _rows_of(tables["movies"], "movie_id", ratings["movie_id"])
-    genres = pc.split_pattern(movies["genres"], "|").combine_chunks()
-    table = pa.table(
-        {
-            "user_id": ratings["user_id"],
-            "movie_id": ratings["movie_id"],
-            **{name: users[name] for name in ("gender", "age", "occupation", "zip_code")},
-            "first_genre": pc.list_element(genres, 0),
-            "genres": genres,
-            "year": movies["year"],
-            "label": pc.cast(pc.greater_equal(ratings["rating"], 4), pa.int8()),
-            "timestamp": ratings["timestamp"],
-        }
-    )
+    ratings = _in_order(ratings, ties=split in ("new_users", "all_users"))
+    is_liked = pc.cast(pc.greater_equal(ratings["rating"], 4), pa.int8())
+    table = _movielens_rows(tables, ratings, is_liked)
     count = len(table)
     train = int(0.8 * count)
     if split == "time":
@@ -289,6 +276,8 @@ def movielens_1m(
         parts = protocols.new_users(table, "user_id", seed=seed)
     elif split == "all_users":
         parts = protocols.all_users(table, "user_id")
+    elif split == "new_items":
+        parts = {**protocols.new_items(table, "movie_id"), "items": _films(table)}
     else:
         order = np.random.default_rng(seed).permutation(count)
         cuts = np.split(order, [train, int(0.9 * count)])
@@ -305,6 +294,68 @@ def movielens_1m(
             sizes=histories.RANDOM_SIZES if split == "new_users" else (protocols.SUPPORT_ROWS,),
         )
     return _write(output, f"movielens_1m, {split} split", parts, overwrite)
+
+
+def movielens_1m_next_item(
+    source: readers.PathLike, output: readers.PathLike, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Makes MovieLens-1M's rows for retrieval: one a rating, whatever it is; `label` is 1.
+
+    `watched` holds the user's last 20 films before the row, oldest first. Of each user the last row
+    is in test and the last but one in valid, see `protocols.next_items`; items.parquet has a row
+    for each film that anyone rated.
+
+    Args:
+      source: folder as for `movielens_1m`.
+      output: folder to make.
+      overwrite: whether an existing output is replaced.
+
+    Returns:
+      What data.json holds.
+    """
+    tables = _movielens_tables(pathlib.Path(source))
+    ratings = _in_order(tables["ratings"], ties=True)
+    table = _movielens_rows(tables, ratings, pa.array(np.ones(len(ratings), np.int8)))
+    table = histories.last_items(
+        table, task="user_id", item="movie_id", rows=HISTORY_LENGTH, name="watched"
+    )
+    parts = protocols.next_items(table, "user_id")
+    parts["items"] = _films(table)
+    return _write(output, "movielens_1m, next_item split", parts, overwrite)
+
+
+def _films(table: pa.Table) -> pa.Table:
+    """A row for each film of the table, by rising id."""
+    _, first = np.unique(table["movie_id"].to_numpy(), return_index=True)
+    return table.select(["movie_id", "first_genre", "genres", "year"]).take(first)
+
+
+def _in_order(ratings: pa.Table, *, ties: bool) -> pa.Table:
+    """Sorts ratings by time; with `ties`, a user's equal times by the order that is published."""
+    order = np.argsort(ratings["timestamp"].to_numpy(), kind="stable")
+    if ties and "seq_pos" in ratings.column_names:
+        # A source whose times are partly estimated gives the order of a user's equal times apart.
+        order = np.lexsort((ratings["seq_pos"].to_numpy(), ratings["timestamp"].to_numpy()))
+    return ratings.take(order)
+
+
+def _movielens_rows(tables: Tables, ratings: pa.Table, label: Any) -> pa.Table:
+    """The ratings with the features of their users and films."""
+    users = _rows_of(tables["users"], "user_id", ratings["user_id"])
+    movies = _rows_of(tables["movies"], "movie_id", ratings["movie_id"])
+    genres = pc.split_pattern(movies["genres"], "|").combine_chunks()
+    return pa.table(
+        {
+            "user_id": ratings["user_id"],
+            "movie_id": ratings["movie_id"],
+            **{name: users[name] for name in ("gender", "age", "occupation", "zip_code")},
+            "first_genre": pc.list_element(genres, 0),
+            "genres": genres,
+            "year": movies["year"],
+            "label": label,
+            "timestamp": ratings["timestamp"],
+        }
+    )
 
 
 def movielens_1m_melu(

@@ -68,6 +68,58 @@ def all_users(table: pa.Table, task: str, *, share: float = 0.2) -> dict[str, pa
     }
 
 
+def next_items(table: pa.Table, task: str) -> dict[str, pa.Table]:
+    """Leaves the last row of every task out, and the last but one.
+
+    Args:
+      table: rows in order of time.
+      task: column of the task. Those with fewer than three rows are all in train.
+
+    Returns:
+      test: each task's last row; valid: the last but one; train: the others; test_support and
+      valid_support: the 20 rows before those.
+    """
+    place, count = _places(table[task].to_numpy())
+    left = np.where(count < 3, 2, count - 1 - place)  # rows of the task that follow
+
+    def rows(first: int, end: int) -> pa.Table:
+        return table.filter((count >= 3) & (left >= first) & (left < end))
+
+    return {
+        "train": table.filter(left >= 2),
+        "valid": rows(1, 2),
+        "test": rows(0, 1),
+        "valid_support": rows(2, 2 + SUPPORT_ROWS),
+        "test_support": rows(1, 1 + SUPPORT_ROWS),
+    }
+
+
+def new_items(
+    table: pa.Table, item: str, *, known: int = 650, least: int = 80, rows: int = 20
+) -> dict[str, pa.Table]:
+    """Takes the items with few rows for new ones, which a model meets in small batches.
+
+    Args:
+      table: rows in order of time.
+      item: column of the item.
+      known: items with so many rows or more are known.
+      least: items with fewer rows are left out.
+      rows: of an item in each batch.
+
+    Returns:
+      train: the rows of known items; warm_a, warm_b and warm_c: the first, second and third `rows`
+      rows of each new item; test: its other rows.
+
+    References: Pan et al. 2019, whose thresholds for MovieLens-1M these are.
+    """
+    place, count = _places(table[item].to_numpy())
+    is_new = (count >= least) & (count < known)
+    parts = {"train": table.filter(count >= known)}
+    for number, name in enumerate(("warm_a", "warm_b", "warm_c")):
+        parts[name] = table.filter(is_new & (place // rows == number))
+    return {**parts, "test": table.filter(is_new & (place >= 3 * rows))}
+
+
 def support_before(table: pa.Table, query: pa.Table, task: str, time: str) -> pa.Table:
     """The last 20 rows of each task that are older than the task's first row in `query`.
 

@@ -21,6 +21,7 @@ OPTIMIZERS = {
     "sparse_adam": SparseAdam,
     "rowwise_adagrad": RowwiseAdagrad,
 }
+MONITORS = ("auc", "gauc", "log_loss", "ndcg_10")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class Data:
     valid: str
     test: str
     test_support: str
+    items: str
     shuffle_rows: int
     chunk_rows: int
     chunk_tasks: int
@@ -64,9 +66,9 @@ class Train:
         for key in ("batch_size", "epochs", "patience", "checkpoint_every", "steps_per_call"):
             if getattr(self, key) < 1:
                 raise ValueError(f"`train.{key}` should be >= 1. Received: {getattr(self, key)}")
-        if self.monitor not in ("auc", "gauc", "log_loss"):
+        if self.monitor not in MONITORS:
             raise ValueError(
-                f"`train.monitor` should be auc, gauc or log_loss. Received: {self.monitor!r}"
+                f"`train.monitor` should be one of {MONITORS}. Received: {self.monitor!r}"
             )
 
 
@@ -95,6 +97,13 @@ class Recipe:
         )
         if recipe.train.monitor == "gauc" and not recipe.schema.task_id:
             raise ValueError("`train.monitor` gauc needs `schema.task_id`, whose rows it groups.")
+        if (recipe.train.monitor == "ndcg_10") != bool(recipe.data.items):
+            raise ValueError(
+                "`train.monitor` should be ndcg_10 with `data.items`, which a retrieval model "
+                f"ranks, and only then. Received: {recipe.train.monitor!r}"
+            )
+        if recipe.data.items and recipe.model.get("name") != "two_tower":
+            raise ValueError("`data.items` needs the model two_tower, which ranks items.")
         if recipe.data.test_support:
             if not recipe.data.test:
                 raise ValueError("`data.test_support` needs `data.test`, whose tasks it supports.")

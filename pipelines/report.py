@@ -22,7 +22,7 @@ import tensorflow as tf
 from qianmo.layers import metrics
 from qianmo.layers.encode import example
 from qianmo.models.ranker import Ranker
-from qianmo.pipelines import run_dir
+from qianmo.pipelines import retrieval, run_dir
 from qianmo.pipelines.evaluate import Scored, parts_of
 
 COLOURS = {
@@ -32,6 +32,7 @@ COLOURS = {
     "adapted": "#0b6e99",
     "plain": "#999999",
 }
+TITLES = {"auc": "AUC", "ndcg_10": "NDCG@10"}
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto;
        padding: 0 1rem }
@@ -49,7 +50,8 @@ def epoch_line(entry: Mapping[str, Any]) -> str:
     parts = [f"epoch {entry['epoch']}: loss {entry['train']['loss']:.4f}"]
     for head, labels in entry.get("valid", {}).items():
         for label, found in labels.items():
-            parts.append(f"valid {head} {label} AUC {found['auc']:.4f}")
+            name = "auc" if "auc" in found else "ndcg_10"
+            parts.append(f"valid {head} {label} {TITLES[name]} {found[name]:.4f}")
     return ", ".join(parts)
 
 
@@ -117,7 +119,7 @@ def _colour(head: str) -> str:
 
 
 def curves(history: list[Mapping[str, Any]]) -> Any:
-    """Training loss by its parts, and validation AUC by head, over epochs."""
+    """Training loss by its parts, and a validation metric by head, over epochs."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
     epochs = [entry["epoch"] for entry in history]
     for name in history[0]["train"]:
@@ -128,12 +130,13 @@ def curves(history: list[Mapping[str, Any]]) -> Any:
     left.legend(frameon=False)
     if "valid" in history[0]:
         for head, labels in history[0]["valid"].items():
-            for label in labels:
-                values = np.array([e["valid"][head][label]["auc"] for e in history], float)
+            for label, found in labels.items():
+                metric = "auc" if "auc" in found else "ndcg_10"
+                values = np.array([e["valid"][head][label][metric] for e in history], float)
                 right.plot(
                     epochs, values, marker="o", color=_colour(head), label=f"{head}, {label}"
                 )
-        right.set(title="Validation AUC", xlabel="epoch")
+        right.set(title=f"Validation {TITLES[metric]}", xlabel="epoch")
         right.legend(frameon=False)
     for axis in (left, right):
         axis.set_xticks(epochs)
@@ -237,6 +240,9 @@ def write_html(path: pathlib.Path, found: Mapping[str, Any], scored: Scored | No
             body.append(_picture(calibration(scored, k, label), f"calibration of {label}"))
             if "teacher" in scored.probabilities and len(scored.probabilities) > 1:
                 body.append(_picture(agreement(scored, k, label), "student against teacher"))
+    elif "test" in found:
+        text = html.escape(retrieval.table(found["test"]))
+        body += ["<h2>Test rows: the item found among all</h2>", f"<pre>{text}</pre>"]
     if "adapted" in found:
         body += ["<h2>Adapted to each task</h2>", _metrics_table(found["adapted"]["test"])]
         for label in recipe["schema"]["labels"]:

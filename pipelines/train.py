@@ -15,7 +15,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tensorflow as tf
@@ -26,8 +26,19 @@ from tqdm import tqdm
 
 from qianmo.models import zoo
 from qianmo.models.ranker import Ranker
-from qianmo.pipelines import adapted, chunks, program, readers, report, run_dir, runtime, statistics
-from qianmo.pipelines.evaluate import evaluate, score, table
+from qianmo.models.two_tower import TwoTower
+from qianmo.pipelines import (
+    adapted,
+    chunks,
+    program,
+    readers,
+    report,
+    retrieval,
+    run_dir,
+    runtime,
+    statistics,
+)
+from qianmo.pipelines.evaluate import Scored, evaluate, score, table
 from qianmo.pipelines.recipe import Recipe, optimizer
 
 ASKED = "asked.json"  # the recipe as given, before anything was counted
@@ -118,6 +129,9 @@ class Run:
         for path in (recipe.data.valid, recipe.data.test, recipe.data.test_support):
             if path:
                 readers.count_rows(recipe.schema, path)
+        if recipe.data.items:
+            items = retrieval.item_schema(recipe.schema)
+            readers.blocks(items, recipe.data.items, targets=False)  # which looks at the columns
         self.recipe = self._known(recipe) or self._completed(recipe)
         self.model: Ranker = run_dir.build(self.recipe)
         if train.start_from:
@@ -281,11 +295,10 @@ class Run:
             "monitor": None,
         }
         if data.valid:
+            measured, _ = self._measured(data.valid)
             entry["valid"] = {
                 head: {label: parts["all"] for label, parts in labels.items()}
-                for head, labels in evaluate(
-                    score(self.model, data.valid), self.recipe.schema
-                ).items()
+                for head, labels in measured.items()
             }
             found = entry["valid"][self.model.serving_head]
             mean = float(np.mean([m[train.monitor] for m in found.values()]))
@@ -299,6 +312,14 @@ class Run:
         self.position.batch.assign(0)
         self.checkpoints.save()
         print(report.epoch_line(entry))
+
+    def _measured(self, path: str, progress: bool = False) -> tuple[dict[str, Any], Scored | None]:
+        """Metrics of a file's rows; and the scores, where rows are scored and not items found."""
+        data = self.recipe.data
+        if not data.items:
+            scored = score(self.model, path, progress=progress)
+            return evaluate(scored, self.recipe.schema), scored
+        return retrieval.of_recipe(cast(TwoTower, self.model), data, path), None
 
     def _tensorboard(self, entry: Mapping[str, Any]) -> None:
         writer = tf.summary.create_file_writer(str(self.dir / "tensorboard"))
@@ -332,6 +353,7 @@ class Run:
                     ("valid", data.valid),
                     ("test", data.test),
                     ("test_support", data.test_support),
+                    ("items", data.items),
                 )
                 if path
             },
@@ -343,11 +365,10 @@ class Run:
         }
         scored = None
         if data.test:
-            scored = score(self.model, data.test, progress=True)
-            found["rows"]["test"] = len(scored.labels)
-            found["test"] = evaluate(scored, self.recipe.schema)
-            print(table(found["test"]))
-        if data.test_support:
+            found["rows"]["test"] = readers.count_rows(self.recipe.schema, data.test)
+            found["test"], scored = self._measured(data.test, progress=True)
+            print((retrieval.table if data.items else table)(found["test"]))
+        if data.test_support and not data.items:
             found["adapted"] = adapted.measure(self.model, data.test, data.test_support)
             print(table(found["adapted"]["test"]))
         run_dir.write_json(self.dir / "report.json", found)

@@ -33,12 +33,14 @@ from qianmo.layers.features import Categorical, Dense, Schema
 from qianmo.layers.fm import FM
 from qianmo.layers.fwfm import FwFM
 from qianmo.layers.gated_tower import GatedTower
+from qianmo.layers.item_queue import ItemQueue
 from qianmo.layers.label_towers import LabelTowers
 from qianmo.layers.mlp import MLP
 from qianmo.layers.mmoe import MMoE
 from qianmo.layers.partitioned_norm import PartitionedNorm
 from qianmo.layers.personal_gate import PersonalGate
 from qianmo.layers.ple import PLE
+from qianmo.layers.product_tower import ProductTower
 from qianmo.layers.select import Select
 from qianmo.layers.star import StarDense
 from qianmo.layers.star_tower import StarTower
@@ -177,6 +179,31 @@ def model_of_domains(**config: Any) -> Case:
     return Case(make=made, inputs=raw_of_domains, smooth=False, float32_outputs=(0,))
 
 
+SIDES_SCHEMA = Schema(
+    features=(
+        Categorical(name="user", num_ids=5, dim=2, side="user"),
+        Categorical(name="topic", num_ids=5, dim=2, side="item"),
+        Dense(name="age", mean=0.5, variance=4.0),
+    ),
+    labels=("click",),
+    task_id="user",
+    timestamp="time",
+)
+
+
+def two_tower(**config: Any) -> Case:
+    """A two-tower model."""
+    values = {"name": "two_tower", "item_id": "topic", "dim": 3, "embedding_stddev": 0.1, **config}
+    made = functools.partial(zoo.build, SIDES_SCHEMA, values)
+    names = SIDES_SCHEMA.input_names
+
+    def inputs() -> dict[str, Any]:
+        rows = raw_of_domains()
+        return {name: rows[name] for name in names}
+
+    return Case(make=made, inputs=inputs, smooth=False, float32_outputs=(0,))
+
+
 DUAL_DNN = {
     "name": "dual_dnn",
     "interactions": {"cin": {"units": (4, 4)}, "bi_interaction": {}, "cross": {"num_layers": 1}},
@@ -298,6 +325,18 @@ CASES: dict[str, Case] = {
         f"model {name} of {tasks}": model_of_domains(name=name, tasks=tasks, tower_units=(3,))
         for name, tasks in (("shared_bottom", "domains"), ("mmoe", "labels"), ("ple", "domains"))
     },
+    "ItemQueue": Case(
+        make=lambda: ItemQueue(4, 3, 7), inputs=floats(3), smooth=False, float32_outputs=(0,)
+    ),
+    # Without anything in the queue; its products with negatives are in the models' tests.
+    "ProductTower": Case(
+        make=lambda: ProductTower(Tower(3, (4,), seed=1), ItemQueue(4, 3, 7), 0.5),
+        inputs=floats(8),
+        smooth=False,
+        float32_outputs=(0, 2),
+    ),
+    "model two_tower": two_tower(units=(4,), item_units=(5,)),
+    "model two_tower with meta": two_tower(seam_dim=4, tower_units=(3,), meta={"inner": {}}),
     "model distilled": dataclasses.replace(
         model_of_domains(
             name="distilled",

@@ -163,3 +163,27 @@ def test_calibration_never_parts_equal_probabilities() -> None:
 def test_refusals(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()  # type: ignore[operator]
+
+
+def test_ranks_against_a_loop() -> None:
+    rng = np.random.default_rng(6)
+    scores = rng.integers(0, 6, (40, 9)).astype(np.float64)  # with ties
+    right = rng.integers(0, 9, 40)
+    left_out = rng.random((40, 9)) < 0.2
+    left_out[np.arange(40), right] = False
+    scores[left_out] = -np.inf
+    found = metrics.ranks(scores, right)
+    for row in range(40):
+        others = [j for j in range(9) if j != right[row] and not left_out[row, j]]
+        assert found[row] == 1 + sum(scores[row, j] >= scores[row, right[row]] for j in others)
+
+
+def test_metrics_of_ranks() -> None:
+    found = metrics.retrieval([1, 2, 10, 11, 500], (1, 10, 100))
+    assert found["rows"] == 5
+    assert (found["hr_1"], found["hr_10"], found["hr_100"]) == (0.2, 0.6, 0.8)
+    gains = 1 + 1 / math.log2(3) + 1 / math.log2(11)
+    assert found["ndcg_10"] == pytest.approx(gains / 5)
+    assert found["mrr"] == pytest.approx((1 + 0.5 + 0.1 + 1 / 11 + 0.002) / 5)
+    with pytest.raises(ValueError, match="at least one row"):
+        metrics.retrieval([])

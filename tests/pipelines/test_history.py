@@ -131,3 +131,9 @@ def test_a_recipe_reads_the_histories_of_new_users(tmp_path: pathlib.Path) -> No
     assert common == set(history.RANDOM_SIZES)
     without = history_config.features(item, lists=False)
     assert [f["name"] for f in without] == ["history_rate", "history_count"]
+
+
+def test_the_last_items_of_each_row() -> None:
+    table = pa.table({"user": [7, 5, 7, 7, 5, 7], "film": [1, 2, 3, 4, 5, 6]})
+    found = history.last_items(table, task="user", item="film", rows=2, name="watched")
+    assert found["watched"].to_pylist() == [[], [], [1], [1, 3], [2], [3, 4]]

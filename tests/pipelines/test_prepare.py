@@ -363,6 +363,25 @@ def test_movielens_random_split(tmp_path: pathlib.Path) -> None:
     assert train == sorted(train)
 
 
+def test_movielens_next_item(tmp_path: pathlib.Path) -> None:
+    movielens_files(tmp_path / "ml-1m")
+    about = prepare.movielens_1m(tmp_path / "ml-1m", tmp_path / "out", split="next_item")
+    parts = {part: rows_of(tmp_path / "out" / f"{part}.parquet") for part in about["rows"]}
+    rows = sorted(parts["train"] + parts["valid"] + parts["test"], key=lambda row: row["timestamp"])
+    assert len(rows) == 50
+    assert {row["label"] for row in rows} == {1}
+    for user in {row["user_id"] for row in rows}:
+        own = [row for row in rows if row["user_id"] == user]
+        films = [row["movie_id"] for row in own]
+        assert [row["watched"] for row in own] == [
+            films[max(0, i - 20) : i] for i in range(len(films))
+        ]
+        assert own[-1] in parts["test"]
+    items = parts["items"]
+    assert sorted({row["movie_id"] for row in rows}) == [item["movie_id"] for item in items]
+    assert items[0].keys() == {"movie_id", "first_genre", "genres", "year"}
+
+
 @pytest.mark.skipif(
     "QIANMO_MOVIELENS_1M" not in os.environ,
     reason="QIANMO_MOVIELENS_1M: folder of ml-1m, which may not be shipped",

@@ -67,6 +67,38 @@ def test_the_last_rows_of_all_users() -> None:
         assert parts["test_support"].get(user, []) == (rows[:first][-20:] if size else [])
 
 
+def test_the_next_items_are_the_last_two_of_each_user() -> None:
+    short = pa.table({"user": [2000, 2000], "row": [-1, -2], "time": [0, 0]})
+    table = pa.concat_tables([log(), short])
+    parts = {name: by_user(part) for name, part in protocols.next_items(table, "user").items()}
+    for user, rows in by_user(table).items():
+        if len(rows) < 3:
+            assert parts["train"][user] == rows
+            assert all(user not in part for name, part in parts.items() if name != "train")
+            continue
+        assert parts["train"][user] == rows[:-2]
+        assert parts["valid"][user] == rows[-2:-1]
+        assert parts["test"][user] == rows[-1:]
+        assert parts["valid_support"][user] == rows[-22:-2]
+        assert parts["test_support"][user] == rows[-21:-1]
+
+
+def test_new_items_come_in_small_batches() -> None:
+    table = log()
+    found = protocols.new_items(table, "user", known=60, least=15, rows=4)
+    parts = {name: by_user(part) for name, part in found.items()}
+    for item, rows in by_user(table).items():
+        new = rows if 15 <= len(rows) < 60 else []
+        expected = {
+            "train": rows if len(rows) >= 60 else [],
+            "warm_a": new[:4],
+            "warm_b": new[4:8],
+            "warm_c": new[8:12],
+            "test": new[12:],
+        }
+        assert {name: parts[name].get(item, []) for name in parts} == expected
+
+
 def test_support_is_older_than_the_first_row_to_score() -> None:
     table = log()
     chosen = np.random.default_rng(6).random(len(table)) < np.arange(len(table)) / 3000

@@ -59,6 +59,7 @@ def config(data, **changes):
         "data": {k: str(data / f"{k}.parquet") for k in ("train", "valid", "test")}
         | {
             "test_support": "",
+            "items": "",
             "shuffle_rows": 10_000,
             "chunk_rows": 0,
             "chunk_tasks": 8,

@@ -1,0 +1,208 @@
+"""SavedModels of a two-tower model: vectors of users and items, and the items found for a user.
+
+Signatures of stock ops, all [B, ...] and row-independent. Each answers `status` too.
+
+    serving_default, user   the user's features -> `vector` [B, D]
+    item                    the item's features -> `vector` [B, D]
+    recommend               the user's features -> `<item id>` and `score`, [B, k], the best first
+    adapted_user            with `meta`: also the user's support -> `vector`
+    adapted_recommend       the same -> items
+
+An index outside takes the vectors; their inner product ranks. Support is the list that the model
+names, which is among the features, or comes in the request: `support_<column>` [B, S] for each item
+feature, oldest first, `support_count` of them valid.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import tensorflow as tf
+from tensorflow_recommenders.layers.factorized_top_k import BruteForce
+
+from qianmo.export.adapted import BAD_SUPPORT, COUNT, support_name
+from qianmo.export.saved_model import (
+    BAD_SCORE,
+    STATUS,
+    TOLERANCE,
+    ExportError,
+    Rows,
+    Signature,
+    Specs,
+    cast,
+    fill,
+    next_version,
+    publishing,
+    raw_specs,
+    session,
+    tensors,
+    write_serving_files,
+)
+from qianmo.layers.encode import OK
+from qianmo.models.two_tower import TwoTower
+
+VECTOR, SCORE = "vector", "score"
+Vectors = tuple[tf.Tensor, tf.Tensor]
+
+
+def side_specs(model: TwoTower, item: bool) -> dict[str, tf.TensorSpec]:
+    """Serving inputs of one side's features."""
+    specs = raw_specs(model.schema)
+    names = set()
+    for f in model.schema.features:
+        if (f.side == "item") == item:
+            names |= {f.name, getattr(f, "length_name", f.name)}
+    return {name: spec for name, spec in specs.items() if name in names}
+
+
+def by_request_specs(model: TwoTower) -> dict[str, tf.TensorSpec]:
+    """Inputs of the adapted signatures where the model names no list."""
+    specs = side_specs(model, item=False)
+    for name, spec in side_specs(model, item=True).items():
+        shape = [None, None, *spec.shape[1:]]
+        specs[support_name(name)] = tf.TensorSpec(shape, spec.dtype, support_name(name))
+    return {**specs, COUNT: tf.TensorSpec([None], tf.int64, COUNT)}
+
+
+def _by_request(model: TwoTower) -> Callable[[Mapping[str, tf.Tensor]], Vectors]:
+    names = side_specs(model, item=True)
+    assert model.meta is not None
+    most = model.meta.inner.max_support
+
+    def vectors(inputs: Mapping[str, tf.Tensor]) -> Vectors:
+        columns = {name: inputs[support_name(name)] for name in names}
+        count = inputs[COUNT]
+        width = tf.shape(columns[model.item.name])[1]
+        valid = tf.clip_by_value(count, 0, tf.cast(width, tf.int64))
+        flat = {
+            name: tf.reshape(c, tf.concat([[-1], tf.shape(c)[2:]], 0))
+            for name, c in columns.items()
+        }
+        for f in model.schema.categorical:
+            if f.is_list and f.name in flat:
+                flat[f.name].set_shape([None, None])
+        items, read = model.item_vectors(flat)
+        readable = tf.reshape(read == OK, [-1, width])
+        place = tf.range(tf.cast(width, tf.int64))[None]
+        inside = (place < valid[:, None]) & (place >= valid[:, None] - most)
+        items = tf.reshape(items, [-1, width, model.tower.dim])
+        features = {name: inputs[name] for name in side_specs(model, item=False)}
+        found, status = model.adapted_user_vectors(features, items, inside & readable)
+        bad = tf.reduce_any(inside & ~readable, 1) | (count != valid)
+        return found, status | tf.where(bad, BAD_SUPPORT, 0)
+
+    return vectors
+
+
+def _answer(found: tf.Tensor, status: tf.Tensor) -> dict[str, tf.Tensor]:
+    finite = tf.reduce_all(tf.math.is_finite(found), 1)
+    vector = tf.where(tf.math.is_finite(found), found, 0.0)
+    return {VECTOR: vector, STATUS: status | tf.where(finite, OK, BAD_SCORE)}
+
+
+def _vector(of: Callable[[Mapping[str, tf.Tensor]], Vectors]) -> Signature:
+    def vector(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+        return _answer(*of(inputs))
+
+    return vector
+
+
+def _recommend(
+    of: Callable[[Mapping[str, tf.Tensor]], Vectors], index: BruteForce, item: str
+) -> Signature:
+    def recommend(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+        found = _answer(*of(inputs))
+        score, ids = index(found[VECTOR])
+        return {item: ids, SCORE: score, STATUS: found[STATUS]}
+
+    return recommend
+
+
+def export_retrieval(
+    model: TwoTower,
+    base_path: str | os.PathLike[str],
+    rows: Rows,
+    items: Rows,
+    *,
+    best: int = 100,
+    version: int | None = None,
+) -> tuple[pathlib.Path, float]:
+    """Writes a two-tower model with the vectors of a catalogue.
+
+    Args:
+      model: the model.
+      base_path: folder of the versions.
+      rows: real rows, input name -> column, replayed through the session loader.
+      items: the item's features, a row for each item of the catalogue.
+      best: k, how many items are recommended; at most all.
+      version: default: one above the highest.
+
+    Returns:
+      The version's folder, and the largest difference to the Keras model on `rows`.
+
+    Raises:
+      ExportError: a catalogue that cannot be read, foreign ops, answers that differ, a version that
+        exists. Nothing is left behind.
+    """
+    user, item = side_specs(model, item=False), side_specs(model, item=True)
+    catalogue = cast(items, item)
+    vectors, status = model.item_vectors(tensors(catalogue))
+    bad = np.flatnonzero((status.numpy() != OK) | ~np.isfinite(vectors.numpy()).all(1))
+    if len(bad):
+        raise ExportError(f"`items`: row {bad[0]} cannot be read: status {status.numpy()[bad[0]]}.")
+    # tensorflow-recommenders' other indexes need ops that a stock server lacks, or approximate.
+    index = BruteForce(k=min(best, len(vectors)))
+    index.index(vectors, tf.constant(catalogue[model.item.name]))
+
+    functions: dict[str, Signature] = {
+        "serving_default": _vector(model.user_vectors),
+        "user": _vector(model.user_vectors),
+        "item": _vector(model.item_vectors),
+        "recommend": _recommend(model.user_vectors, index, model.item.name),
+    }
+    users = cast(rows, user)
+    specs: dict[str, Specs] = {**dict.fromkeys(functions, user), "item": item}
+    inputs: dict[str, Rows] = {**dict.fromkeys(functions, users), "item": cast(rows, item)}
+    if model.meta is not None:
+        adapted, spec, given = model.adapted_user_vectors, user, users
+        if not model.support_feature:
+            spec, adapted = by_request_specs(model), _by_request(model)
+            # Each row's own item stands for its support.
+            own = {support_name(name): inputs["item"][name][:, None] for name in item}
+            given = cast({**users, **own, COUNT: np.ones(len(users[next(iter(user))]))}, spec)
+        functions["adapted_user"] = _vector(adapted)
+        functions["adapted_recommend"] = _recommend(adapted, index, model.item.name)
+        for name in ("adapted_user", "adapted_recommend"):
+            specs[name], inputs[name] = spec, given
+    base = pathlib.Path(base_path)
+    version = version or next_version(base)
+    with publishing(base, version) as folder:
+        fill(folder, base.name, model, functions, specs, inputs)
+        worst = _replay(folder, functions, inputs)
+    write_serving_files(base, any(f.is_list for f in model.schema.categorical))
+    return base / str(version), worst
+
+
+def _replay(
+    folder: pathlib.Path, functions: Mapping[str, Signature], inputs: Mapping[str, Rows]
+) -> float:
+    """Largest difference of vectors and scores between the session loader and Keras."""
+    worst = 0.0
+    keras: dict[str, Rows] = {}
+    for name, function in functions.items():
+        answers = tf.function(function)(**tensors(inputs[name]))
+        keras[name] = {key: value.numpy() for key, value in answers.items()}
+    with session(folder) as run:
+        for name, expected in keras.items():
+            served = run(name, inputs[name])
+            for key in sorted({VECTOR, SCORE} & expected.keys()):
+                found = float(np.abs(served[key] - expected[key]).max())
+                if not found <= TOLERANCE:
+                    raise ExportError(
+                        f"signature `{name}`: `{key}` differs from the Keras model's by {found}."
+                    )
+                worst = max(worst, found)
+    return worst

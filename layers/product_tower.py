@@ -1,0 +1,98 @@
+"""The tower of a two-tower model: a user's side that adapts, against an item's given vector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+import tf_keras
+
+from qianmo.layers.item_queue import ItemQueue
+from qianmo.layers.mlp import Correction
+from qianmo.layers.tower import DenseShape, Tower, TowerOutput
+
+
+@tf_keras.utils.register_keras_serializable(package="qianmo")
+class ProductTower(tf_keras.layers.Layer):
+    """The last layers of a user's side; its logit is a product with an item's vector.
+
+        u = W(h_u) / ||W(h_u)||,   z = <u, v> / tau - log sum_j exp s_j(u / tau)
+
+    with h_u the hidden state of the user, v the vector of the item, which are the last D columns of
+    h, and s_j the scores of the items in the queue. For one user z ranks items as <u, v> does. The
+    queue makes it the log-odds of the item against its negatives:
+
+        -log sigmoid(z) = -log [ exp(<u, v> / tau) / (exp(<u, v> / tau) + sum_j exp s_j) ],
+
+    so that the binary cross-entropy of a positive is the sampled softmax loss. An item's vector is
+    a constant here: what adapts are the layers W, to support rows that are one item each.
+
+    Args:
+      tower: W, [..., H] -> logits [..., D].
+      queue: the negatives. Its dim is D.
+      temperature: tau.
+
+    Inputs: h, [..., H + D]. Here v has length 1.
+    Outputs: `TowerOutput` with logits [..., 1] and u as the last of `hidden`.
+
+    Raises:
+      ValueError: a tower and a queue of different widths, or a temperature that is not positive.
+    """
+
+    def __init__(
+        self,
+        tower: Tower,
+        queue: ItemQueue,
+        temperature: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if tower.num_labels != queue.dim:
+            raise ValueError(
+                "`tower` should make vectors as wide as those of `queue`. "
+                f"Received: {tower.num_labels} and {queue.dim}"
+            )
+        if not temperature > 0:
+            raise ValueError(f"`temperature` should be > 0. Received: {temperature}")
+        self.tower = tower
+        self.queue = queue
+        self.temperature = temperature
+        self.dim = queue.dim
+
+    def dense_shapes(self, h_dim: int) -> list[DenseShape]:
+        """The dense layers of W, in the order in which a correction counts them."""
+        return self.tower.dense_shapes(h_dim - self.dim)
+
+    def call(
+        self, h: tf.Tensor, training: bool = False, correction: Correction | None = None
+    ) -> TowerOutput:
+        """Computes logits.
+
+        Args:
+          h: what crosses the tower seam.
+          training: whether dropout acts.
+          correction: what a task adds to each dense layer's output, see `InnerLoop`.
+        """
+        user, item = tf.split(h, [h.shape[-1] - self.dim, self.dim], -1)
+        made = self.tower(user, training=training, correction=correction)
+        u = tf.math.l2_normalize(made.logits, -1)
+        q = u / self.temperature
+        score = tf.reduce_sum(q * tf.cast(item, q.dtype), -1, keepdims=True)
+        against = tf.reduce_logsumexp(self.queue(q), -1, keepdims=True)
+        return TowerOutput(score - against, [*made.hidden, u], h)
+
+    def get_config(self) -> dict[str, Any]:
+        """The layer's arguments, its parts serialised."""
+        serialize = tf_keras.layers.serialize
+        return {
+            **super().get_config(),
+            "tower": serialize(self.tower),
+            "queue": serialize(self.queue),
+            "temperature": self.temperature,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> ProductTower:
+        """Builds the layer and its parts."""
+        parts = {key: tf_keras.layers.deserialize(config[key]) for key in ("tower", "queue")}
+        return cls(**{**config, **parts})

@@ -1,0 +1,321 @@
+"""Two-tower retrieval: two roads, a user's and an item's, that meet in a product."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+import tf_keras
+from tensorflow_recommenders.tasks import Retrieval
+
+from qianmo.layers.bottom import Bottom
+from qianmo.layers.embed import Embedded
+from qianmo.layers.encode import Encoded, completed
+from qianmo.layers.features import Categorical, Schema
+from qianmo.layers.inner_loop import Support
+from qianmo.layers.item_queue import ItemQueue
+from qianmo.layers.mlp import MLP
+from qianmo.layers.product_tower import ProductTower
+from qianmo.layers.select import Select
+from qianmo.layers.tower import Tower, TowerOutput
+from qianmo.models.ranker import Ranker, Targets
+
+
+@tf_keras.utils.register_keras_serializable(package="qianmo")
+class TwoTower(Ranker):
+    """A user's vector u and an item's vector v, both of length 1, trained on an in-batch softmax.
+
+        L = - mean over i of log [ exp(<u_i, v_i> / tau) / p_i / sum_j exp(<u_i, v_j> / tau) / p_j ]
+
+    over the batch's rows with a positive label as i, and all rows as candidates j; p is how often
+    training sees the item (log-Q correction), and a row's own item elsewhere is no candidate. Item
+    features are those of the side "item", all others are the user's. The logit is z of
+    `ProductTower`, so `meta` adapts the user's last layers. Its support is, for a task, rows of the
+    batch; or with `support_feature`, for each row, the items in a list of its own, such as the
+    user's last ones. The negatives are the queue's.
+
+    Args:
+      schema: what a row holds; of one label, which positives have.
+      user_bottom: layer `Embedded`, with the user's features -> h_u, [B, H].
+      item_bottom: layer `Embedded`, with the item's features -> [B, *].
+      tower: layer [h_u ; v] -> `TowerOutput`, with u as the last hidden layer.
+      item_tower: layer, what `item_bottom` makes -> `TowerOutput`, with the logits v, not of length
+        1 yet.
+      item_id: feature of the item's id.
+      support_feature: a list of items in the table of `item_id`, then the only item feature.
+      **kwargs: arguments of `Ranker`.
+
+    Raises:
+      ValueError: several labels, a side without features, or features that do not fit.
+
+    References: Yi et al. 2019, Sampling-Bias-Corrected Neural Modeling for Large Corpus Item
+    Recommendations. The loss is tensorflow-recommenders' `Retrieval`.
+    """
+
+    head_names = ("model",)
+    serving_head = "model"
+
+    def __init__(
+        self,
+        schema: Schema | Mapping[str, Any],
+        user_bottom: tf_keras.layers.Layer,
+        item_bottom: tf_keras.layers.Layer,
+        tower: ProductTower,
+        item_tower: Tower,
+        *,
+        item_id: str,
+        support_feature: str = "",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(schema, **kwargs)
+        schema = self.schema
+        if len(schema.labels) != 1:
+            raise ValueError(f"A two-tower model has one label. Received: {schema.labels}")
+        self.item = item_feature(schema, item_id)
+        items = [f.name for f in schema.features if f.side == "item"]
+        users = [f.name for f in schema.features if f.side != "item"]
+        self.support_feature = support_feature
+        if support_feature:
+            found = [f for f in schema.categorical if f.name == support_feature]
+            fits = found and found[0].is_list and found[0].table == self.item.table
+            if not fits or found[0].side == "item" or items != [item_id]:
+                raise ValueError(
+                    "`support_feature` should be a user's list in the table of `item_id`, which "
+                    f"should be the only item feature. Received: {support_feature!r}, and the item "
+                    f"features {items}"
+                )
+            if self.meta is None:
+                raise ValueError("`support_feature` needs `meta`, which says how to adapt.")
+        self.user_features = Select(schema, users, name="user_features")
+        self.item_features = Select(schema, items, name="item_features")
+        self.user_bottom = user_bottom
+        self.item_bottom = item_bottom
+        self.tower = tower
+        self.item_tower = item_tower
+        self.task = Retrieval(
+            loss=tf_keras.losses.CategoricalCrossentropy(
+                from_logits=True, reduction=tf_keras.losses.Reduction.NONE
+            ),
+            temperature=tower.temperature,
+            remove_accidental_hits=True,
+        )
+
+    def _user_state(self, embedded: Embedded, training: bool = False) -> tf.Tensor:
+        """h_u, [B, H]."""
+        return self.user_bottom(self.user_features(embedded), training=training)
+
+    def _item_vector(self, embedded: Embedded, training: bool = False) -> tf.Tensor:
+        """The item's v, [B, D], of its features alone."""
+        state = self.item_bottom(embedded, training=training)
+        return tf.math.l2_normalize(self.item_tower(state, training=training).logits, -1)
+
+    def _without_item(self, state: tf.Tensor) -> tf.Tensor:
+        """What crosses the seam where no item matters: zeros stand for it."""
+        return tf.concat([state, tf.zeros([tf.shape(state)[0], self.tower.dim], state.dtype)], 1)
+
+    def _one_side(self, features: Mapping[str, tf.Tensor]) -> tuple[Embedded, Encoded]:
+        """Embeds rows that have one side's features; constants stand in for the others."""
+        encoded = self.encode(completed(self.schema, features))
+        return self.embed(encoded), encoded
+
+    def user_state(self, features: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        """What is left of the tower seam of the user's side, [B, H], of the user's features."""
+        return self._user_state(self._one_side(features)[0])
+
+    def user_vectors(self, features: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+        """Users' vectors [B, D], of their features, and the rows' status of `encode`."""
+        embedded, encoded = self._one_side(features)
+        h = self._without_item(self._user_state(embedded))
+        return self.tower(h).hidden[-1], encoded.status
+
+    def item_vectors(self, features: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+        """Items' vectors [B, D], of their features, and the rows' status of `encode`."""
+        embedded, encoded = self._one_side(features)
+        return self._item_vector(self.item_features(embedded)), encoded.status
+
+    def adapted_user_vectors(
+        self,
+        features: Mapping[str, tf.Tensor],
+        items: tf.Tensor | None = None,
+        inside: tf.Tensor | None = None,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Users' vectors [B, D] by layers that adapted to each row's items, and the rows' status.
+
+        Args:
+          features: of the user.
+          items: vectors of the items that are the row's support, [B, S, D]; None for those of
+            `support_feature`.
+          inside: which of them are there, [B, S].
+        """
+        embedded, encoded = self._one_side(features)
+        state = self._user_state(embedded)
+        if items is None or inside is None:
+            name = self.support_feature
+            items, inside = self._listed(encoded.ids[name], encoded.lengths[name])
+        support = self._support(state, items, inside)
+        task = tf.range(tf.shape(state)[0])
+        found, how = self.adapted_state(state, task, support)
+        return found, encoded.status | how
+
+    def adapted_state(
+        self, state: tf.Tensor, task: tf.Tensor, support: Support
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Users' vectors [B, D] by layers that adapted to tasks, and how that went, [B].
+
+        Args:
+          state: h_u, [B, H].
+          task: [B], place of each row's task in `support`.
+          support: rows of the distinct tasks, as they cross the tower seam.
+        """
+        if self.meta is None:
+            raise ValueError("The model has no `meta`, which says how its tower adapts.")
+        plain = self.tower(self._without_item(state))
+        return self.meta.adapted(self.tower, plain, task, support, lambda out: out.hidden[-1])
+
+    def heads(
+        self, embedded: Embedded, names: Sequence[str], training: bool = False
+    ) -> dict[str, TowerOutput]:
+        """Computes the only head, "model"."""
+        state = self._user_state(embedded, training)
+        item = self._item_vector(self.item_features(embedded), training)
+        h = tf.concat([state, tf.cast(item, state.dtype)], 1)
+        return {"model": self.tower(h, training=training)}
+
+    def tower_of(self, head: str) -> ProductTower:
+        """The user's last layers."""
+        return self.tower
+
+    def targets_of(self, encoded: Encoded, targets: Targets) -> Targets:
+        """Adds the rows' items, and those of `support_feature`."""
+        found = {**targets, "item": encoded.ids[self.item.name]}
+        if self.support_feature:
+            found["support"] = encoded.ids[self.support_feature]
+            found["support_length"] = encoded.lengths[self.support_feature]
+        return found
+
+    def mean_terms(self, heads: Mapping[str, TowerOutput], targets: Targets) -> dict[str, Any]:
+        """The in-batch softmax; then the batch's items enter the queue."""
+        output = heads["model"]
+        rows = {
+            "u": output.hidden[-1],
+            "v": tf.cast(output.h[:, -self.tower.dim :], output.logits.dtype),
+            "weight": targets["weight"] * tf.cast(targets["labels"][:, 0] > 0, tf.float32),
+            "item": targets["item"],
+        }
+        if "original" in targets:  # rows of chunks are of few users: no sample of the items
+            rows = {k: tf.boolean_mask(v, targets["original"] > 0) for k, v in rows.items()}
+        queue = self.tower.queue
+        loss = self.task(
+            rows["u"],
+            rows["v"],
+            candidate_sampling_probability=queue.probability(rows["item"]),
+            candidate_ids=rows["item"],
+        )
+        queue.push(rows["item"], rows["v"])
+        total = tf.reduce_sum(rows["weight"] * tf.cast(loss, tf.float32))
+        return {"softmax": tf.math.divide_no_nan(total, tf.reduce_sum(rows["weight"]))}
+
+    def meta_loss(self, h: tf.Tensor, targets: Targets, step: tf.Tensor) -> tf.Tensor:
+        """What `meta` adds to the loss."""
+        if not self.support_feature:
+            return super().meta_loss(h, targets, step)
+        assert self.meta is not None
+        listed = self._listed(targets["support"], targets["support_length"])
+        support = self._support(h[:, : -self.tower.dim], *listed)
+        labels = tf.cast(targets["labels"] > 0, tf.float32)
+        # Only a positive says what the adapted tower should have found.
+        query = Support(h[:, None], labels[:, :, None], labels[:, :, None])
+        return self.meta.episode_loss(self.tower, support, query, tf.reduce_sum(labels))
+
+    def _listed(self, ids: tf.Tensor, length: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Vectors of the items in lists, [B, L, D], and which of them are there and known."""
+        shape = tf.shape(ids)
+        inside = tf.sequence_mask(length, shape[1]) & (ids > 0)
+        table, first, _ = self.embed.rows(self.item.table)
+        places = tf.reshape(tf.where(inside, ids, 0), [-1])
+        vectors = tf.cast(tf.gather(table, first + places), self.compute_dtype)
+        fields, linear = tf.split(vectors[:, None], [self.item.dim, self.embed.linear_dim], 2)
+        none = tf.zeros([tf.shape(places)[0], 0])
+        v = self._item_vector(Embedded((fields,), linear, none, tf.zeros_like(places)))
+        return tf.reshape(v, [-1, shape[1], self.tower.dim]), inside
+
+    def _support(self, state: tf.Tensor, items: tf.Tensor, inside: tf.Tensor) -> Support:
+        """A task for each row: items [B, S, D], each beside what is known of the user."""
+        tiled = tf.repeat(state[:, None], tf.shape(items)[1], 1)
+        weights = tf.cast(inside, tf.float32)[:, :, None]
+        h = tf.concat([tiled, tf.cast(items, state.dtype)], 2)
+        return Support(h, tf.ones_like(weights), weights)
+
+    def get_config(self) -> dict[str, Any]:
+        """The model's arguments, its layers serialised."""
+        names = ("user_bottom", "item_bottom", "tower", "item_tower")
+        parts = {name: tf_keras.layers.serialize(getattr(self, name)) for name in names}
+        arguments = {"item_id": self.item.name, "support_feature": self.support_feature}
+        return {**self.ranker_config(), **parts, **arguments}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> TwoTower:
+        """Builds the model and its layers."""
+        names = ("user_bottom", "item_bottom", "tower", "item_tower")
+        parts = {k: tf_keras.layers.deserialize(config[k], custom_objects) for k in names}
+        return cls(**{**config, **parts})
+
+
+def item_feature(schema: Schema, name: str) -> Categorical:
+    """The feature that is an item's id.
+
+    Raises:
+      ValueError: there is none such.
+    """
+    for f in schema.categorical:
+        if f.name == name and f.side == "item" and not f.is_list:
+            return f
+    raise ValueError(
+        '`item_id` should name a feature of the side "item" with one value a row. '
+        f"Received: {name!r}"
+    )
+
+
+def two_tower(
+    schema: Schema,
+    *,
+    item_id: str,
+    dim: int = 32,
+    units: Sequence[int] = (128,),
+    seam_dim: int = 64,
+    tower_units: Sequence[int] = (),
+    item_units: Sequence[int] = (128,),
+    temperature: float = 0.1,
+    queue_size: int = 512,
+    support_feature: str = "",
+    dropout: float = 0.0,
+    **ranker: Any,
+) -> TwoTower:
+    """A plain network on each side, and a linear last layer of width `dim`.
+
+    Args:
+      schema: what a row holds.
+      item_id: feature of the item's id.
+      dim: D, width of the vectors.
+      units: widths of the user's network.
+      seam_dim: H; 0 for the network's last width, not centred.
+      tower_units: hidden layers of the user's part that adapts, between h_u and u.
+      item_units: widths of the item's network.
+      temperature: tau.
+      queue_size: items in the queue.
+      support_feature: as for `TwoTower`.
+      dropout: of the networks.
+      **ranker: arguments of `Ranker`.
+    """
+    queue = ItemQueue(queue_size, dim, item_feature(schema, item_id).num_rows, name="queue")
+    return TwoTower(
+        schema,
+        Bottom(networks=[MLP(units, dropout=dropout)], seam_dim=seam_dim, name="user_bottom"),
+        Bottom(networks=[MLP(item_units, dropout=dropout)], name="item_bottom"),
+        ProductTower(Tower(dim, tower_units, name="layers"), queue, temperature, name="tower"),
+        Tower(dim, name="item_tower"),
+        item_id=item_id,
+        support_feature=support_feature,
+        **ranker,
+    )

@@ -1,0 +1,222 @@
+"""How high a two-tower model ranks the items that came next, among all items.
+
+A row's item is ranked against every item of the catalogue but those that its task is known to have
+had: the training rows' and, beside the test rows, also those of validation and support. One item is
+right, so the hit rate at k is the recall at k too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from qianmo.layers import metrics
+from qianmo.layers.features import Schema
+from qianmo.layers.inner_loop import Support
+from qianmo.models.two_tower import TwoTower
+from qianmo.pipelines import adapted, readers
+from qianmo.pipelines.recipe import Data
+
+SIZES = (10, 50, 100)
+
+
+@dataclasses.dataclass(frozen=True)
+class Catalogue:
+    """All items, by rising id.
+
+    Attributes:
+      ids: raw ids, [N].
+      vectors: [N, D].
+    """
+
+    ids: npt.NDArray[Any]
+    vectors: npt.NDArray[np.float32]
+
+    def places(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """Where the items stand; -1 for those that are not in the catalogue."""
+        found = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        return np.where(self.ids[found] == ids, found, -1)
+
+
+def item_schema(schema: Schema) -> Schema:
+    """What a row of the catalogue holds: the item's features."""
+    return Schema(
+        features=tuple(f for f in schema.features if f.side == "item"), labels=schema.labels
+    )
+
+
+def item_rows(model: TwoTower, path: str) -> dict[str, npt.NDArray[Any]]:
+    """The columns of a catalogue's file, a row for each item, by rising id.
+
+    Raises:
+      readers.DataError: the rows do not fit, or an item stands there twice.
+    """
+    blocks = list(readers.blocks(item_schema(model.schema), path, targets=False))
+    columns = {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
+    ids = columns[model.item.name]
+    order = np.argsort(ids, kind="stable")
+    twice = ids[order][1:] == ids[order][:-1]
+    if twice.any():
+        raise readers.DataError(
+            f"{path}, column `{model.item.name}`: item {ids[order][1:][twice][0]} stands there "
+            "twice. Give one row for each."
+        )
+    return {name: column[order] for name, column in columns.items()}
+
+
+def catalogue(model: TwoTower, path: str) -> Catalogue:
+    """Reads the items of a file and makes their vectors."""
+    columns = item_rows(model, path)
+    vectors, _ = model.item_vectors({name: tf.constant(c) for name, c in columns.items()})
+    return Catalogue(columns[model.item.name], vectors.numpy())
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """The items that tasks have had: pairs, sorted by task."""
+
+    task_id: npt.NDArray[Any]
+    place: npt.NDArray[np.int64]
+
+    def pairs(self, task_id: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Row numbers of the tasks asked for, and the places of what each has had."""
+        first = np.searchsorted(self.task_id, task_id, "left")
+        count = np.searchsorted(self.task_id, task_id, "right") - first
+        rows = np.repeat(np.arange(len(task_id)), count)
+        within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        return rows, self.place[np.repeat(first, count) + within]
+
+
+def known(model: TwoTower, items: Catalogue, paths: Sequence[str]) -> Known:
+    """Reads which items the tasks have had in some files."""
+    schema = model.schema
+    if not schema.task_id:
+        raise ValueError("Retrieval needs `schema.task_id`, whose known items are left out.")
+    alone = Schema(features=(model.item,), labels=schema.labels, task_id=schema.task_id)
+    blocks = [block for path in paths for block in readers.blocks(alone, path)]
+    task = np.concatenate([b[schema.task_id] for b in blocks])
+    place = items.places(np.concatenate([b[model.item.name] for b in blocks]))
+    order = np.argsort(task, kind="stable")
+    order = order[place[order] >= 0]
+    return Known(task[order], place[order])
+
+
+Vectors = Callable[[Mapping[str, tf.Tensor], npt.NDArray[Any]], Mapping[str, tf.Tensor]]
+
+
+def _vectors(model: TwoTower, support: adapted.TaskRows | None) -> Vectors:
+    """A function (features, task ids) -> head -> users' vectors."""
+
+    @tf.function(reduce_retracing=True)
+    def plain(features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return {"model": model.user_vectors(features)[0]}
+
+    @tf.function(reduce_retracing=True)
+    def listed(features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        found = model.adapted_user_vectors(features)[0]
+        return {"model": model.user_vectors(features)[0], "adapted": found}
+
+    @tf.function(reduce_retracing=True)
+    def of_rows(
+        features: Mapping[str, tf.Tensor], task: tf.Tensor, rows: Support
+    ) -> dict[str, tf.Tensor]:
+        state = model.user_state(features)
+        found = model.adapted_state(state, task, rows)[0]
+        return {"model": model.user_vectors(features)[0], "adapted": found}
+
+    def both(features: Mapping[str, tf.Tensor], task_id: Any) -> dict[str, tf.Tensor]:
+        assert support is not None
+        place, rows = support.of(task_id)
+        return of_rows(features, tf.constant(place), Support(*map(tf.constant, rows)))
+
+    if support is not None:
+        return both
+    return lambda features, _: (listed if model.support_feature else plain)(features)
+
+
+def ranks(
+    model: TwoTower,
+    path: str,
+    items: Catalogue,
+    had: Known,
+    support: adapted.TaskRows | None = None,
+    batch_size: int = 1024,
+) -> dict[str, npt.NDArray[np.int64]]:
+    """The rank of each row's item, from 1 on: head "model", and "adapted" where there is support.
+
+    Raises:
+      readers.DataError: a row's item is not in the catalogue.
+    """
+    vectors = _vectors(model, support)
+    found: dict[str, list[npt.NDArray[np.int64]]] = {}
+    with readers.own_errors():
+        for features, targets in readers.dataset(model.schema, path, batch_size=batch_size):
+            ids = features[model.item.name].numpy()
+            right = items.places(ids)
+            if (right < 0).any():
+                raise readers.DataError(
+                    f"{path}, column `{model.item.name}`: item {ids[right < 0][0]} is not in "
+                    "`data.items`. Add its row there."
+                )
+            task_id = targets["task_id"].numpy()
+            rows, places = had.pairs(task_id)
+            is_other = places != right[rows]
+            for head, u in vectors(features, task_id).items():
+                scores = u.numpy() @ items.vectors.T
+                scores[rows[is_other], places[is_other]] = -np.inf
+                found.setdefault(head, []).append(metrics.ranks(scores, right))
+    return {head: np.concatenate(parts) for head, parts in found.items()}
+
+
+def measure(
+    model: TwoTower, path: str, items_path: str, known_paths: Sequence[str], support_path: str = ""
+) -> dict[str, Any]:
+    """Hit rates and NDCG of a file's rows, in the form of `evaluate`.
+
+    Args:
+      model: the model. With `meta`, the adapted vectors are measured too, if there is support.
+      path: rows whose items are to be found.
+      items_path: the catalogue.
+      known_paths: rows whose items are left out for their tasks.
+      support_path: rows to adapt on, those of a task in order of time.
+
+    Returns:
+      head -> label -> {"all": metrics}.
+    """
+    items = catalogue(model, items_path)
+    support = None
+    if support_path and not model.support_feature:
+        assert model.meta is not None
+        support = adapted.support_rows(model, support_path, model.meta.inner.max_support)
+    had = known(model, items, known_paths)
+    label = model.schema.labels[0]
+    return {
+        head: {label: {"all": metrics.retrieval(found, SIZES)}}
+        for head, found in ranks(model, path, items, had, support).items()
+    }
+
+
+def of_recipe(model: TwoTower, data: Data, path: str) -> dict[str, Any]:
+    """Measures a file's rows as a recipe says; what the test rows' tasks had since is known."""
+    others, support = [data.train], ""
+    if path == data.test:
+        support = data.test_support
+        others += [other for other in (data.valid, support) if other]
+    return measure(model, path, data.items, others, support)
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The metrics as text, a line for each head."""
+    names = [f"hr_{k}" for k in SIZES] + ["ndcg_10", "mrr"]
+    lines = [f"{'head':<10}{'rows':>9}" + "".join(f"{name:>9}" for name in names)]
+    for head, labels in report.items():
+        for found in labels.values():
+            m = found["all"]
+            numbers = "".join(f"{m[name]:>9.4f}" for name in names)
+            lines.append(f"{head:<10}{m['rows']:>9,}{numbers}")
+    return "\n".join(lines)

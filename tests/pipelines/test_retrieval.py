@@ -1,0 +1,242 @@
+"""Retrieval end to end on made rows: users of two tastes, ranks against a loop, exports, refusals.
+
+A user's rows are of one half of the items, and of one small shelf for a while: who adapts to the
+last rows knows the shelf of the next.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tensorflow as tf
+
+from qianmo.configs.base import base_config
+from qianmo.export.retrieval import export_retrieval
+from qianmo.export.saved_model import op_types, session
+from qianmo.layers.inner_loop import Support
+from qianmo.models.two_tower import TwoTower
+from qianmo.pipelines import evaluate, history, protocols, readers, retrieval, run_dir
+from qianmo.pipelines.export import first_rows
+from qianmo.pipelines.recipe import Recipe
+from qianmo.pipelines.train import Run
+
+USERS, ITEMS, ROWS, SHELF = 60, 80, 40, 8
+
+
+def made(folder: pathlib.Path) -> pathlib.Path:
+    rng = np.random.default_rng(0)
+    users, items = [], []
+    for user in range(USERS):
+        half = user % 2
+        for first in range(0, ROWS, 10):
+            shelf = half * (ITEMS // 2) + SHELF * rng.integers(0, ITEMS // 2 // SHELF)
+            items += (shelf + rng.integers(0, SHELF, 10)).tolist()
+            users += [user] * 10
+            assert first < ROWS
+    time = np.tile(np.arange(ROWS), USERS)
+    order = np.argsort(time, kind="stable")
+    item = np.array(items)
+    table = pa.table(
+        {
+            "user": np.array(users),
+            "item": item,
+            "half": np.where(item < ITEMS // 2, "low", "high"),
+            "label": np.ones(len(item), np.int8),
+            "time": time,
+        }
+    ).take(order)
+    table = history.last_items(table, task="user", item="item", rows=10, name="last")
+    parts = protocols.next_items(table, "user")
+    parts["items"] = pa.table(
+        {"item": np.arange(ITEMS), "half": np.where(np.arange(ITEMS) < ITEMS // 2, "low", "high")}
+    )
+    for name, part in parts.items():
+        pq.write_table(part, folder / f"{name}.parquet")
+    return folder
+
+
+def recipe(folder: pathlib.Path, *, listed: bool, weight: float = 1.0) -> Recipe:
+    config = base_config()
+    user: list[dict[str, Any]] = [{"name": "user", "num_ids": USERS, "side": "user"}]
+    item: list[dict[str, Any]] = [{"name": "item", "num_ids": ITEMS, "side": "item"}]
+    if listed:
+        user = [
+            {"name": "last", "num_ids": ITEMS, "max_length": 10, "side": "user", "table": "item"}
+        ]
+    else:
+        item.append({"name": "half", "dtype": "string", "side": "item"})
+    config.schema = {
+        "features": [{"dim": 8, **f} for f in [*user, *item]],
+        "labels": ("label",),
+        "task_id": "user",
+        "timestamp": "time",
+    }
+    config.model = {
+        "name": "two_tower",
+        "item_id": "item",
+        "dim": 8,
+        "units": (16,),
+        "seam_dim": 8,
+        "item_units": (16,),
+        "queue_size": 64,
+        "embedding_stddev": 0.1,
+        "meta": {"inner": {"steps": 3, "step_size": 0.5}, "weight": weight},
+    }
+    for part in ("train", "valid", "test", "items"):
+        config.data[part] = str(folder / f"{part}.parquet")
+    if listed:
+        config.model.support_feature = "last"
+    else:
+        config.data.test_support = str(folder / "test_support.parquet")
+        config.data.chunk_rows, config.data.chunk_tasks = 20, 20
+        config.data.chunks_beside = True
+    config.train.batch_size = 128
+    config.train.epochs = 8
+    config.train.patience = 8
+    config.train.monitor = "ndcg_10"
+    for name in ("optimizer", "table_optimizer"):
+        config.train[name].learning_rate = 0.01
+    return Recipe.from_config(config.to_dict())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return made(tmp_path_factory.mktemp("rows"))
+
+
+Trained = tuple[TwoTower, Recipe, dict[str, Any], pathlib.Path]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["tasks", "lists"])
+def trained(
+    request: pytest.FixtureRequest, data: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> Trained:
+    folder = tmp_path_factory.mktemp("model")
+    report = Run(recipe(data, listed=request.param), folder).train()
+    model, read = run_dir.load(folder)
+    assert isinstance(model, TwoTower)
+    return model, read, report, folder
+
+
+def test_it_learns_and_adapting_finds_more(trained: Trained) -> None:
+    _, _, report, folder = trained
+    plain, adapted = (report["test"][head]["label"]["all"] for head in ("model", "adapted"))
+    assert plain["rows"] == USERS
+    # Any item of the right half would be right in 10 of 40, less those that are known.
+    assert plain["hr_10"] > 0.3
+    assert adapted["hr_10"] >= plain["hr_10"]
+    assert adapted["ndcg_10"] > plain["ndcg_10"]
+    assert "ndcg_10" in (folder / "report.html").read_text()
+    assert report["history"][-1]["monitor"] > 0.1
+
+
+def test_ranks_are_those_of_a_loop(trained: Trained, data: pathlib.Path) -> None:
+    model, read, report, _ = trained
+    train, valid, test, items = (
+        pq.read_table(data / f"{part}.parquet").to_pylist()
+        for part in ("train", "valid", "test", "items")
+    )
+    inputs = {"item": tf.range(ITEMS, dtype=tf.int64)}
+    if not model.support_feature:
+        inputs["half"] = tf.constant([row["half"] for row in items])
+    v = model.item_vectors(inputs)[0].numpy()
+    ranks = []
+    for row in test:
+        features = {"user": tf.constant([row["user"]], tf.int64)}
+        if model.support_feature:
+            features = {
+                "last": tf.constant([row["last"]], tf.int64),
+                "last_length": tf.constant([len(row["last"])], tf.int64),
+            }
+        scores = v @ model.user_vectors(features)[0].numpy()[0]
+        had = {r["item"] for r in (*train, *valid) if r["user"] == row["user"]} - {row["item"]}
+        better = [i for i in range(ITEMS) if i not in had and scores[i] >= scores[row["item"]]]
+        ranks.append(len(better))
+    hits = np.mean(np.array(ranks) <= 10)
+    assert report["test"]["model"]["label"]["all"]["hr_10"] == pytest.approx(hits, abs=1e-9)
+    again = retrieval.of_recipe(model, read.data, read.data.test)
+    assert again == report["test"]
+
+
+def test_the_export_answers_as_keras_by_stock_ops(trained: Trained, tmp_path: pathlib.Path) -> None:
+    model, read, _, _ = trained
+    rows = first_rows(model.schema, read.data.test, 20)
+    items = retrieval.item_rows(model, read.data.items)
+    folder, worst = export_retrieval(model, tmp_path / "two_tower", rows, items, best=5)
+    assert worst <= 1e-6
+    assert not {op for op in op_types(folder) if ">" in op}
+    user = {k: v for k, v in rows.items() if k not in ("item", "half")}
+    support: dict[str, Any] = {}
+    if not model.support_feature:
+        support = {
+            "support_item": np.tile(np.arange(6), (20, 1)),
+            "support_half": np.full((20, 6), b"low", object),
+            "support_count": np.array([6, 0] * 10),
+        }
+    with session(folder) as run:
+        u = run("user", user)["vector"]
+        v = run("item", items)["vector"]
+        found = run("recommend", user)
+        adapted = run("adapted_user", {**user, **support})
+        best = run("adapted_recommend", {**user, **support})
+    np.testing.assert_allclose(np.linalg.norm(u, axis=1), 1, rtol=1e-5)
+    order = np.argsort(-(u @ v.T), 1, kind="stable")[:, :5]
+    np.testing.assert_allclose(
+        found["score"], np.take_along_axis(u @ v.T, order, 1), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_array_equal(found["item"][:, 0], order[:, 0])
+    scores = adapted["vector"] @ v.T
+    np.testing.assert_allclose(best["score"][:, 0], scores.max(1), rtol=1e-5)
+    if model.support_feature:
+        assert not adapted["status"].any()
+        assert np.abs(adapted["vector"] - u).max() > 1e-3
+        return
+    # Rows without support get the plain vector and say so; the others those of the Keras layers.
+    np.testing.assert_array_equal(adapted["status"], [0, 8] * 10)
+    np.testing.assert_allclose(adapted["vector"][1::2], u[1::2], rtol=1e-6, atol=1e-7)
+    state = model.user_state({"user": tf.constant(rows["user"][:1])})
+    h = tf.concat([tf.repeat(state, 6, 0), tf.constant(v[:6])], 1)[None]
+    ones = tf.ones([1, 6, 1])
+    expected, _ = model.adapted_state(state, tf.constant([0]), Support(h, ones, ones))
+    np.testing.assert_allclose(adapted["vector"][:1], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_program_measures_what_training_did(
+    trained: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, read, report, _ = trained
+    found, text = evaluate._measured(model, read, read.data.test)
+    assert found == report["test"]
+    assert "adapted" in text
+
+
+def test_refusals(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    good = recipe(data, listed=False).to_config()
+    with pytest.raises(ValueError, match=r"should be ndcg_10 with `data.items`"):
+        Recipe.from_config({**good, "train": {**good["train"], "monitor": "auc"}})
+    with pytest.raises(ValueError, match="needs the model two_tower"):
+        Recipe.from_config({**good, "model": {"name": "mlp", "meta": good["model"]["meta"]}})
+    rows = pq.read_table(data / "items.parquet")
+    pq.write_table(pa.concat_tables([rows, rows.slice(3, 1)]), tmp_path / "twice.parquet")
+    pq.write_table(rows.slice(0, 10), tmp_path / "few.parquet")
+    model = run_dir.build(Recipe.from_config(_complete(good)))
+    assert isinstance(model, TwoTower)
+    with pytest.raises(readers.DataError, match="item 3 stands there twice"):
+        retrieval.catalogue(model, str(tmp_path / "twice.parquet"))
+    with pytest.raises(readers.DataError, match=r"is not in `data.items`"):
+        retrieval.measure(
+            model, good["data"]["test"], str(tmp_path / "few.parquet"), [good["data"]["train"]]
+        )
+
+
+def _complete(config: dict[str, Any]) -> dict[str, Any]:
+    features = [
+        {**f, "vocabulary": ["high", "low"]} if f["name"] == "half" else f
+        for f in config["schema"]["features"]
+    ]
+    return {**config, "schema": {**config["schema"], "features": features}}
