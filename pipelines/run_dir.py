@@ -95,6 +95,14 @@ def restore(model: Any, model_dir: str | pathlib.Path) -> Any:
     return tf.train.Checkpoint(model=model).restore(found)
 
 
+def write(model_dir: str | pathlib.Path, model: Ranker, recipe: Recipe) -> None:
+    """Writes a model that was not trained there, with its recipe."""
+    folder = pathlib.Path(model_dir)
+    weights = tf.train.Checkpoint(model=model)
+    tf.train.CheckpointManager(weights, str(folder / WEIGHTS), max_to_keep=1).save()
+    write_json(folder / RECIPE, recipe.to_config())
+
+
 def load(model_dir: str | pathlib.Path) -> tuple[Ranker, Recipe]:
     """Loads a trained model."""
     recipe = read_recipe(model_dir)

@@ -35,6 +35,7 @@ from qianmo.layers.fwfm import FwFM
 from qianmo.layers.gated_tower import GatedTower
 from qianmo.layers.item_queue import ItemQueue
 from qianmo.layers.label_towers import LabelTowers
+from qianmo.layers.meta_embedding import MetaEmbedding
 from qianmo.layers.mlp import MLP
 from qianmo.layers.mmoe import MMoE
 from qianmo.layers.partitioned_norm import PartitionedNorm
@@ -325,6 +326,7 @@ CASES: dict[str, Case] = {
         f"model {name} of {tasks}": model_of_domains(name=name, tasks=tasks, tower_units=(3,))
         for name, tasks in (("shared_bottom", "domains"), ("mmoe", "labels"), ("ple", "domains"))
     },
+    "MetaEmbedding": Case(make=lambda: MetaEmbedding(3, seed=1), inputs=floats(5)),
     "ItemQueue": Case(
         make=lambda: ItemQueue(4, 3, 7), inputs=floats(3), smooth=False, float32_outputs=(0,)
     ),

@@ -1,0 +1,113 @@
+r"""Gives ids of new items first vectors, made of their other features, in a copy of a model.
+
+    python -m qianmo.pipelines.cold_items --model_dir=DIR --item_id=movie_id \
+        --items=runs/movielens_1m_new_items/items.parquet --output=DIR2
+
+A generator learns on the model's training rows, as if their items were new (Meta-Embedding, see
+`qianmo.models.cold_items`). Items of --items without a row among those are the new ones. The output
+is a model directory, to be exported as any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+
+import numpy as np
+import tensorflow as tf
+from absl import flags
+from tqdm import tqdm
+
+from qianmo.layers.features import Schema
+from qianmo.models.cold_items import ColdItems
+from qianmo.pipelines import chunks, program, readers, retrieval, run_dir
+
+
+def learn(
+    cold: ColdItems, path: str, *, epochs: int = 1, items: int = 64, seed: int = 1
+) -> list[float]:
+    """Trains the generator on rows of known items.
+
+    Args:
+      cold: the generator and its base.
+      path: rows in any order; their times say which of an item's rows are first.
+      epochs: passes over the rows.
+      items: of a batch, each with up to 2 K consecutive rows.
+      seed: of the order.
+
+    Returns:
+      The mean loss of each epoch.
+    """
+    schema = dataclasses.replace(cold.base.schema, task_id=cold.item.name)
+    reader = chunks.ChunkReader(schema, path, rows=2 * cold.rows, tasks=items)
+    means = []
+    for epoch in range(epochs):
+        losses = []
+        batches = reader.dataset(seed=seed, epoch=epoch)
+        for features, targets in tqdm(batches, f"epoch {epoch + 1}", reader.num_batches()):
+            losses.append(cold.step(features, targets))
+        means.append(float(np.mean(losses)))
+    return means
+
+
+def fill(cold: ColdItems, items_path: str, train_path: str) -> int:
+    """Writes first vectors of a catalogue's items that have no training row; returns how many."""
+    schema = cold.base.schema
+    alone = Schema(features=(cold.item,), labels=schema.labels)
+    name = cold.item.name
+    blocks = readers.blocks(alone, train_path, targets=False)
+    seen = np.unique(np.concatenate([np.unique(block[name]) for block in blocks]))
+    new = 0
+    for block in readers.blocks(retrieval.item_schema(schema), items_path, targets=False):
+        is_new = ~np.isin(block[name], seen)
+        if is_new.any():
+            cold.fill({k: tf.constant(column[is_new]) for k, column in block.items()})
+            new += int(is_new.sum())
+    return new
+
+
+def define_flags() -> None:
+    """Defines this program's flags."""
+    flags.DEFINE_string("model_dir", None, "Directory of a trained model.", required=True)
+    flags.DEFINE_string("item_id", None, "The feature of the item's id.", required=True)
+    flags.DEFINE_string("items", None, "Rows of item features, one an item.", required=True)
+    flags.DEFINE_string("output", None, "Model directory to make.", required=True)
+    flags.DEFINE_integer("epochs", 1, "Passes over the training rows.", lower_bound=1)
+    flags.DEFINE_integer("rows", 20, "K, rows of an item before and after the step.", lower_bound=1)
+    flags.DEFINE_float("step_size", 0.1, "eta, of the step.", lower_bound=0.0)
+    flags.DEFINE_float("scale", 0.2, "gamma, bound of the vectors.", lower_bound=0.0)
+
+
+def run(_: list[str]) -> None:
+    """Learns, fills, and writes the copy."""
+    values = flags.FLAGS
+    output = pathlib.Path(values.output)
+    try:
+        if output.exists():
+            raise ValueError(f"{output} exists. Give another --output.")
+        model, recipe = run_dir.load(values.model_dir)
+        cold = ColdItems(
+            model,
+            values.item_id,
+            rows=values.rows,
+            step_size=values.step_size,
+            scale=values.scale,
+            seed=recipe.train.seed,
+        )
+        with readers.own_errors():
+            losses = learn(cold, recipe.data.train, epochs=values.epochs, seed=recipe.train.seed)
+        new = fill(cold, values.items, recipe.data.train)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    run_dir.write(output, model, recipe)
+    print(f"{output}: first vectors of {new:,} new items; loss {losses[-1]:.4f}")
+
+
+def main() -> None:
+    """Runs the program."""
+    program.start(define_flags, run)
+
+
+if __name__ == "__main__":
+    main()
