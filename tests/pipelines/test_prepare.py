@@ -463,7 +463,7 @@ def test_the_program(
     assert run("--help") == 1  # as absl ends after help
     printed = capsys.readouterr().out
     assert "qianmo-prepare --dataset=kuairand --output=runs/kuairand" in printed
-    assert "--split: <time|random|new_users|all_users|melu>: How movielens_1m is" in printed
+    assert "--split: <time|random|new_users|all_users|new_items|next_item|melu>" in printed
 
     output = f"--output={tmp_path / 'out'}"
     assert "needs --source; see --help" in run("--dataset=movielens_1m", output)
