@@ -23,7 +23,7 @@ REWRITTEN_PART = 0.25  # a table of which more has changed is written whole
 _CHUNK_ROWS = 1 << 16
 
 
-class _Shard:
+class Shard:
     """The rows of one shard, mapped."""
 
     def __init__(self, path: pathlib.Path) -> None:
@@ -55,14 +55,14 @@ class _Shard:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stored:
+class Stored:
     """A table of a version, as its manifest describes it."""
 
     table: Table
     lines: tuple[str, ...]
     shard_rows: int
-    shards: tuple[_Shard, ...]
-    changed: _Shard | None
+    shards: tuple[Shard, ...]
+    changed: Shard | None
 
     def base_rows(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows that the shards hold for ids, changes left out, and which of them there are."""
@@ -99,7 +99,8 @@ class _Stored:
             yield ids[~in_base], rows[~in_base]
 
 
-def _contents(folder: pathlib.Path) -> dict[str, _Stored]:
+def contents(folder: pathlib.Path) -> dict[str, Stored]:
+    """The tables of a version, by name."""
     blocks: list[list[list[str]]] = []
     for words in shards.manifest(folder):
         if words[0] == "table":
@@ -116,8 +117,8 @@ def _contents(folder: pathlib.Path) -> dict[str, _Stored]:
             hashed=head[2] == "hash",
             default_id=int(head[9]),
         )
-        files = {kind: [_Shard(folder / w[1]) for w in rest if w[0] == kind] for kind in _KINDS}
-        found[table.name] = _Stored(
+        files = {kind: [Shard(folder / w[1]) for w in rest if w[0] == kind] for kind in _KINDS}
+        found[table.name] = Stored(
             table,
             tuple(" ".join(words) for words in (head, *rest)),
             int(head[11]),
@@ -130,7 +131,7 @@ def _contents(folder: pathlib.Path) -> dict[str, _Stored]:
 _KINDS = ("shard", "changed")
 
 
-def _changes(stored: _Stored, chunks: Iterable[IdRows]) -> tuple[np.ndarray, np.ndarray]:
+def _changes(stored: Stored, chunks: Iterable[IdRows]) -> tuple[np.ndarray, np.ndarray]:
     """Ids, sorted, and encoded rows that differ from the shards; the last of an id counts."""
     table = stored.table
     ids = [np.zeros(0, np.int64)]
@@ -202,15 +203,15 @@ def write_changes(
     Cost: reads the rows given and their like in the base; memory holds the rows that differ.
     """
     source = pathlib.Path(store) / str(base)
-    contents = _contents(source)
+    stored_tables = contents(source)
     with shards.writing(store, version, shards.space(source)) as (folder, lines):
-        blocks = {name: list(stored.lines) for name, stored in contents.items()}
+        blocks = {name: list(stored.lines) for name, stored in stored_tables.items()}
         for name, chunks in tables:
-            if name not in contents:
+            if name not in stored_tables:
                 raise StoreError(
-                    f"{source}: there should be a table `{name}`. It has {sorted(contents)}"
+                    f"{source}: there should be a table `{name}`. It has {sorted(stored_tables)}"
                 )
-            blocks[name] = _with_changes(folder, contents[name], version, chunks)
+            blocks[name] = _with_changes(folder, stored_tables[name], version, chunks)
         for block in blocks.values():
             for line in block:
                 lines.append(line)
@@ -221,7 +222,7 @@ def write_changes(
 
 
 def _with_changes(
-    folder: pathlib.Path, stored: _Stored, version: int, chunks: Iterable[IdRows]
+    folder: pathlib.Path, stored: Stored, version: int, chunks: Iterable[IdRows]
 ) -> list[str]:
     """The manifest's lines of a table that changes, its files written."""
     table = stored.table

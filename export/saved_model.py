@@ -20,13 +20,15 @@ from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow.python.framework import op_def_registry
 from tensorflow_serving.apis import model_pb2, predict_pb2, prediction_log_pb2
 
-from qianmo.layers.encode import BAD_DENSE, OK
+from qianmo.layers.encode import BAD_DENSE, OK, Encoded
 from qianmo.layers.features import Schema
 from qianmo.models.ranker import Ranker
 
 BAD_SCORE = 4  # a score was NaN or infinite and is answered as 0
 TOLERANCE = 1e-6
 STATUS = "status"
+DEFAULT = "serving_default"
+LOOKUP = "_lookup"  # ends the name of what makes vectors
 # Registered in every TensorFlow, but they call back into a Python that a server does not have.
 PYTHON_OPS = frozenset({"PyFunc", "PyFuncStateless", "EagerPyFunc"})
 
@@ -98,7 +100,9 @@ def scorer(model: Ranker, head: str) -> Signature:
     return score
 
 
-def _fed_scorer(model: Ranker, head: str) -> Signature:
+def fed_scorer(model: Ranker, head: str) -> Signature:
+    """The score of a head, from vectors."""
+
     def score(**features: tf.Tensor) -> dict[str, tf.Tensor]:
         batch = tf.shape(next(iter(features.values())))[0]
         dense, status = tf.zeros([batch, 0]), tf.zeros([batch], tf.int32)
@@ -115,12 +119,16 @@ def _fed_scorer(model: Ranker, head: str) -> Signature:
     return score
 
 
+def encode_categorical(model: Ranker, features: Mapping[str, tf.Tensor]) -> Encoded:
+    """Encodes categorical features; dense ones do not cross the embedding seam."""
+    # A constant stands in for what is left out.
+    zero = tf.zeros([tf.shape(next(iter(features.values())))[0]], tf.float32)
+    return model.encode({**features, **{d.name: zero for d in model.schema.dense}})
+
+
 def _lookup(model: Ranker) -> Signature:
     def lookup(**features: tf.Tensor) -> dict[str, tf.Tensor]:
-        # Dense features do not cross this seam; a constant stands in for what is left out.
-        first = next(iter(features.values()))
-        zero = tf.zeros([tf.shape(first)[0]], tf.float32)
-        encoded = model.encode({**features, **{d.name: zero for d in model.schema.dense}})
+        encoded = encode_categorical(model, features)
         return {**model.embed.vectors(encoded), STATUS: encoded.status}
 
     return lookup
@@ -322,7 +330,7 @@ def signature_heads(model: Ranker, heads: Sequence[str]) -> dict[str, str]:
     unknown = sorted(set(heads) - set(model.head_names))
     if unknown:
         raise ExportError(f"`heads` should be some of {model.head_names}. Received: {list(heads)}")
-    return {"serving_default": heads[0], **{head: head for head in heads}}
+    return {DEFAULT: heads[0], **{head: head for head in heads}}
 
 
 def export_in_graph(
@@ -366,6 +374,57 @@ def export_in_graph(
     return base / str(version), worst
 
 
+def next_fed_version(base: pathlib.Path) -> int:
+    """One above the highest of both folders of the form `fed`."""
+    return max(next_version(base), next_version(base.with_name(base.name + LOOKUP)))
+
+
+@contextlib.contextmanager
+def publishing_fed(base: pathlib.Path, version: int) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
+    """`publishing` of a graph and of the one that makes its vectors."""
+    # Left in reverse: a graph never stands there without what makes its inputs.
+    with (
+        publishing(base, version) as folder,
+        publishing(base.with_name(base.name + LOOKUP), version) as lookup,
+    ):
+        yield folder, lookup
+
+
+def categorical(model: Ranker, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that a graph which makes vectors takes: all but the dense features."""
+    dense = {d.name for d in model.schema.dense}
+    return {name: column for name, column in columns.items() if name not in dense}
+
+
+def fill_fed(
+    folder: pathlib.Path,
+    name: str,
+    model: Ranker,
+    signatures: Mapping[str, str],
+    lookup: pathlib.Path,
+    inputs: Rows,
+    tolerance: float = TOLERANCE,
+) -> float:
+    """Makes a version that scores vectors, and replays those that `lookup` makes of `inputs`."""
+    with session(lookup) as run:
+        vectors = dict(run(DEFAULT, categorical(model, inputs)))
+    del vectors[STATUS]
+    fed = {**vectors, **{d.name: inputs[d.name] for d in model.schema.dense}}
+    if domain := domain_input(model):
+        fed[domain] = inputs[model.schema.domain]
+    functions = {key: fed_scorer(model, head) for key, head in signatures.items()}
+    specs = vector_specs(model)
+    fill(folder, name, model, functions, _each(functions, specs), _each(functions, fed))
+    return replay(folder, model, signatures, fed, inputs, tolerance)
+
+
+def write_fed_serving_files(base: pathlib.Path, schema: Schema) -> None:
+    """`write_serving_files` beside both."""
+    write_serving_files(base, lists=False)
+    lookup = base.with_name(base.name + LOOKUP)
+    write_serving_files(lookup, any(f.is_list for f in schema.categorical))
+
+
 def export_fed(
     model: Ranker,
     base_path: str | os.PathLike[str],
@@ -385,39 +444,24 @@ def export_fed(
     Args, returns and errors are those of `export_in_graph`.
     """
     signatures = signature_heads(model, heads)
-    schema = model.schema
-    if not schema.categorical:
+    if not model.schema.categorical:
         raise ExportError("A model without categorical features has no embeddings to cut off.")
-    functions = {name: _fed_scorer(model, head) for name, head in signatures.items()}
-    raw = raw_specs(schema)
-    dense = {d.name: raw.pop(d.name) for d in schema.dense}
-    ids = cast(rows, raw)
-    numbers = cast(rows, dense)
+    specs = raw_specs(model.schema)
+    inputs = cast(rows, specs)
     base = pathlib.Path(base_path)
-    lookup_base = base.with_name(base.name + "_lookup")
-    version = version or max(next_version(base), next_version(lookup_base))
-    # Left in reverse: a graph never stands there without what makes its inputs.
-    with publishing(base, version) as folder, publishing(lookup_base, version) as lookup:
-        default = "serving_default"
+    version = version or next_fed_version(base)
+    with publishing_fed(base, version) as (folder, lookup):
+        lookup_specs, lookup_inputs = categorical(model, specs), categorical(model, inputs)
         fill(
             lookup,
-            lookup_base.name,
+            base.name + LOOKUP,
             model,
-            {default: _lookup(model)},
-            {default: raw},
-            {default: ids},
+            {DEFAULT: _lookup(model)},
+            {DEFAULT: lookup_specs},
+            {DEFAULT: lookup_inputs},
         )
-        with session(lookup) as run:
-            vectors = dict(run("serving_default", ids))
-        del vectors[STATUS]
-        fed = {**vectors, **numbers}
-        if name := domain_input(model):
-            fed[name] = ids[schema.domain]
-        specs = vector_specs(model)
-        fill(folder, base.name, model, functions, _each(functions, specs), _each(functions, fed))
-        worst = replay(folder, model, signatures, fed, {**ids, **numbers})
-    write_serving_files(base, lists=False)
-    write_serving_files(lookup_base, any(f.is_list for f in schema.categorical))
+        worst = fill_fed(folder, base.name, model, signatures, lookup, inputs)
+    write_fed_serving_files(base, model.schema)
     return base / str(version), worst
 
 

@@ -12,7 +12,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -20,19 +20,29 @@ import tensorflow as tf
 
 from qianmo.export import embedding_shards as shards
 from qianmo.export.embedding_changes import write_changes
+from qianmo.export.redis_loader import load
 from qianmo.export.saved_model import (
+    DEFAULT,
+    LOOKUP,
+    STATUS,
     TOLERANCE,
     ExportError,
     Rows,
     Signature,
     answer,
     cast,
+    categorical,
+    encode_categorical,
     fill,
+    fill_fed,
+    next_fed_version,
     next_version,
     publishing,
+    publishing_fed,
     raw_specs,
     replay,
     signature_heads,
+    write_fed_serving_files,
     write_serving_files,
 )
 from qianmo.layers.encode import Encoded, owns
@@ -108,6 +118,77 @@ def _scorer(model: Ranker, head: str, store: EmbeddingStore, timeout_ms: int) ->
     return score
 
 
+def _store_lookup(model: Ranker, store: EmbeddingStore, timeout_ms: int) -> Signature:
+    def lookup(**features: tf.Tensor) -> dict[str, tf.Tensor]:
+        encoded = encode_categorical(model, features)
+        return {**stored_vectors(model, encoded, store, timeout_ms), STATUS: encoded.status}
+
+    return lookup
+
+
+@contextlib.contextmanager
+def _embeddings(
+    model: Ranker,
+    folder: pathlib.Path,
+    embedding_version: int | None,
+    changes_of: int | None,
+    dtype: shards.DType,
+    on_mismatch: Literal["fall_back", "refuse"],
+    redis: str,
+) -> Iterator[tuple[EmbeddingStore, Callable[[pathlib.Path], None]]]:
+    """Writes the model's embeddings if they are not there; publishes them when all went well.
+
+    Yields:
+      Their store, as a graph reads it while it is checked, and a function that has a graph version
+      look for it where it will be.
+    """
+    if not model.schema.categorical:
+        raise ExportError("A model without categorical features has no embeddings to store.")
+    if embedding_version is not None and changes_of is not None:
+        raise ExportError(
+            "Give `embedding_version` to write no embeddings, or `changes_of` to write some. "
+            f"Received: {embedding_version} and {changes_of}"
+        )
+    new = embedding_version is None
+
+    def point(graph: pathlib.Path) -> None:
+        assets = graph / "assets"
+        where = redis or os.path.relpath(folder.resolve(), assets.resolve())
+        (assets / LOCATION).write_text(f"{where}\n", encoding="utf-8")
+
+    with contextlib.ExitStack() as undo:
+        if embedding_version is None:
+            embedding_version = next_version(folder)
+            written = (
+                shards.write(folder, embedding_version, tables(model, dtype))
+                if changes_of is None
+                else write_changes(folder, embedding_version, changes_of, changes(model))
+            )
+            undo.callback(shutil.rmtree, written)
+        with tempfile.TemporaryDirectory() as view:
+            # What is checked is this embedding version, whichever is published now.
+            location = _view(pathlib.Path(view), folder, embedding_version)
+            opened = EmbeddingStore(
+                tf.saved_model.Asset(str(location)),
+                space=shards.space(folder / str(embedding_version)),
+                on_mismatch=on_mismatch,
+            )
+            yield opened, point
+            opened.close()
+        # Before the graph: one that refuses other spaces must find its own at load.
+        if redis:
+            load(folder, embedding_version, redis, publish=new)
+        if new:
+            shards.publish(folder, embedding_version)
+        undo.pop_all()
+
+
+def _holding(store: EmbeddingStore) -> tf.Module:
+    module = tf.Module()
+    module.store = store
+    return module
+
+
 def export_store(
     model: Ranker,
     base_path: str | os.PathLike[str],
@@ -120,6 +201,7 @@ def export_store(
     changes_of: int | None = None,
     dtype: shards.DType = "float32",
     on_mismatch: Literal["fall_back", "refuse"] = "fall_back",
+    redis: str = "",
     timeout_ms: int = 0,
     tolerance: float = TOLERANCE,
 ) -> tuple[pathlib.Path, float]:
@@ -145,6 +227,8 @@ def export_store(
       dtype: how new tables are stored; changed rows are stored as the others.
       on_mismatch: what the graph does when the store publishes a version of another space, see
         `EmbeddingStore`.
+      redis: URL of a Redis; then the embeddings are loaded from the folder into it as well
+        (`redis_loader.load`), and it is there that the graph reads them.
       timeout_ms: when a lookup gives up; 0 for never.
       tolerance: how far scores may be from the Keras model's. Only tables that are not float32 need
         more than the default.
@@ -155,64 +239,88 @@ def export_store(
     Raises:
       ExportError: scores that differ, a version that exists. Then neither graph nor embeddings are
         published.
-      StoreError: an embedding version that is not there or is damaged.
+      StoreError: an embedding version that is not there or is damaged; a Redis that refuses.
     """
     signatures = signature_heads(model, heads)
-    if not model.schema.categorical:
-        raise ExportError("A model without categorical features has no embeddings to store.")
-    if embedding_version is not None and changes_of is not None:
-        raise ExportError(
-            "Give `embedding_version` to write no embeddings, or `changes_of` to write some. "
-            f"Received: {embedding_version} and {changes_of}"
-        )
     base = pathlib.Path(base_path)
     folder_of_store = pathlib.Path(store or base.with_name(base.name + "_embeddings"))
     version = version or next_version(base)
     specs = raw_specs(model.schema)
     inputs = cast(rows, specs)
-    new = embedding_version is None
-    with publishing(base, version) as folder, contextlib.ExitStack() as undo:
-        if embedding_version is None:
-            embedding_version = next_version(folder_of_store)
-            written = (
-                shards.write(folder_of_store, embedding_version, tables(model, dtype))
-                if changes_of is None
-                else write_changes(folder_of_store, embedding_version, changes_of, changes(model))
-            )
-            undo.callback(shutil.rmtree, written)
-        with tempfile.TemporaryDirectory() as view:
-            # What is checked is this embedding version, whichever is published now.
-            location = _view(pathlib.Path(view), folder_of_store, embedding_version)
-            module = tf.Module()
-            module.store = EmbeddingStore(
-                tf.saved_model.Asset(str(location)),
-                space=shards.space(folder_of_store / str(embedding_version)),
-                on_mismatch=on_mismatch,
-            )
-            functions = {
-                name: _scorer(model, head, module.store, timeout_ms)
-                for name, head in signatures.items()
-            }
-            fill(
-                folder,
-                base.name,
-                model,
-                functions,
-                dict.fromkeys(functions, specs),
-                dict.fromkeys(functions, inputs),
-                module,
-                own_ops=True,
-            )
-            worst = replay(folder, model, signatures, inputs, inputs, tolerance)
-            module.store.close()
-        assets = folder / "assets"
-        path = os.path.relpath(folder_of_store.resolve(), assets.resolve())
-        (assets / LOCATION).write_text(f"{path}\n", encoding="utf-8")
-        if new:
-            # Before the graph: one that refuses other spaces must find its own at load.
-            shards.publish(folder_of_store, embedding_version)
-        undo.pop_all()
+    with (
+        publishing(base, version) as folder,
+        _embeddings(
+            model, folder_of_store, embedding_version, changes_of, dtype, on_mismatch, redis
+        ) as (opened, point),
+    ):
+        functions = {
+            name: _scorer(model, head, opened, timeout_ms) for name, head in signatures.items()
+        }
+        fill(
+            folder,
+            base.name,
+            model,
+            functions,
+            dict.fromkeys(functions, specs),
+            dict.fromkeys(functions, inputs),
+            _holding(opened),
+            own_ops=True,
+        )
+        worst = replay(folder, model, signatures, inputs, inputs, tolerance)
+        point(folder)
     write_serving_files(base, any(f.is_list for f in model.schema.categorical))
+    return base / str(version), worst
+
+
+def export_fed_store(
+    model: Ranker,
+    base_path: str | os.PathLike[str],
+    rows: Rows,
+    *,
+    heads: Sequence[str] = (),
+    version: int | None = None,
+    store: str | os.PathLike[str] | None = None,
+    embedding_version: int | None = None,
+    changes_of: int | None = None,
+    dtype: shards.DType = "float32",
+    on_mismatch: Literal["fall_back", "refuse"] = "fall_back",
+    redis: str = "",
+    timeout_ms: int = 0,
+    tolerance: float = TOLERANCE,
+) -> tuple[pathlib.Path, float]:
+    """`export_fed` whose vectors lie in an embedding store.
+
+    `<base_path>/<version>` is the same: stock ops, and vectors as inputs. But
+    `<base_path>_lookup/<version>` holds no table and reads the store by the op. It is for clients
+    that run it themselves (`qianmo.pipelines.fed_client.FedClient`), or for a server with the op.
+
+    Args, returns and errors are those of `export_store`.
+    """
+    signatures = signature_heads(model, heads)
+    base = pathlib.Path(base_path)
+    folder_of_store = pathlib.Path(store or base.with_name(base.name + "_embeddings"))
+    version = version or next_fed_version(base)
+    specs = raw_specs(model.schema)
+    inputs = cast(rows, specs)
+    with (
+        publishing_fed(base, version) as (folder, lookup),
+        _embeddings(
+            model, folder_of_store, embedding_version, changes_of, dtype, on_mismatch, redis
+        ) as (opened, point),
+    ):
+        fill(
+            lookup,
+            base.name + LOOKUP,
+            model,
+            {DEFAULT: _store_lookup(model, opened, timeout_ms)},
+            {DEFAULT: categorical(model, specs)},
+            {DEFAULT: categorical(model, inputs)},
+            _holding(opened),
+            own_ops=True,
+        )
+        worst = fill_fed(folder, base.name, model, signatures, lookup, inputs, tolerance)
+        point(lookup)
+    write_fed_serving_files(base, model.schema)
     return base / str(version), worst
 
 

@@ -19,7 +19,7 @@ from qianmo.export.adapted import UNDEFINED, export_adapted
 from qianmo.export.embedding_shards import DType
 from qianmo.export.retrieval import export_retrieval
 from qianmo.export.saved_model import TOLERANCE, ExportError, export_fed, export_in_graph
-from qianmo.export.store import export_store
+from qianmo.export.store import export_fed_store, export_store
 from qianmo.layers.features import Schema
 from qianmo.models.two_tower import TwoTower
 from qianmo.pipelines import program, readers, retrieval, run_dir
@@ -90,7 +90,15 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "embedding_store",
         None,
-        "Form `store`: folder of the embedding versions. Default: <model_base_path>_embeddings.",
+        "Form `store`: folder of the embedding versions. Default: <model_base_path>_embeddings. "
+        "With it, or with --redis, the graph that makes vectors for the form `fed` reads them "
+        "there, and the flags below are for it as well.",
+    )
+    flags.DEFINE_string(
+        "redis",
+        "",
+        "Form `store`: URL of a Redis, redis://HOST:PORT/PREFIX for one; then the embeddings are "
+        "loaded into it as well, and the graph reads them there.",
     )
     flags.DEFINE_integer(
         "embedding_version",
@@ -158,16 +166,20 @@ def run(_: list[str]) -> None:
             )
         else:
             options: dict[str, Any] = {}
-            if values.form == "store":
+            export = FORMS[values.form]
+            if values.form == "fed" and (values.embedding_store or values.redis):
+                export = export_fed_store
+            if export in (export_store, export_fed_store):
                 options = {
                     "store": values.embedding_store,
                     "embedding_version": values.embedding_version,
                     "changes_of": values.changes_of,
                     "dtype": values.embedding_dtype,
                     "on_mismatch": values.on_mismatch,
+                    "redis": values.redis,
                     "tolerance": values.tolerance,
                 }
-            folder, worst = FORMS[values.form](
+            folder, worst = export(
                 model,
                 values.model_base_path,
                 first_rows(model.schema, path, values.rows),

@@ -73,21 +73,31 @@ class Client:
         self._stub = prediction_service_pb2_grpc.PredictionServiceStub(self._channel)
 
     def predict(
-        self, inputs: Mapping[str, Array], signature_name: str = "serving_default"
+        self,
+        inputs: Mapping[str, Array],
+        signature_name: str = "serving_default",
+        version: int | None = None,
     ) -> dict[str, Array]:
-        """Outputs by name for inputs by name; strings are arrays of bytes objects."""
+        """Outputs by name for inputs by name; strings are arrays of bytes objects.
+
+        Without a version, the server's newest one answers.
+        """
         request = predict_pb2.PredictRequest()
         request.model_spec.name = self._model_name
         request.model_spec.signature_name = signature_name
+        if version is not None:
+            request.model_spec.version.value = version
         for name, array in inputs.items():
             request.inputs[name].CopyFrom(to_proto(np.asarray(array)))
         response = self._stub.Predict(request, timeout=TIMEOUT_SECONDS)
         return {name: from_proto(proto) for name, proto in response.outputs.items()}
 
-    def signature_defs(self) -> dict[str, Any]:
-        """SignatureDef by name."""
+    def signature_defs(self, version: int | None = None) -> dict[str, Any]:
+        """SignatureDef by name, of a version or the server's newest one."""
         request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
         request.model_spec.name = self._model_name
+        if version is not None:
+            request.model_spec.version.value = version
         response = self._stub.GetModelMetadata(request, timeout=TIMEOUT_SECONDS)
         signatures = get_model_metadata_pb2.SignatureDefMap()
         response.metadata["signature_def"].Unpack(signatures)
@@ -224,7 +234,26 @@ def define_flags() -> None:
     flags.DEFINE_integer("rows", 0, "Score the first rows only; 0 for all.", lower_bound=0)
     flags.DEFINE_integer("batch_size", 256, "Rows of a request.", lower_bound=1)
     flags.DEFINE_bool("rest", False, "Ask over REST instead of gRPC.")
+    flags.DEFINE_string(
+        "lookup",
+        None,
+        "Of a model of the form `fed`: its folder <model_base_path>_lookup, whose graph makes the "
+        "vectors here, from its embedding store.",
+    )
     flags.DEFINE_string("output", "-", "JSON lines file to write, one line a row; - prints them.")
+
+
+def _client(values: Any) -> Any:
+    if values.rest:
+        if values.lookup:
+            raise ValueError("--lookup asks over gRPC; give it without --rest.")
+        return RestClient(values.server, values.model_name)
+    if values.lookup:
+        # It loads TensorFlow, which takes a while.
+        from qianmo.pipelines.fed_client import FedClient
+
+        return FedClient(values.server, values.model_name, values.lookup)
+    return Client(values.server, values.model_name)
 
 
 def write_predictions(values: Any) -> None:
@@ -240,8 +269,7 @@ def write_predictions(values: Any) -> None:
         schema = Schema.from_config(config.get("schema", config))
     except (OSError, ValueError) as error:
         raise ValueError(f"{values.schema} should be the JSON of a schema: {error}") from error
-    kind = RestClient if values.rest else Client
-    with contextlib.closing(kind(values.server, values.model_name)) as client:
+    with contextlib.closing(_client(values)) as client:
         signatures = client.signature_defs()
         if values.signature_name not in signatures:
             known = ", ".join(name for name in signatures if not name.startswith("__"))
@@ -249,6 +277,8 @@ def write_predictions(values: Any) -> None:
                 f"the model has no signature `{values.signature_name}`. Its signatures: {known}"
             )
         names = signatures[values.signature_name].inputs
+        if values.lookup:
+            names = client.inputs(values.signature_name)
         found = batches(
             readers.blocks(schema, values.data, targets=False),
             names,
