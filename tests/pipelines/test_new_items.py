@@ -1,0 +1,83 @@
+"""First vectors for new items, from a model directory to a model directory."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from absl import flags
+
+from qianmo.configs.base import base_config
+from qianmo.pipelines import cold_items, run_dir
+from qianmo.pipelines.recipe import Recipe
+from qianmo.pipelines.train import Run
+
+ITEMS, KNOWN = 40, 30
+
+
+def made(folder: pathlib.Path) -> pathlib.Path:
+    rng = np.random.default_rng(0)
+    item = rng.integers(0, KNOWN, 3000)
+    table = {
+        "item": item,
+        "kind": item % 4,
+        "user": rng.integers(0, 20, len(item)),
+        "label": (rng.random(len(item)) < np.where(item % 2, 0.8, 0.2)).astype(np.int8),
+        "time": np.arange(len(item)),
+    }
+    pq.write_table(pa.table(table), folder / "train.parquet")
+    items = pa.table({"item": np.arange(ITEMS), "kind": np.arange(ITEMS) % 4})
+    pq.write_table(items, folder / "items.parquet")
+    return folder
+
+
+def test_the_program_fills_the_rows_of_new_items_alone(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = made(tmp_path)
+    config = base_config()
+    config.schema = {
+        "features": [
+            {"name": "user", "num_ids": 20, "dim": 4, "side": "user"},
+            {"name": "item", "num_ids": ITEMS, "dim": 4, "side": "item"},
+            {"name": "kind", "dim": 4, "side": "item"},
+        ],
+        "labels": ("label",),
+        "timestamp": "time",
+    }
+    config.data.train = str(data / "train.parquet")
+    config.model = {"name": "mlp", "units": (8,)}
+    config.train.epochs = 1
+    Run(Recipe.from_config(config.to_dict()), tmp_path / "known").train()
+    words = [
+        "cold_items",
+        f"--model_dir={tmp_path / 'known'}",
+        "--item_id=item",
+        f"--items={data / 'items.parquet'}",
+        f"--output={tmp_path / 'filled'}",
+        "--rows=5",
+    ]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "")  # the program sets it
+    before_flags = set(flags.FLAGS)
+    try:
+        with pytest.raises(SystemExit) as end:
+            cold_items.main()
+    finally:  # other programs define flags in this process too
+        for name in set(flags.FLAGS) - before_flags:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+    assert not end.value.code
+    assert "first vectors of 10 new items" in capsys.readouterr().out
+    (before, _), (after, recipe) = (run_dir.load(tmp_path / name) for name in ("known", "filled"))
+    assert recipe.data.train == config.data.train
+    table, first, end_row = before.embed.rows("item")
+    old, new = (m.embed.rows("item")[0].numpy()[first:end_row] for m in (before, after))
+    assert np.flatnonzero((old != new).any(1)).tolist() == list(range(1 + KNOWN, 1 + ITEMS))
+    # Items of one kind have one vector, since nothing else is known of them.
+    np.testing.assert_array_equal(new[1 + 30], new[1 + 34])
+    assert table.shape[1] == 4
