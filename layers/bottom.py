@@ -28,7 +28,8 @@ class Bottom(tf_keras.layers.Layer):
 
     Args:
       interactions: layers I on field vectors, [B, F, D] -> [B, *], such as `FM` or `CIN`.
-      networks: layers G on the flat row, [B, N] -> [B, *], such as `MLP` or `CrossNetwork`.
+      networks: layers G on the flat row, [B, N] -> [B, *], such as `MLP` or `CrossNetwork`; those
+        that read the domain, such as `DomainMLP`, get (x, domain).
       linear: whether the sum of first-order terms takes part; `Embed` must have made them.
       flat: whether x itself takes part.
       dense: whether the dense features, which x holds too, take part by themselves.
@@ -82,7 +83,10 @@ class Bottom(tf_keras.layers.Layer):
             parts.append(embedded.dense)
         if self.networks or self.flat:
             flat = embedded.flat
-            parts += [layer(flat, training=training) for layer in self.networks]
+            for layer in self.networks:
+                reads_domain = getattr(layer, "reads_domain", False)
+                x = (flat, embedded.domain) if reads_domain else flat
+                parts.append(layer(x, training=training))
             if self.flat:
                 parts.append(flat)
         h = tf.concat(parts, 1) if len(parts) > 1 else parts[0]

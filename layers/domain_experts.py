@@ -9,6 +9,7 @@ import tensorflow as tf
 import tf_keras
 
 from qianmo.layers.by_domain import by_domain
+from qianmo.layers.embed import Embedded
 
 
 @tf_keras.utils.register_keras_serializable(package="qianmo")
@@ -20,11 +21,12 @@ class DomainExperts(tf_keras.layers.Layer):
     Args:
       experts: E_1 to E_P, any layers of one output width: x of n rows -> [n, H]. n may be 0.
 
-    Inputs: (x, domain [B]); x is a tensor or a nesting of tensors such as `Embedded`, each
+    Inputs: `Embedded`, or (x, domain [B]), where x is a tensor or a nesting of tensors, each
       [B, ...]; domains are 1 to P, and 0 for an unknown one.
     Outputs: y, [B, H].
 
-    Cost: each expert computes the rows of its own domain. The graph grows with P.
+    Cost: each expert computes the rows of its own domain. The graph grows with P: MLPs of one shape
+      are better a `DomainMLP`.
     """
 
     reads_domain = True
@@ -35,9 +37,9 @@ class DomainExperts(tf_keras.layers.Layer):
             raise ValueError("`experts` should hold one layer for each domain. Received: none")
         self.experts = list(experts)
 
-    def call(self, inputs: tuple[Any, tf.Tensor], training: bool = False) -> tf.Tensor:
+    def call(self, inputs: Embedded | tuple[Any, tf.Tensor], training: bool = False) -> tf.Tensor:
         """Computes y."""
-        x, domain = inputs
+        x, domain = (inputs, inputs.domain) if isinstance(inputs, Embedded) else inputs
         return by_domain(
             lambda p, rows: self.experts[p](rows, training=training),
             x,

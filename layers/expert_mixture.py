@@ -8,7 +8,6 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
-from qianmo.layers.domain_experts import DomainExperts
 from qianmo.layers.embed import Embedded
 from qianmo.layers.personal_gate import PersonalGate
 
@@ -24,7 +23,9 @@ class ExpertMixture(tf_keras.layers.Layer):
 
     Args:
       shared: experts S that every row passes, `Embedded` -> [B, H].
-      own: experts O_1 to O_P, one for each domain, which pass its own rows alone.
+      own: the domains' experts in one layer, `Embedded` -> [B, H], which passes each row through
+        that of its domain alone, and gives zeros for an unknown one: `DomainExperts`, or a
+        `Bottom` with a `DomainMLP`.
       gate: of len(shared) + 1 experts and one task.
       gate_input: s, what the gate reads: layer `Embedded` -> `Embedded`, such as `Select`.
 
@@ -42,7 +43,7 @@ class ExpertMixture(tf_keras.layers.Layer):
     def __init__(
         self,
         shared: Sequence[tf_keras.layers.Layer],
-        own: Sequence[tf_keras.layers.Layer],
+        own: tf_keras.layers.Layer,
         gate: PersonalGate,
         gate_input: tf_keras.layers.Layer,
         **kwargs: Any,
@@ -56,14 +57,14 @@ class ExpertMixture(tf_keras.layers.Layer):
                 f"{gate.num_experts} and {gate.num_gates}"
             )
         self.shared = list(shared)
-        self.own = DomainExperts(own, dtype=self.dtype_policy, name="own")
+        self.own = own
         self.gate = gate
         self.gate_input = gate_input
 
     def call(self, embedded: Embedded, training: bool = False) -> tf.Tensor:
         """Computes h."""
         outputs = [expert(embedded, training=training) for expert in self.shared]
-        outputs.append(self.own((embedded, embedded.domain), training=training))
+        outputs.append(self.own(embedded, training=training))
         known = (embedded.domain > 0)[:, None]
         available = tf.concat([tf.ones_like(known)] * len(self.shared) + [known], 1)
         x = self.gate_input(embedded).flat
@@ -75,7 +76,7 @@ class ExpertMixture(tf_keras.layers.Layer):
         return {
             **super().get_config(),
             "shared": [serialize(expert) for expert in self.shared],
-            "own": [serialize(expert) for expert in self.own.experts],
+            "own": serialize(self.own),
             "gate": serialize(self.gate),
             "gate_input": serialize(self.gate_input),
         }
@@ -84,6 +85,6 @@ class ExpertMixture(tf_keras.layers.Layer):
     def from_config(cls, config: dict[str, Any]) -> ExpertMixture:
         """Builds the layer and its parts."""
         deserialize = tf_keras.layers.deserialize
-        lists = {key: [deserialize(part) for part in config[key]] for key in ("shared", "own")}
-        single = {key: deserialize(config[key]) for key in ("gate", "gate_input")}
-        return cls(**{**config, **lists, **single})
+        shared = [deserialize(part) for part in config["shared"]]
+        parts = {key: deserialize(config[key]) for key in ("own", "gate", "gate_input")}
+        return cls(**{**config, "shared": shared, **parts})

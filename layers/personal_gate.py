@@ -24,6 +24,10 @@ class PersonalGate(tf_keras.layers.Layer):
       units: widths of the MLP; none makes the gate linear.
       seed: of the weights. None draws one.
 
+    Attributes:
+      only: the expert that gets all weight, or None, as ever but while scores are compared with
+        those of a model that an expert was taken from.
+
     Inputs: (x [B, N], y [B, E, H]), what the gate reads and what the experts made.
     Outputs: h, [B, T, H]; [B, H] when the call tells each row's gate.
 
@@ -45,6 +49,7 @@ class PersonalGate(tf_keras.layers.Layer):
                 raise ValueError(f"`{key}` should be >= 1. Received: {value}")
         self.num_experts = num_experts
         self.num_gates = num_gates
+        self.only: int | None = None
         self.seed = pick_seed(seed)
         self.mlp = MLP(units, seed=derive_seed(self.seed, 0), dtype=self.dtype_policy, name="mlp")
         self.dense = tf_keras.layers.Dense(
@@ -74,7 +79,10 @@ class PersonalGate(tf_keras.layers.Layer):
             logits = tf.gather(logits, task, batch_dims=1)[:, None]
         if available is not None:
             logits = tf.where(available[:, None], logits, logits.dtype.min)
-        h = tf.matmul(tf.nn.softmax(logits), y)
+        g = tf.nn.softmax(logits)
+        if self.only is not None:  # exactly, which the softmax of a large logit is not
+            g = tf.broadcast_to(tf.one_hot(self.only, self.num_experts, dtype=g.dtype), tf.shape(g))
+        h = tf.matmul(g, y)
         return h if task is None else h[:, 0]
 
     def get_config(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
-from qianmo.layers.domain_experts import DomainExperts
+from qianmo.layers.domain_mlp import DomainMLP
 from qianmo.layers.embed import Embedded
 from qianmo.layers.mlp import MLP
 from qianmo.layers.personal_gate import PersonalGate
@@ -95,17 +95,22 @@ class PLE(tf_keras.layers.Layer):
             return PersonalGate(num_experts, num_gates, seed=seed, dtype=self.dtype_policy)
 
         tasks, own = range(self.num_tasks), range(self.num_own)
-        experts = [[expert(OWN, task, i) for i in own] for task in tasks]
         beside = self.num_own + self.num_shared
         if self.reads_domain:
             # Experts of one place but of other domains stand together.
             self._own += [
-                DomainExperts([experts[task][i] for task in tasks], dtype=self.dtype_policy)
+                DomainMLP(
+                    self.num_tasks,
+                    widths,
+                    dropout=self.dropout,
+                    seed=derive_seed(self.seed, level, OWN, i),
+                    dtype=self.dtype_policy,
+                )
                 for i in own
             ]
             self._gates.append(gate(beside, self.num_tasks + 1, GATE))
         else:
-            self._own += [e for of_task in experts for e in of_task]
+            self._own += [expert(OWN, task, i) for task in tasks for i in own]
             self._gates += [gate(beside, 1, GATE, task) for task in tasks]
         self._shared += [expert(SHARED, i) for i in range(self.num_shared)]
         if level < len(self.units) - 1:

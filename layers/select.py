@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,33 @@ from qianmo.layers.embed import Embedded, fields_of
 from qianmo.layers.features import Schema
 
 
+class _Columns:
+    """Takes places of the second axis by a split, whose gradient is one concatenation."""
+
+    def __init__(self, places: Sequence[int], width: int) -> None:
+        self.runs: list[tuple[int, int]] = []
+        for place in places:
+            if self.runs and self.runs[-1][1] == place:
+                self.runs[-1] = (self.runs[-1][0], place + 1)
+            else:
+                self.runs.append((place, place + 1))
+        self.cuts = sorted({0, width, *(end for run in self.runs for end in run)})
+
+    def of(self, x: tf.Tensor) -> tf.Tensor:
+        """Those places of x, [B, width, ...]."""
+        if len(self.cuts) < 3:  # all of them, or none
+            return x if self.runs else x[:, :0]
+        sizes = [end - start for start, end in itertools.pairwise(self.cuts)]
+        parts = tf.split(x, sizes, axis=1)
+        return tf.concat([parts[self.cuts.index(start)] for start, _ in self.runs], 1)
+
+
 @tf_keras.utils.register_keras_serializable(package="qianmo")
 class Select(tf_keras.layers.Layer):
     """Keeps some features of an embedded row, and its domain.
+
+    They come out in the order in which the vectors of a schema of these alone would, none of them
+    owned by domains: what a model of one domain, with the same features, reads in the same order.
 
     Args:
       schema: all features, as a `Schema` or its config.
@@ -40,21 +65,28 @@ class Select(tf_keras.layers.Layer):
                 f"`features` should name some of the schema's. Received: {list(features)}"
             )
         dims = sorted({f.dim for f in self.schema.categorical})
-        ordered = [fields_of(self.schema, dim) for dim in dims]
-        self._fields = [self._kept(f.name for f in group) for group in ordered]
-        self._linear = self._kept(f.name for group in ordered for f in group)
-        self._dense = self._kept(f.name for f in self.schema.dense)
-
-    def _kept(self, names: Any) -> list[int]:
-        return [place for place, name in enumerate(names) if name in self.features]
+        self._fields: list[_Columns] = []
+        linear: list[int] = []
+        first = 0
+        for dim in dims:
+            group = [f.name for f in fields_of(self.schema, dim)]
+            kept = [f for f in self.schema.categorical if f.name in group and f.name in features]
+            kept.sort(key=lambda f: f.is_list)
+            places = [group.index(f.name) for f in kept]
+            self._fields.append(_Columns(places, len(group)))
+            linear += [first + place for place in places]
+            first += len(group)
+        self._linear = _Columns(linear, first)
+        dense = [f.name for f in self.schema.dense]
+        self._dense = _Columns([i for i, name in enumerate(dense) if name in features], len(dense))
 
     def call(self, embedded: Embedded) -> Embedded:
         """Selects."""
         pairs = zip(embedded.fields, self._fields, strict=True)
         return Embedded(
-            tuple(tf.gather(field, kept, axis=1) for field, kept in pairs if kept),
-            tf.gather(embedded.linear, tf.constant(self._linear, tf.int32), axis=1),
-            tf.gather(embedded.dense, tf.constant(self._dense, tf.int32), axis=1),
+            tuple(columns.of(field) for field, columns in pairs if columns.runs),
+            self._linear.of(embedded.linear),
+            self._dense.of(embedded.dense),
             embedded.domain,
         )
 

@@ -10,9 +10,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import tf_keras
+
 from qianmo.layers.auxiliary_network import AuxiliaryNetwork
 from qianmo.layers.bottom import Bottom
 from qianmo.layers.domain_column import DomainColumn
+from qianmo.layers.domain_experts import DomainExperts
+from qianmo.layers.domain_mlp import DomainMLP
 from qianmo.layers.expert_mixture import ExpertMixture
 from qianmo.layers.extended import Extended
 from qianmo.layers.features import Schema
@@ -65,6 +69,43 @@ def star(
     )
 
 
+def own_features(schema: Schema, domain: int) -> list[str]:
+    """The features that a model of one domain alone would read: what its rows have and differ in.
+
+    Args:
+      schema: all features.
+      domain: place of the domain, 1 to P.
+    """
+    return [
+        f.name
+        for f in schema.features
+        if f.name != schema.domain and (not f.domains or schema.owners(f.domains)[domain])
+    ]
+
+
+def _own_experts(
+    schema: Schema,
+    interactions: Mapping[str, Mapping[str, Any]],
+    units: Sequence[int],
+    dropout: float,
+    seed: int,
+) -> tf_keras.layers.Layer:
+    """All domains' experts, stacked where they are MLPs that read the same features."""
+    num_domains = schema.num_domains
+    reads = [own_features(schema, p) for p in range(1, num_domains + 1)]
+    if not interactions and all(names == reads[0] for names in reads):
+        mlp = DomainMLP(num_domains, units, dropout=dropout, seed=seed)
+        return Extended(Bottom(networks=[mlp]), [Select(schema, reads[0])])
+    return DomainExperts(
+        [
+            Extended(
+                expert(interactions, units, dropout, derive_seed(seed, p)), [Select(schema, names)]
+            )
+            for p, names in enumerate(reads)
+        ]
+    )
+
+
 def expert(
     interactions: Mapping[str, Mapping[str, Any]],
     units: Sequence[int],
@@ -92,7 +133,8 @@ def cross_domain(
     """The cross-domain assembly: shared and own experts, a personal gate, star towers.
 
     Every row passes the shared experts, which read the features that all domains share, and the
-    one of its own domain, which reads the domain's own features too.
+    one of its own domain, which reads what a model of that domain alone would: the domain's own
+    features too, and not which domain it is.
 
     Args:
       schema: what a row holds, its domain among the features.
@@ -114,12 +156,12 @@ def cross_domain(
         users = [f.name for f in schema.features if f.side == "user" and not f.domains]
         gate_features = [schema.domain, *(name for name in users if name != schema.domain)]
 
-    def made(*path: int) -> Bottom:
-        return expert(interactions or {}, expert_units, dropout, derive_seed(seed, *path))
+    def shared(i: int) -> Bottom:
+        return expert(interactions or {}, expert_units, dropout, derive_seed(seed, SHARED, i))
 
     mixture = ExpertMixture(
-        [Extended(made(SHARED, i), shared_only) for i in range(num_shared)],
-        [made(OWN, p) for p in range(num_domains)],
+        [Extended(shared(i), shared_only) for i in range(num_shared)],
+        _own_experts(schema, interactions or {}, expert_units, dropout, derive_seed(seed, OWN)),
         PersonalGate(num_shared + 1, units=gate_units, seed=derive_seed(seed, GATE)),
         Select(schema, gate_features),
         name="mixture",

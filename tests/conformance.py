@@ -23,6 +23,7 @@ from qianmo.layers.cin import CIN
 from qianmo.layers.cross import CrossNetwork
 from qianmo.layers.domain_column import DomainColumn
 from qianmo.layers.domain_experts import DomainExperts
+from qianmo.layers.domain_mlp import DomainMLP
 from qianmo.layers.domain_towers import DomainTowers
 from qianmo.layers.embed import Embed, Embedded
 from qianmo.layers.encode import Encode, Encoded
@@ -245,6 +246,9 @@ CASES: dict[str, Case] = {
     "DomainExperts": Case(
         make=lambda: DomainExperts([MLP((4,), seed=p) for p in range(3)]), inputs=with_domain(5)
     ),
+    "DomainMLP": Case(
+        make=lambda: DomainMLP(3, (5, 4), dropout=0.5, seed=1), inputs=with_domain(5)
+    ),
     "PersonalGate": Case(
         make=lambda: PersonalGate(4, num_gates=2, units=(3,), seed=1),
         inputs=lambda: (floats(5)(), floats(4, 3)()),
@@ -252,7 +256,7 @@ CASES: dict[str, Case] = {
     "ExpertMixture": Case(
         make=lambda: ExpertMixture(
             [expert(1), expert(2)],
-            [expert(3), expert(4), expert(5)],
+            Bottom(networks=[DomainMLP(3, (4,), seed=3)]),
             PersonalGate(3, seed=1),
             Select(DOMAIN_SCHEMA, ["scene", "user"]),
         ),

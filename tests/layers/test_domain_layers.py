@@ -12,6 +12,7 @@ from qianmo.layers.auxiliary_network import AuxiliaryNetwork
 from qianmo.layers.bottom import Bottom
 from qianmo.layers.domain_column import DomainColumn, read_domain
 from qianmo.layers.domain_experts import DomainExperts
+from qianmo.layers.domain_mlp import DomainMLP
 from qianmo.layers.domain_towers import DomainTowers
 from qianmo.layers.embed import Embedded
 from qianmo.layers.epnet import EPNet
@@ -25,6 +26,7 @@ from qianmo.layers.mmoe import MMoE
 from qianmo.layers.partitioned_norm import PartitionedNorm
 from qianmo.layers.personal_gate import PersonalGate
 from qianmo.layers.ple import PLE
+from qianmo.layers.seeding import derive_seed
 from qianmo.layers.select import Select
 from qianmo.layers.star import StarDense
 from qianmo.layers.star_tower import StarTower
@@ -185,6 +187,50 @@ def test_domain_experts_see_their_own_rows() -> None:
     np.testing.assert_allclose(only, relu(x @ parts[2][0]), rtol=1e-5)
 
 
+def test_domain_mlp_is_an_mlp_for_each_domain() -> None:
+    stacked = DomainMLP(3, (6, 4), seed=9)
+    x = tf.constant(normal(ROWS, 5))
+    stacked((x, DOMAIN))
+    alone = [MLP((6, 4), seed=derive_seed(9, p)) for p in range(3)]
+    for p, one in enumerate(alone):
+        one(x)
+        names = {"_layers/0/kernel", "_layers/0/bias", "_layers/1/kernel", "_layers/1/bias"}
+        parts = stacked.of_domain(p)
+        assert set(parts) == names
+        for variable, own in zip(parts.values(), one.trainable_weights, strict=True):
+            np.testing.assert_array_equal(variable[p], own)
+    apart = DomainExperts(alone)
+    both = []
+    for layer in (stacked, apart):
+        with tf.GradientTape() as tape:
+            y = layer((x, DOMAIN))
+            loss = tf.reduce_sum(y**2)
+        both.append((y, [tf.convert_to_tensor(g) for g in tape.gradient(loss, layer.weights)]))
+    np.testing.assert_allclose(both[0][0], both[1][0], rtol=1e-6, atol=1e-7)
+    # Kernels and biases of all layers come first, each of all domains.
+    for place, stacked_gradient in enumerate(both[0][1]):
+        own = [both[1][1][4 * p + place] for p in range(3)]
+        np.testing.assert_allclose(stacked_gradient, own, rtol=1e-5, atol=1e-6)
+    alone_rows = [stacked((x[i : i + 1], DOMAIN[i : i + 1]))[0] for i in range(ROWS)]
+    np.testing.assert_allclose(alone_rows, both[0][0], rtol=1e-5, atol=1e-6)
+
+
+def test_domain_mlp_drops_out_in_training_alone() -> None:
+    layer = DomainMLP(2, (4, 3), dropout=0.5, seed=1)
+    x, domain = tf.ones([2000, 5]), np.array([1, 2] * 1000)
+    plain = layer((x, domain)).numpy()
+    twice = [layer((x, domain), training=True).numpy() for _ in range(2)]
+    assert (twice[0] != twice[1]).any()
+    np.testing.assert_array_equal(layer((x, domain)), plain)
+    one = DomainMLP(2, (4,), dropout=0.5, seed=1)
+    expected = one((x, domain)).numpy()
+    dropped = one((x, domain), training=True).numpy()
+    kept = expected > 0
+    share = (dropped == 0)[kept].mean()
+    assert abs(share - 0.5) < 0.03
+    np.testing.assert_allclose(dropped[dropped > 0], 2 * expected[dropped > 0], rtol=1e-6)
+
+
 def test_expert_mixture() -> None:
     schema = Schema(
         features=(
@@ -197,7 +243,7 @@ def test_expert_mixture() -> None:
     )
     layer = ExpertMixture(
         [expert(1), expert(2)],
-        [expert(3), expert(4), expert(5)],
+        DomainExperts([expert(3), expert(4), expert(5)]),
         PersonalGate(3, seed=1),
         Select(schema, ["user", "age"]),
     )
@@ -276,7 +322,8 @@ def test_ple_of_domains_uses_a_rows_own_experts() -> None:
             shared = relu(apart_from(s, layer._shared[level]))
             y = shared[:, None]
             if d:
-                own = relu(apart_from(x, layer._own[level].experts[d - 1]))
+                kernels, biases = weights_of(layer._own[level])
+                own = relu(x @ kernels[d - 1] + biases[d - 1])
                 y = np.stack([own, shared], 1)
                 x = gated(layer._gates[level], x, y, np.array([d]))
                 s = gated(layer._shared_gates[0], s, y) if not level else s
@@ -395,13 +442,17 @@ def test_the_domain_crosses_the_seam_as_the_last_column() -> None:
         (lambda: StarDense(4, 0), "`num_domains` should be >= 1. Received: 0"),
         (lambda: PartitionedNorm(3, window=0), "`window` should be >= 1"),
         (lambda: DomainExperts([]), "one layer for each domain"),
+        (lambda: DomainMLP(0, (4,)), "`num_domains` should be >= 1. Received: 0"),
+        (lambda: DomainMLP(3, ()), "`units` should hold at least one width"),
+        (lambda: DomainMLP(3, (4,), dropout=1.0), "`dropout` should be in"),
+        (lambda: DomainMLP(3, (4,)).of_domain(3), r"`place` should be in \[0, 3\)"),
         (lambda: PersonalGate(0), "`num_experts` should be >= 1"),
         (
-            lambda: ExpertMixture([], [expert(1)], PersonalGate(1), Extended(expert(1))),
+            lambda: ExpertMixture([], expert(1), PersonalGate(1), Extended(expert(1))),
             "`shared` should hold an expert",
         ),
         (
-            lambda: ExpertMixture([expert(1)], [expert(1)], PersonalGate(3), Extended(expert(1))),
+            lambda: ExpertMixture([expert(1)], expert(1), PersonalGate(3), Extended(expert(1))),
             "`gate` should have 2 experts",
         ),
         (lambda: PLE(2, []), "`levels` should be >= 1"),

@@ -1,11 +1,13 @@
 """Domains on the road: their places, what they own, and rows computed apart."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from qianmo.layers.by_domain import by_domain
-from qianmo.layers.embed import Embed
+from qianmo.layers.embed import Embed, fields_of
 from qianmo.layers.encode import BAD_DENSE, Encode
 from qianmo.layers.features import Categorical, Dense, Schema
 from qianmo.layers.select import Select
@@ -111,12 +113,19 @@ def test_rows_are_computed_by_their_own_domain(batch):
     assert counts == [(domain == p).sum() for p in (1, 2, 3)]
 
 
-def test_select_keeps_the_features_named_in_the_order_of_the_row():
+def test_select_keeps_the_features_named_in_the_order_of_a_model_of_these_alone():
     embed = Embed(SCHEMA, linear_dim=1, seed=1)
     embedded = embed(Encode(SCHEMA)(rows()))
     names = [f.name for f in embed.features_of(3)]
     kept = Select(SCHEMA, ["search", "seen", "age", "tab"])(embedded)
-    places = [place for place, name in enumerate(names) if name in ("search", "seen", "tab")]
+    alone = [
+        dataclasses.replace(f, domains=())
+        for f in SCHEMA.features
+        if f.name in ("search", "seen", "tab")
+    ]
+    ordered = fields_of(dataclasses.replace(SCHEMA, features=alone, label_domains={}), 3)
+    places = [names.index(f.name) for f in ordered]
+    assert places != sorted(places)  # a list, which all share, before one that a domain owns
     np.testing.assert_array_equal(kept.fields[0], embedded.fields[0].numpy()[:, places])
     np.testing.assert_array_equal(kept.linear, embedded.linear.numpy()[:, places])
     np.testing.assert_array_equal(kept.dense, embedded.dense[:, 1:])

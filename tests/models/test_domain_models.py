@@ -14,6 +14,7 @@ import tf_keras
 
 from qianmo.export import saved_model
 from qianmo.layers.domain_experts import DomainExperts
+from qianmo.layers.domain_mlp import DomainMLP
 from qianmo.layers.domain_towers import DomainTowers
 from qianmo.layers.features import Categorical, Dense, Schema
 from qianmo.layers.partitioned_norm import PartitionedNorm
@@ -79,7 +80,7 @@ def owned(model: Any) -> list[tuple[int, tf.Variable, int | None]]:
         elif isinstance(layer, DomainTowers):
             for place, tower in enumerate(layer.towers):
                 found += [(place, v, None) for v in tower.trainable_variables]
-        elif isinstance(layer, StarLeaves):
+        elif isinstance(layer, StarLeaves | DomainMLP):
             found += [(p + 1, v, p) for v in layer.trainable_variables for p in range(3)]
         elif isinstance(layer, PartitionedNorm):
             both = (layer.domain_gammas, layer.domain_betas)
