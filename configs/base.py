@@ -21,6 +21,8 @@ def base_config() -> ConfigDict:
                 "chunks_beside": False,  # beside shuffled rows, which alone make the original loss
             },
             "schema": {},
+            # Trained models to start parts of this one from: any name -> as `recipe.Migration`.
+            "migrate": {},
             "model": {"name": ""},
             "train": {
                 "seed": 1,

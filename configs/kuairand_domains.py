@@ -17,6 +17,9 @@ TABS = (1, 0, 4, 6, 2)  # by rows; the ten others, with 1.4 % of the rows, are u
 RATES = ("user_click_rate", "user_click_lift", "user_tab_click_rate", "user_long_view_rate")
 EXPERT, TOWER = (128, 64), (32,)
 
+# A model of one tab, of one expert and a tower, which can migrate into the assembly.
+ONE_EXPERT = {"name": "mlp", "units": EXPERT, "tower_units": TOWER}
+
 MODELS: dict[str, dict[str, Any]] = {
     "no_domain_id": {"name": "mlp", "units": (*EXPERT, *TOWER)},
     "domain_id": {"name": "mlp", "units": (*EXPERT, *TOWER)},
@@ -51,28 +54,50 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def schema(variant: str = "cross_domain") -> dict[str, Any]:
-    """The schema of a variant; `single_<tab>` reads that tab alone and has no domain feature."""
+    """The schema of a variant; that of one tab alone has no domain feature."""
     found = kuairand.schema()
-    without = {*RATES, "tab"} if variant == "no_domain_id" or "single" in variant else {*RATES}
+    kind, _, tab = variant.rpartition("_")
+    alone = kind in ("single", "expert")
+    without = {*RATES, "tab"} if variant == "no_domain_id" or alone else {*RATES}
     found["features"] = [f for f in found["features"] if f["name"] not in without]
     for feature in found["features"]:
         if feature["name"] == "tab":
             feature["vocabulary"] = TABS
     found["labels"] = ("is_click", "long_view")
-    tab = variant.removeprefix("single_")
-    found["only_domains"] = (int(tab),) if tab != variant else TABS
+    found["only_domains"] = (int(tab),) if alone else TABS
     return found
 
 
 def get_config(variant: str = "cross_domain") -> ConfigDict:
-    """The recipe. Variants: those of `MODELS`, and single_1, single_0, single_4, ... of one tab."""
+    """The recipe.
+
+    Variants: those of `MODELS`; single_1, single_0, ... of one tab; expert_1, ... the same
+    with the parts of the assembly; migrated_1, ... the assembly, begun with such an expert.
+    """
     config = base_config()
     config.schema = schema(variant)
     for part in ("train", "valid", "test"):
         config.data[part] = f"runs/kuairand/{part}.parquet"
-    model = MODELS["no_domain_id" if "single" in variant else variant]
+    kind, _, tab = variant.rpartition("_")
+    of_kind = {
+        "single": MODELS["no_domain_id"],
+        "expert": ONE_EXPERT,
+        "migrated": MODELS["cross_domain"],
+    }
+    model = of_kind[kind] if kind in of_kind else MODELS[variant]
     config.model = {**model, "dropout": 0.2, "embedding_l2": 3e-2}
     config.train.epochs = 2
-    if "single" in variant and not variant.endswith("_1"):
+    if kind in ("single", "expert") and tab != "1":
         config.train.batch_size = 128  # a pass over a small tab is a few batches
+    if kind == "migrated":
+        place = TABS.index(int(tab))
+        config.migrate[f"tab_{tab}"] = {
+            "model_dir": f"runs/expert_{tab}",
+            "weights": {
+                f"bottom/bottom/own/bottom/networks/0/{place}": "bottom/networks/0",
+                "tower": "tower",
+            },
+            "domain": int(tab),
+            "learning_rate_factor": 1.0,
+        }
     return config

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 import tf_keras
@@ -17,6 +18,22 @@ from qianmo.layers.meta import Meta
 from qianmo.layers.tower import TowerOutput
 
 Targets = Mapping[str, tf.Tensor]
+
+
+class Weight(NamedTuple):
+    """A variable, or what stands at one place of its first axis."""
+
+    variable: tf.Variable
+    place: int | None = None
+
+    @property
+    def value(self) -> tf.Tensor:
+        """What it holds."""
+        return self.variable.value() if self.place is None else self.variable[self.place]
+
+    def assign(self, value: tf.Tensor) -> None:
+        """Replaces what it holds."""
+        (self.variable if self.place is None else self.variable[self.place]).assign(value)
 
 
 @tf_keras.utils.register_keras_serializable(package="qianmo")
@@ -131,10 +148,19 @@ class Ranker(tf_keras.Model):
                     self.meta.inner.build(self.tower_of(head).dense_shapes(h.shape[-1]))
 
     def compile(
-        self, optimizer: Any, table_optimizer: Any, meta_optimizer: Any = None, **kwargs: Any
+        self,
+        optimizer: Any,
+        table_optimizer: Any,
+        meta_optimizer: Any = None,
+        slowed: Sequence[tuple[Weight, float]] = (),
+        **kwargs: Any,
     ) -> None:
-        """Sets the optimisers: for dense weights, embedding tables, and learned step sizes."""
+        """Sets the optimisers: for dense weights, embedding tables, and learned step sizes.
+
+        Weights in `slowed` move by that factor of what their optimiser would move them; 0 freezes.
+        """
         super().compile(optimizer=optimizer, **kwargs)
+        self._slowed = lambda: slowed  # not as they are, or Keras would take them for its own
         self.table_optimizer = table_optimizer
         self.meta_optimizer = meta_optimizer
         self._means: dict[str, tf_keras.metrics.Mean] = {}
@@ -164,7 +190,8 @@ class Ranker(tf_keras.Model):
             own, gradients = gradients[: len(group)], gradients[len(group) :]
             if optimizer is self.table_optimizer and table_loss is not loss:
                 own = tape.gradient(table_loss, group)
-            optimizer.apply_gradients(zip(own, group, strict=True))
+            with self._slowly(group):
+                optimizer.apply_gradients(zip(own, group, strict=True))
         first = tf.logical_and(self.first_bad_step < 0, tf.logical_not(tf.math.is_finite(loss)))
         self.first_bad_step.assign(
             tf.where(first, self.optimizer.iterations - 1, self.first_bad_step)
@@ -187,6 +214,16 @@ class Ranker(tf_keras.Model):
             rows = {k: tf.boolean_mask(v, targets["episode"] > 0) for k, v in rows.items()}
         tower = self.tower_of(self.serving_head)
         return self.meta.loss(tower, **rows, step=step)
+
+    @contextlib.contextmanager
+    def _slowly(self, group: Sequence[tf.Variable]) -> Iterator[None]:
+        """Takes back a part of what happens to the weights of a group that should be slow."""
+        here = {id(variable) for variable in group}
+        slowed = [(one, factor) for one, factor in self._slowed() if id(one.variable) in here]
+        before = [tf.identity(one.value) for one, _ in slowed]
+        yield
+        for (one, factor), value in zip(slowed, before, strict=True):
+            one.assign(value + factor * (one.value - value))
 
     def trained_by(self) -> list[tuple[Any, list[tf.Variable]]]:
         """Each optimiser that has something to do, with its variables."""

@@ -73,6 +73,35 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Migration:
+    """What a model takes from a trained one before its first step; see `migrate`.
+
+    Attributes:
+      model_dir: directory of the trained model.
+      weights: place in this model -> place in that one, attributes and indices joined by slashes.
+      tables: embedding tables to take; None for all that the other has.
+      domain: id of the domain by whose rows the scores are compared; None for rows of all.
+      learning_rate_factor: multiplies the learning rate of the weights taken, not of the tables: 0
+        freezes them.
+    """
+
+    model_dir: str
+    weights: Mapping[str, str]
+    tables: tuple[str, ...] | None = None
+    domain: int | None = None
+    learning_rate_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise ValueError("`migrate`: `weights` should map places. Received: none")
+        if self.learning_rate_factor < 0:
+            raise ValueError(
+                "`migrate`: `learning_rate_factor` should be >= 0. "
+                f"Received: {self.learning_rate_factor}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A whole recipe."""
 
@@ -80,6 +109,7 @@ class Recipe:
     schema: Schema
     model: Mapping[str, Any]
     train: Train
+    migrate: Mapping[str, Migration] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Recipe:
@@ -94,6 +124,10 @@ class Recipe:
             schema=Schema.from_config(raw.schema),
             model=dict(raw.model),
             train=from_mapping(Train, raw.train, "config.train"),
+            migrate={
+                name: from_mapping(Migration, values, f"config.migrate.{name}")
+                for name, values in raw.migrate.items()
+            },
         )
         if recipe.train.monitor == "gauc" and not recipe.schema.task_id:
             raise ValueError("`train.monitor` gauc needs `schema.task_id`, whose rows it groups.")
@@ -121,6 +155,7 @@ class Recipe:
             "schema": self.schema.to_config(),
             "model": json.loads(json.dumps(dict(self.model))),
             "train": dataclasses.asdict(self.train),
+            "migrate": {name: dataclasses.asdict(one) for name, one in self.migrate.items()},
         }
 
 
@@ -130,6 +165,7 @@ class _Sections:
     schema: Mapping[str, Any]
     model: Mapping[str, Any]
     train: Mapping[str, Any]
+    migrate: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def optimizer(config: Mapping[str, Any], where: str) -> Any:

@@ -30,6 +30,7 @@ from qianmo.models.two_tower import TwoTower
 from qianmo.pipelines import (
     adapted,
     chunks,
+    migrate,
     program,
     readers,
     report,
@@ -104,6 +105,25 @@ class _Watch(tf_keras.callbacks.Callback):
         return (self.total - self.steady[1]) * self.run.batch_rows / seconds
 
 
+def completed(recipe: Recipe) -> Recipe:
+    """The recipe with what is counted: by the model it starts from, or the training rows."""
+    schema, migrated = recipe.schema, recipe.migrate
+    if recipe.train.start_from:
+        start = run_dir.read_recipe(recipe.train.start_from).schema
+        schema = statistics.inherit(schema, start)
+        differs = [n for n, t in schema.tables.items() if start.tables.get(n) != t]
+        if differs:
+            raise ValueError(
+                f"tables {differs} are not those of {recipe.train.start_from}: their weights "
+                "would land on other rows. Declare the same features, or start afresh."
+            )
+    else:
+        schema = statistics.without_empty_domains(schema, recipe.data.train)
+    schema = migrate.with_moments(schema, migrated)
+    counted = statistics.complete(schema, recipe.data.train)
+    return dataclasses.replace(recipe, schema=migrate.with_values(schema, counted, migrated))
+
+
 class Run:
     """One training run in a model directory.
 
@@ -132,7 +152,7 @@ class Run:
         if recipe.data.items:
             items = retrieval.item_schema(recipe.schema)
             readers.blocks(items, recipe.data.items, targets=False)  # which looks at the columns
-        self.recipe = self._known(recipe) or self._completed(recipe)
+        self.recipe = self._known(recipe) or completed(recipe)
         self.model: Ranker = run_dir.build(self.recipe)
         if train.start_from:
             # The layers alone: a checkpoint of the model would hand on its optimisers' state too.
@@ -145,7 +165,8 @@ class Run:
             status.assert_nontrivial_match().expect_partial()
         elif self.model.starts_trained:
             raise ValueError("`model.teacher_frozen` needs `train.start_from`, a trained teacher.")
-        self.model.compile(*optimizers, steps_per_execution=train.steps_per_call)
+        slowed = migrate.start(self.recipe, self.model)
+        self.model.compile(*optimizers, slowed, steps_per_execution=train.steps_per_call)
         for used, variables in self.model.trained_by():
             used.build(variables)
         self.position = _Position()
@@ -206,23 +227,6 @@ class Run:
                 "Give another --model_dir, or the same recipe."
             )
         return run_dir.read_recipe(self.dir)
-
-    def _completed(self, recipe: Recipe) -> Recipe:
-        """The recipe with what is counted: by the model it starts from, or the training rows."""
-        schema = recipe.schema
-        if recipe.train.start_from:
-            start = run_dir.read_recipe(recipe.train.start_from).schema
-            schema = statistics.inherit(schema, start)
-            differs = [n for n, t in schema.tables.items() if start.tables.get(n) != t]
-            if differs:
-                raise ValueError(
-                    f"tables {differs} are not those of {recipe.train.start_from}: their weights "
-                    "would land on other rows. Declare the same features, or start afresh."
-                )
-        else:
-            schema = statistics.without_empty_domains(schema, recipe.data.train)
-        schema = statistics.complete(schema, recipe.data.train)
-        return dataclasses.replace(recipe, schema=schema)
 
     def _dataset(self, epoch: int, skip: int) -> tf.data.Dataset:
         data, train = self.recipe.data, self.recipe.train
@@ -387,6 +391,11 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "model_dir", None, "Where the run lives; the same words continue it.", required=True
     )
+    flags.DEFINE_bool(
+        "dry_run",
+        False,
+        "Only print what the recipe's `migrate` takes from which model, and compare the scores.",
+    )
     config_flags.DEFINE_config_file(
         "config",
         None,
@@ -400,7 +409,12 @@ def run(_: list[str]) -> None:
     """Trains what the flags name."""
     values = flags.FLAGS
     try:
-        train(Recipe.from_config(values.config.to_dict()), values.model_dir)
+        recipe = Recipe.from_config(values.config.to_dict())
+        if values.dry_run:
+            recipe = completed(recipe)
+            migrate.start(recipe, run_dir.build(recipe))
+        else:
+            train(recipe, values.model_dir)
     except (ValueError, NotFiniteError) as error:
         sys.exit(f"error: {error}")
 
