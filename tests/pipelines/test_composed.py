@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pathlib
 import shutil
+import warnings
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
+from ml_collections import ConfigDict
 
-from qianmo.configs import kuairand_composed
+from qianmo.configs import kuairand_composed, kuairand_fused
 from qianmo.export.adapted import ADAPT, adapted_specs, export_adapted
 from qianmo.export.saved_model import cast, export_in_graph, session
 from qianmo.layers.expert_mixture import ExpertMixture
@@ -37,13 +39,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder / "rows"
 
 
+def pointed(config: ConfigDict, data: pathlib.Path) -> ConfigDict:
+    for part in ("train", "test"):
+        config.data[part] = str(data / f"{part}.parquet")
+    config.data.valid = ""
+    return config
+
+
 @pytest.fixture(scope="module")
 def trained(data: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The recipe's model after some steps, and what it was before."""
-    config = kuairand_composed.get_config()
-    for part in ("train", "test", "test_support"):
-        config.data[part] = str(data / f"{part}.parquet")
-    config.data.valid = ""
+    config = pointed(kuairand_composed.get_config(), data)
+    config.data.test_support = str(data / "test_support.parquet")
     config.data.chunk_tasks = 10
     run = Run(Recipe.from_config(config.to_dict()), tmp_path_factory.mktemp("run") / "model")
     before = {v.ref(): v.numpy() for v in run.model.variables}
@@ -105,3 +112,20 @@ def test_its_tower_adapts_in_the_served_graph(
     assert usual.mean() > 0.5
     np.testing.assert_allclose(served[usual], keras[usual], atol=1e-5)
     assert np.abs(keras - scored.probabilities["plain"][:ROWS]).max() > 1e-3
+
+
+@pytest.mark.parametrize("variant", kuairand_fused.VARIANTS)
+def test_ways_of_fusing_models_train_without_a_warning(
+    variant: str, data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    config = pointed(kuairand_fused.get_config(variant), data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run = Run(Recipe.from_config(config.to_dict()), tmp_path / "model")
+    batch = next(iter(run._dataset(0, 0)))
+    losses = [float(run.model.train_step(batch)["loss"]) for _ in range(STEPS)]
+    assert losses[-1] < losses[0]
+    if variant == "scenes":
+        config.model.star_tower = True
+        with pytest.warns(UserWarning, match="5 domains share the one objective `is_click`"):
+            Run(Recipe.from_config(config.to_dict()), tmp_path / "starred")
