@@ -33,7 +33,7 @@ from qianmo.export.store import export_store
 from qianmo.models.dual_dnn import DualDNN
 from qianmo.pipelines import program, readers, run_dir, runtime
 from qianmo.pipelines.evaluate import measure
-from qianmo.pipelines.recipe import Recipe, optimizer
+from qianmo.pipelines.recipe import optimizer
 from qianmo.pipelines.streams import FolderStream, Position, RedisStream, Stream
 from qianmo.pipelines.train import NotFiniteError
 
@@ -78,7 +78,7 @@ class _State(tf.train.experimental.PythonState):
 
 def hot_start(
     model_dir: str | pathlib.Path, learning_rate: float | None = None
-) -> tuple[DualDNN, Recipe, int]:
+) -> tuple[DualDNN, int]:
     """A trained dual DNN whose steps move its student alone.
 
     Args:
@@ -86,7 +86,7 @@ def hot_start(
       learning_rate: of the steps. Default: the recipe's, without its decay.
 
     Returns:
-      The model, its recipe, and the step that the optimiser's state is of; 0 where it is new.
+      The model, and the step that the optimiser's state is of; 0 where it is new.
 
     Raises:
       ValueError: no such model, or one without a student.
@@ -112,7 +112,8 @@ def hot_start(
     model.optimizer.learning_rate = rate
     model.freeze_teacher()
     model.kd_warmup_steps = 0
-    return model, recipe, int(model.optimizer.iterations)
+    model.embed.l2 = 0.0  # of vectors that do not move
+    return model, int(model.optimizer.iterations)
 
 
 def _fingerprint(model_dir: str | pathlib.Path) -> str:
@@ -148,7 +149,7 @@ class Online:
     ) -> None:
         self.dir = pathlib.Path(folder)
         self.pace = pace
-        self.model, self.recipe, step = hot_start(model_dir, learning_rate)
+        self.model, step = hot_start(model_dir, learning_rate)
         model = self.model
         parts = [part for part in (model.bottom, model.tower) if part is not None]
         stays = [*model.embed.tables.values(), *(v for part in parts for v in part.variables)]
@@ -296,34 +297,36 @@ class Online:
           ExportError, embedding_shards.StoreError: a graph that cannot be published.
         """
         bar = tqdm(initial=self.rows, unit=" rows", unit_scale=True, mininterval=0.5)
-        checked = self.rows // self.pace.checkpoint_rows
+        try:
+            with bar:
+                self._follow(bar, is_stopped, stop_at_end)
+        except readers.DataError:
+            self.checkpoint()
+            raise
+        if self.rows > self.state.values["published_rows"] and self._newest:
+            self.publish()
+        else:
+            self.checkpoint()
+
+    def _follow(self, bar: tqdm, is_stopped: Callable[[], bool], stop_at_end: bool) -> None:
         shown = 0.0
-        with bar:
-            while not is_stopped():
-                try:
-                    block = self.stream.take(self.pace.batch_size)
-                except readers.DataError:
-                    self.checkpoint()
-                    raise
-                if block is not None:
-                    self._train(block)
-                    bar.update(readers.num_rows(block))
-                elif stop_at_end:
-                    break
-                else:
-                    time.sleep(_IDLE_SECONDS)
-                if self._is_due():
-                    self.publish()
-                elif self.rows // self.pace.checkpoint_rows > checked:
-                    self.checkpoint()
-                checked = self.rows // self.pace.checkpoint_rows
-                if time.monotonic() - shown > 1:
-                    bar.set_postfix_str(self._line())
-                    shown = time.monotonic()
-            if self.rows > self.state.values["published_rows"] and self._newest:
-                self.publish()
+        while not is_stopped():
+            checked = self.rows // self.pace.checkpoint_rows
+            block = self.stream.take(self.pace.batch_size)
+            if block is not None:
+                self._train(block)
+                bar.update(readers.num_rows(block))
+            elif stop_at_end:
+                return
             else:
+                time.sleep(_IDLE_SECONDS)
+            if self._is_due():
+                self.publish()
+            elif self.rows // self.pace.checkpoint_rows > checked:
                 self.checkpoint()
+            if time.monotonic() - shown > 1:
+                bar.set_postfix_str(self._line())
+                shown = time.monotonic()
 
 
 def _add(total: dict[str, Any], found: dict[str, float]) -> None:
@@ -399,6 +402,12 @@ def define_flags() -> None:
         "published one.",
         lower_bound=1,
     )
+    flags.DEFINE_string(
+        "embedding_redis",
+        "",
+        "Form `store`: URL of the Redis from which graphs read that version, as in `qianmo-export "
+        "--redis`.",
+    )
     flags.DEFINE_float(
         "tolerance",
         TOLERANCE,
@@ -442,7 +451,13 @@ def _publisher(values: flags.FlagValues) -> Publish:
         )
     embedding_shards.space(pathlib.Path(store) / str(version))  # it is there
     return lambda model, rows: export_store(
-        model, base, rows, store=store, embedding_version=version, tolerance=values.tolerance
+        model,
+        base,
+        rows,
+        store=store,
+        embedding_version=version,
+        redis=values.embedding_redis,
+        tolerance=values.tolerance,
     )
 
 

@@ -74,6 +74,17 @@ class _Buffer:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, last
 
 
+def _checked(name: str, position: Position | None, first: Position) -> Position:
+    """The position to begin at: the one given, or the first.
+
+    Raises:
+      DataError: the one given is of another kind of stream.
+    """
+    if position and position.keys() != first.keys():
+        raise DataError(f"{name}: the position to go on from is of another stream: {position}.")
+    return position or first
+
+
 class FolderStream:
     """The files of a folder, in the order of their names; new ones are found as they appear.
 
@@ -100,7 +111,7 @@ class FolderStream:
         start_after: str = "",
     ) -> None:
         self.name = str(folder)
-        self.position = position or {"file": start_after, "rows": 0}
+        self.position = _checked(self.name, position, {"file": start_after, "rows": 0})
         self._schema = schema
         self._folder = pathlib.Path(folder)
         if not self._folder.is_dir():
@@ -231,7 +242,7 @@ class RedisStream:
         except ImportError:
             raise DataError("A Redis stream needs redis-py: pip install 'qianmo[redis]'.") from None
         self.name = f"Redis stream `{key}`"
-        self.position = position or {"id": start_after or "0-0"}
+        self.position = _checked(self.name, position, {"id": start_after or "0-0"})
         self._lost = (redis.ConnectionError, redis.TimeoutError)
         self._refused = redis.ResponseError
         self._schema = schema

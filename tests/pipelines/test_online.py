@@ -7,15 +7,16 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import redis_servers
 import tensorflow as tf
 
 from qianmo.configs.base import base_config
@@ -29,7 +30,7 @@ from qianmo.pipelines.online import Online, Pace, hot_start
 from qianmo.pipelines.readers import DataError
 from qianmo.pipelines.recipe import Recipe
 from qianmo.pipelines.streams import FolderStream, RedisStream
-from qianmo.pipelines.train import train
+from qianmo.pipelines.train import NotFiniteError, train
 
 BATCH = 64
 SCHEMA = {
@@ -101,7 +102,7 @@ def pace(**changes):
     return Pace(**{"batch_size": BATCH, "checkpoint_rows": 2 * BATCH, **changes})
 
 
-def updates(trained, folder, rows, **changes):
+def updates(trained, folder, rows, learning_rate=None, **changes):
     """Online updates by the rows of a folder; what is published is noted and not written."""
     schema = run_dir.read_recipe(trained / "model").schema
     published = []
@@ -116,6 +117,7 @@ def updates(trained, folder, rows, **changes):
         lambda position: FolderStream(schema, rows, position),
         publish,
         pace(**changes),
+        learning_rate,
     )
     made.run(lambda: False, stop_at_end=True)
     return made, published
@@ -174,7 +176,8 @@ def _path(variable):
 
 
 def test_it_starts_with_the_weights_and_the_optimisers_state(trained):
-    model, recipe, step = hot_start(trained / "model", 0.25)
+    model, step = hot_start(trained / "model", 0.25)
+    recipe = run_dir.read_recipe(trained / "model")
     assert step == 8000 // BATCH
     assert float(model.optimizer.learning_rate) == 0.25
     weights = tf.train.latest_checkpoint(str(trained / "model" / "weights"))
@@ -220,7 +223,7 @@ def program(trained, folder, *arguments):
 
 
 def until(process, is_so):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not is_so():
         assert process.poll() is None, process.stderr.read()[-3000:]
         assert time.monotonic() < deadline
@@ -247,7 +250,7 @@ def test_killed_and_started_again_it_takes_the_same_steps(trained, rows, whole, 
         os.rename(growing / f".{number}", growing / f"{number}.parquet")
     until(again, lambda: done(tmp_path / "online") == 960)
     again.terminate()
-    out, err = again.communicate(timeout=120)
+    out, err = again.communicate(timeout=300)
     assert again.returncode == 0, err[-3000:]
     assert "Going on after" in out
     expected, found = (moved(f / "checkpoints") for f in (whole[1], tmp_path / "online"))
@@ -280,6 +283,33 @@ def test_a_second_process_and_other_weights_are_refused(trained, rows, whole, mo
     monkeypatch.setattr(online, "_fingerprint", lambda _: "another")
     with pytest.raises(ValueError, match="holds updates of other weights"):
         updates(trained, whole[1], rows)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_checkpoint_before_it(trained, rows, tmp_path):
+    with pytest.raises(NotFiniteError, match=r"end at {'file': '0.parquet', 'rows': 128} of"):
+        updates(trained, tmp_path, rows, learning_rate=1e38, checkpoint_rows=BATCH)
+    assert done(tmp_path) == BATCH
+    newest = moved(tmp_path / "checkpoints")
+    assert len(newest) > 10
+
+
+def test_the_whole_model_can_be_published_too(trained, tmp_path):
+    model, recipe = run_dir.load(trained / "model")
+    sample = first_rows(recipe.schema, recipe.data.train, 50)
+    values = types.SimpleNamespace(model_base_path=str(tmp_path / "m"), form="in_graph")
+    folder, worst = online._publisher(values)(model, sample)
+    assert worst <= 1e-6
+    assert not [op for op in op_types(folder) if ">" in op]
+    values = types.SimpleNamespace(
+        model_base_path=str(tmp_path / "m"),
+        model_dir="runs/m",
+        form="store",
+        embedding_store=None,
+        embedding_version=None,
+        embedding_redis="",
+    )
+    with pytest.raises(ValueError, match="no embeddings are published there"):
+        online._publisher(values)
 
 
 def taken(stream, count):
@@ -323,37 +353,19 @@ def test_a_folder_is_read_in_the_order_of_its_names(rows, tmp_path):
     assert taken(again, 500) == users[400:900]
     with pytest.raises(DataError, match=r"5\.parquet: cannot be read as Parquet"):
         taken(again, 10)
+    with pytest.raises(DataError, match=r"of another stream: {'id': '7-0'}"):
+        FolderStream(schema, tmp_path, {"id": "7-0"})
     with pytest.raises(DataError, match="there should be a folder"):
         FolderStream(schema, tmp_path / "nowhere")
 
 
 @pytest.fixture(scope="module")
 def redis_server(tmp_path_factory):
-    """A Redis server of its own; its address, and a client."""
-    redis = pytest.importorskip("redis", reason="redis-py is not installed")
-    server = shutil.which("redis-server")
-    if server is None:
-        pytest.skip("redis-server is not installed")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    folder = tmp_path_factory.mktemp("redis")
-    process = subprocess.Popen(
-        [server, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""],
-        stdout=subprocess.DEVNULL,
-    )
-    client = redis.Redis(port=port)
-    try:
-        for _ in range(200):
-            try:
-                client.ping()
-                break
-            except redis.ConnectionError:
-                time.sleep(0.05)
-        yield f"redis://127.0.0.1:{port}/0", client
-    finally:
-        process.terminate()
-        process.wait()
+    """A Redis server of its own: its address, and a client."""
+    if redis_servers.MISSING:
+        pytest.skip(redis_servers.REASON)
+    with redis_servers.server(tmp_path_factory.mktemp("redis")) as started:
+        yield started.url("0"), started.client()
 
 
 def add(client, key, path):
