@@ -30,6 +30,7 @@ NAMES = {
     "distillation": "the dual DNN and its relatives on MovieLens-1M",
     "distillation_speed": "a student in serving against its teachers",
     "domains_kuairand": "KuaiRand's tabs in one model, by many designs",
+    "embedding_exports": "the forms of an export against Keras, and AUC lost by small dtypes",
     "embedding_faults": "swaps of graphs and embeddings under load, and damaged files",
     "embedding_lookup": "rows/s of the op against tf.gather, memory, time to open",
     "kuairand": "KuaiRand clicks",
@@ -37,6 +38,7 @@ NAMES = {
     "meta_ctr": "towers that adapt to each user, on clicks and likes",
     "meta_serving": "adapted scores against the plain score of one exported graph",
     "meta_speed": "episodes in the training step, and MeLU's net",
+    "publish": "a student's graph beside tables of 1,000 and 10 million rows",
     "serving": "the embedded server against a direct session.run",
     "support_store": "rows of a million tasks: rates, memory, eviction, threads, kills",
 }
