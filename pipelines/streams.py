@@ -252,7 +252,7 @@ class RedisStream:
         self._last = str(self.position["id"])  # of those received
         self._again = True  # read first what was sent before and not acknowledged
         try:
-            self._client = redis.Redis.from_url(
+            self._client: Any = redis.Redis.from_url(
                 url, protocol=2, socket_timeout=_SECONDS, socket_connect_timeout=_SECONDS
             )
             self._join()
