@@ -49,14 +49,17 @@ class StarLeaves(tf_keras.layers.Layer):
     def call(self, inputs: tuple[tf.Tensor, tf.Tensor, tf.Tensor]) -> tf.Tensor:
         """Computes leaf(x)."""
         x, centre, domain = inputs
-        kernels = (tf.cast(self.kernels, self.compute_dtype) - 1) * centre
-        biases = tf.cast(self.biases, self.compute_dtype)
+        # Not slices, each of whose gradients would be as large as the whole.
+        kernels = tf.unstack((tf.cast(self.kernels, self.compute_dtype) - 1) * centre)
+        domain = tf.reshape(domain, [-1])
         leaves = by_domain(
-            lambda p, rows: tf.matmul(rows, kernels[p]) + biases[p],
+            lambda p, rows: tf.matmul(rows, kernels[p]),
             tf.reshape(x, [-1, x.shape[-1]]),
-            tf.reshape(domain, [-1]),
+            domain,
             self.num_domains,
         )
+        biases = tf.pad(tf.cast(self.biases, self.compute_dtype), [[1, 0], [0, 0]])
+        leaves += tf.gather(biases, domain)
         shape = tf.concat([tf.shape(x)[:-1], [leaves.shape[-1]]], 0)
         return tf.ensure_shape(tf.reshape(leaves, shape), [*x.shape[:-1], leaves.shape[-1]])
 
