@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -160,7 +160,8 @@ class Ranker(tf_keras.Model):
         Weights in `slowed` move by that factor of what their optimiser would move them; 0 freezes.
         """
         super().compile(optimizer=optimizer, **kwargs)
-        self._slowed = lambda: slowed  # not as they are, or Keras would take them for its own
+        # Not as they are, or Keras would take them for its own.
+        self._slowed: Callable[[], Sequence[tuple[Weight, float]]] = lambda: slowed
         self.table_optimizer = table_optimizer
         self.meta_optimizer = meta_optimizer
         self._means: dict[str, tf_keras.metrics.Mean] = {}

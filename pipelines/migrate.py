@@ -170,7 +170,9 @@ def plans(recipe: Recipe, model: Ranker) -> list[Plan]:
     found = [_plan(recipe, model, name) for name in recipe.migrate]
     taken: dict[Any, str] = {}
     for plan in found:
-        keys = [(here, (s.variable.ref(), s.place)) for here, s, _, _ in plan.weights]
+        keys: list[tuple[str, Any]] = [
+            (here, (weight.variable.ref(), weight.place)) for here, weight, _, _ in plan.weights
+        ]
         keys += [(f"table {table}", table) for table in plan.tables]
         for what, key in keys:
             if key in taken:
@@ -222,8 +224,9 @@ def compare(recipe: Recipe, model: Ranker, plan: Plan) -> float | None:
       ValueError: they differ, or the other model reads what this one does not.
     """
     other = plan.model
-    tower = {v.ref() for v in other.tower_of(other.serving_head).trainable_variables}
-    if not tower <= {source.variable.ref() for _, _, _, source in plan.weights}:
+    tower: Any = other.tower_of(other.serving_head)
+    needed = {v.ref() for v in tower.trainable_variables}
+    if not needed <= {source.variable.ref() for _, _, _, source in plan.weights}:
         return None
     if set(plan.tables) < set(other.schema.tables):
         return None

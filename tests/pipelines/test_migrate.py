@@ -54,7 +54,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def recipe(data: pathlib.Path, model: dict[str, Any], **changes: Any) -> dict[str, Any]:
     config: dict[str, Any] = base_config().to_dict()
-    features = [
+    features: list[dict[str, Any]] = [
         {"name": "scene", "vocabulary": SCENES, "dim": 4},
         {"name": "user", "dim": 4, "side": "user"},
         {"name": "topic", "dim": 4, "domains": (4,)},
@@ -139,7 +139,7 @@ def test_tables_are_taken_by_raw_value(case: Any, data: pathlib.Path) -> None:
     _, folder, config = case
     whole, model = begin(Recipe.from_config(config))
     other, _ = run_dir.load(folder)
-    mine, theirs = (m.schema.tables["user"].vocabulary for m in (model, other))
+    mine, theirs = (m.schema.tables["user"].vocabulary or () for m in (model, other))
     assert set(theirs) <= set(mine)  # of which the last ten are lost in scene 4's rows of today
     values, first, end = model.embed.rows("user")
     source, start, _ = other.embed.rows("user")
