@@ -123,7 +123,7 @@ class EmbeddingStore(tf.saved_model.experimental.TrackableResource):
           tf.errors.NotFoundError: an id has no row, where `missing` is "error".
           tf.errors.DeadlineExceededError: the time was up.
           tf.errors.FailedPreconditionError: there is no accepted version, or it has not that table.
-          tf.errors.UnavailableError: a node of the Redis is down, or has lost rows.
+          tf.errors.AbortedError: a node of the Redis is down, or has lost rows.
         """
         found: list[tf.Tensor] = library().qianmo_embedding_lookup(
             self.resource_handle,

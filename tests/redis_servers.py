@@ -82,7 +82,7 @@ class Cluster:
         for i in range(3):
             (folder / str(i)).mkdir()
             options = ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
-            options += ["--cluster-node-timeout", "1000", "--cluster-require-full-coverage", "no"]
+            options += ["--cluster-node-timeout", "5000", "--cluster-require-full-coverage", "no"]
             options += ["--appendonly", "yes", "--appendfsync", "no", "--save", ""]
             self.servers.append(Server(folder / str(i), *options))
         first = self.servers[0].client()
@@ -92,12 +92,13 @@ class Cluster:
             bus = node._command[node._command.index("--cluster-port") + 1]
             first.execute_command("CLUSTER MEET", "127.0.0.1", node.port, bus)
         for node in self.servers:
-            for _ in range(400):
-                found = node.client().cluster("slots")
-                if len(found) == 3:
+            for _ in range(600):
+                together = len(node.client().cluster("slots")) == 3
+                if together and node.client().cluster("info")["cluster_state"] == "ok":
                     break
                 time.sleep(0.05)
-            assert len(found) == 3, "the cluster does not come together"
+            else:
+                raise AssertionError("the cluster does not come together")
 
     def url(self, prefix: str = "test", options: str = "") -> str:
         nodes = ",".join(f"127.0.0.1:{s.port}" for s in self.servers)

@@ -269,7 +269,9 @@ class Lookup : public std::enable_shared_from_this<Lookup> {
     }
     std::string error;
     auto fetched = ended_ ? nullptr : version_->Fetch(wanted, &error);
-    if (fetched == nullptr) return Finish(absl::UnavailableError(error));
+    // Not UnavailableError, which TensorFlow turns into an InternalError where
+    // the op is no communication of its own.
+    if (fetched == nullptr) return Finish(absl::AbortedError(error));
     for (Piece& piece : pieces_) {
       piece.table = fetched->table(piece.table->name());
     }

@@ -230,6 +230,10 @@ bool RedisClient::Connect(Batch* batch, RedisClock::time_point until,
       return true;
     }
   }
+  if (RedisClock::now() >= until) {  // spent on another node
+    *error = node->address.Text() + ": no time was left to connect";
+    return false;
+  }
   batch->is_new = true;
   batch->connection =
       RedisConnection::Open(node->address, url_.access, until, error);

@@ -170,10 +170,11 @@ class FetchedVersion : public EmbeddingVersion {
     return !client_->url().fails;
   }
 
-  std::map<std::string, FetchedTable> tables_;
+  std::map<std::string, FetchedTable>& tables() { return tables_; }
 
  private:
   std::shared_ptr<RedisClient> client_;
+  std::map<std::string, FetchedTable> tables_;
   std::unique_ptr<RedisClient::Answers> answers_;  // holds the rows
 };
 
@@ -252,7 +253,7 @@ std::shared_ptr<const EmbeddingVersion> RedisVersion::Fetch(
   size_t most = 0, bytes = 0;
   for (const auto& [name, count] : counts) {
     auto& table =
-        fetched->tables_.emplace(name, tables_.at(name)).first->second;
+        fetched->tables().emplace(name, tables_.at(name)).first->second;
     table.Reserve(count);
     most += count;
     bytes += count * (table.keys().size() + kIdChars);
@@ -263,7 +264,7 @@ std::shared_ptr<const EmbeddingVersion> RedisVersion::Fetch(
   std::vector<RedisKey> keys;
   keys.reserve(most);
   for (const WantedIds& w : wanted) {
-    FetchedTable& table = fetched->tables_.at(w.table->name());
+    FetchedTable& table = fetched->tables().at(w.table->name());
     for (size_t row = 0; row < w.rows; ++row) {
       const int64_t* const ids = w.ids + row * w.width;
       for (size_t i = 0, n = used(w, row); i < n; ++i) {
