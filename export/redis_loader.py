@@ -5,31 +5,26 @@ ops/cc/redis_source.h describes the keys, and redis_client.h the URL.
 
 from __future__ import annotations
 
-import binascii
+import contextlib
 import functools
 import itertools
 import os
 import pathlib
-import re
 import threading
-import urllib.parse
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from qianmo.export import embedding_shards as shards
 from qianmo.export.embedding_changes import Stored, contents
 from qianmo.export.embedding_shards import StoreError
+from qianmo.export.redis_keys import Redis
 
 BLOCK_ROWS = 1 << 14
-_SLOTS = 16384
-_KEYS = 512  # of a command
 _DELETED_KEYS = 5000
-_TIMEOUT_SECONDS = 30.0
-PASSWORD = "QIANMO_REDIS_PASSWORD"
 
 
 class _Block(NamedTuple):
@@ -45,138 +40,38 @@ class _Block(NamedTuple):
         return f"{self.table}/{self.shard}/{self.first}"
 
 
-def _pack(*words: bytes) -> bytes:
-    """A command as it goes over the wire."""
-    each = b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words])
-    return b"*%d\r\n%b" % (len(words), each)
-
-
-class Redis:
-    """The keys of one prefix in a Redis or a Redis Cluster.
-
-    Args:
-      url: as `EmbeddingStore` takes it. The password is in the environment.
-
-    Raises:
-      StoreError: the package redis is missing, it is no such URL, or nobody answers.
-    """
-
-    def __init__(self, url: str) -> None:
-        try:
-            import redis
-        except ModuleNotFoundError:
-            raise StoreError(
-                "Loading embeddings into Redis needs the package redis. "
-                "Install it: pip install 'qianmo[redis]'"
-            ) from None
-        self.errors: tuple[type[Exception], ...] = (redis.RedisError, OSError)
-        parts = urllib.parse.urlsplit(url)
-        hosts = parts.netloc.rpartition("@")[2].split(",")
-        addresses = [host.rpartition(":")[::2] for host in hosts]
-        self.prefix = parts.path[1:]
-        schemes = ("redis", "rediss", "redis+cluster", "rediss+cluster")
-        if parts.scheme not in schemes or not all(p.isdigit() for _, p in addresses):
-            raise StoreError(
-                f"A Redis URL should be SCHEME://HOST:PORT/PREFIX, the scheme one of {schemes}. "
-                f"Received: {parts.scheme}://{hosts}"
-            )
-        if not re.fullmatch(r"[A-Za-z0-9_.:-]+", self.prefix):
-            raise StoreError(
-                "After the address of a Redis and a slash should stand the prefix of its keys, "
-                f"letters, digits and any of _-.:. Received: {self.prefix!r}"
-            )
-        options = dict(urllib.parse.parse_qsl(parts.query))
-        access: dict[str, Any] = {
-            "username": parts.username,
-            "password": os.environ.get(PASSWORD) or None,
-            "socket_timeout": _TIMEOUT_SECONDS,
-        }
-        if parts.scheme.startswith("rediss"):
-            access |= {"ssl": True, "ssl_ca_certs": options.get("ca")}
-        nodes = [(host.strip("[]"), int(port)) for host, port in addresses]
-        self.name = f"{parts.scheme}://{','.join(hosts)}/{self.prefix}"
-        # The client's own types are unions with those of its asynchronous twin.
-        self.client: Any
-        self._node_of_slot = np.zeros(_SLOTS, np.int64)
-        try:
-            if parts.scheme.endswith("+cluster"):
-                start = [redis.cluster.ClusterNode(*node) for node in nodes]
-                self.client = redis.cluster.RedisCluster(startup_nodes=start, **access)
-                primaries = self.client.get_primaries()
-                self.nodes = [self.client.get_redis_connection(node) for node in primaries]
-                places = {(node.host, node.port): place for place, node in enumerate(primaries)}
-                for (first, last), who in self.client.cluster_slots().items():
-                    self._node_of_slot[first : last + 1] = places[who["primary"]]
-            else:
-                self.client = redis.Redis(*nodes[0], **access)
-                self.nodes = [self.client]
-            self.client.ping()
-        except self.errors as error:
-            raise StoreError(f"{self.name}: {error}") from error
-
-    def key(self, *parts: object) -> str:
-        """A key of the prefix."""
-        return ":".join([self.prefix, *map(str, parts)])
-
-    def ask(self, commands: Sequence[tuple[bytes, bytes]]) -> list[Any]:
-        """The answers to packed commands, each with a key of its, in one trip to each node."""
-        slots = [binascii.crc_hqx(key, 0) % _SLOTS for _, key in commands]
-        owners = self._node_of_slot[slots]
-        answers: list[Any] = []
-        for place in np.unique(owners):
-            own = np.flatnonzero(owners == place).tolist()
-            # A pipeline of the client takes five times as long to do the same.
-            pool = self.nodes[place].connection_pool
-            connection = pool.get_connection()
-            try:
-                connection.send_packed_command([b"".join([commands[i][0] for i in own])])
-                answers += [connection.read_response() for _ in own]
-            except BaseException:
-                connection.disconnect()  # its answers must not be taken for others
-                raise
-            finally:
-                pool.release(connection)
-        return answers
-
-    def _parts(self, count: int) -> Iterator[slice]:
-        # Keys of a command must be of one slot, where there are slots.
-        size = _KEYS if len(self.nodes) == 1 else 1
-        return (slice(start, start + size) for start in range(0, count, size))
-
-    def write(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
-        """Sets keys to values."""
-        pairs = list(zip(keys, values, strict=True))
-        parts = [itertools.chain.from_iterable(pairs[p]) for p in self._parts(len(keys))]
-        firsts = (keys[p.start] for p in self._parts(len(keys)))
-        self.ask([(_pack(b"MSET", *p), key) for p, key in zip(parts, firsts, strict=True)])
-
-    def count(self, keys: Sequence[bytes]) -> int:
-        """How many of the keys there are."""
-        parts = (keys[p] for p in self._parts(len(keys)))
-        return sum(self.ask([(_pack(b"EXISTS", *part), part[0]) for part in parts]))
-
-    def text(self, *parts: object) -> str:
-        """The value of a key of the prefix; empty if there is none."""
-        value = self.client.get(self.key(*parts))
-        return "" if value is None else value.decode()
-
-
 def versions(redis: Redis) -> dict[int, int]:
     """The versions that are whole, each with its space."""
     lines = (line.split() for line in redis.text("VERSIONS").splitlines())
     return {int(version): int(space) for version, space in lines}
 
 
-def delete(redis: Redis, version: int) -> int:
+@contextlib.contextmanager
+def _told(redis: Redis) -> Iterator[None]:
+    """Says what Redis refused."""
+    try:
+        yield
+    except redis.errors as error:
+        what = str(error).rstrip(".")
+        raise StoreError(f"{redis.name}: {what}. What is loaded stays; load again.") from error
+
+
+def delete(url: str, version: int) -> int:
     """Deletes a version; returns how many keys it had. No graph may read it any more.
 
     Raises:
-      StoreError: it is the one that is published.
+      StoreError: it is the one that is published, or Redis refuses.
     """
-    if redis.text("CURRENT") == str(version):
-        raise StoreError(
-            f"{redis.name}: version {version} is published; publish another one first."
-        )
+    redis = Redis(url)
+    with _told(redis):
+        if redis.text("CURRENT") == str(version):
+            raise StoreError(
+                f"{redis.name}: version {version} is published; publish another one first."
+            )
+        return _delete(redis, version)
+
+
+def _delete(redis: Redis, version: int) -> int:
     left = "".join(f"{v} {space}\n" for v, space in versions(redis).items() if v != version)
     redis.client.set(redis.key("VERSIONS"), left)
     deleted = 0
@@ -274,11 +169,8 @@ def load(
     folder = pathlib.Path(store) / str(version)
     shards.verify(folder)
     redis = Redis(url)
-    try:
+    with _told(redis):
         return _load(redis, folder, version, threads, publish, progress)
-    except redis.errors as error:
-        what = str(error).rstrip(".")
-        raise StoreError(f"{redis.name}: {what}. What is loaded stays; load again.") from error
 
 
 def _check_policy(redis: Redis) -> None:
@@ -312,7 +204,7 @@ def _load(
                 f"{content}. Give the new one another number, or delete that one."
             )
         if there:  # a load that was given up
-            delete(redis, version)
+            _delete(redis, version)
         redis.client.set(redis.key(version, "CONTENT"), content)
     total = sum(block.rows for block in source.blocks)
     loaded = redis.key(version, "LOADED")

@@ -37,7 +37,7 @@ def run(_: list[str]) -> None:
     values = flags.FLAGS
     try:
         if values.delete is not None:
-            deleted = redis_loader.delete(redis_loader.Redis(values.redis), values.delete)
+            deleted = redis_loader.delete(values.redis, values.delete)
             print(f"version {values.delete}: {deleted:,} keys deleted")
             return
         if values.store is None:

@@ -17,6 +17,7 @@ from redis_servers import Server
 from qianmo.export import embedding_shards as shards
 from qianmo.export import redis_loader
 from qianmo.export.embedding_shards import StoreError
+from qianmo.export.redis_keys import Redis
 from qianmo.export.saved_model import session
 from qianmo.export.store import export_fed_store, export_store
 from qianmo.layers.features import Categorical, Dense, Schema
@@ -95,13 +96,13 @@ def test_another_version_of_the_same_number(server: Server, tmp_path: pathlib.Pa
     with pytest.raises(StoreError, match="holds another version 1"):
         redis_loader.load(tmp_path / "b", 1, url)
     with pytest.raises(StoreError, match="version 1 is published; publish another one"):
-        redis_loader.delete(redis_loader.Redis(url), 1)
+        redis_loader.delete(url, 1)
     shards.write(tmp_path / "a", 2, [(shards.Table(name="t", dim=4, num_rows=1), [rows[:1]])])
     redis_loader.load(tmp_path / "a", 2, url, publish=False)
     assert client.get("other:CURRENT") == b"1"
     redis_loader.load(tmp_path / "a", 2, url)
     assert client.get("other:CURRENT") == b"2"
-    assert redis_loader.delete(redis_loader.Redis(url), 1) == 102  # and MANIFEST, CONTENT
+    assert redis_loader.delete(url, 1) == 102  # and MANIFEST, CONTENT
     assert not client.keys("other:1:*")
     # A load that was given up leaves nothing of itself in another one of its number.
     client.set("other:1:CONTENT", "half")
@@ -109,7 +110,7 @@ def test_another_version_of_the_same_number(server: Server, tmp_path: pathlib.Pa
     redis_loader.load(tmp_path / "b", 1, url)
     np.testing.assert_array_equal(stored(server, "other", 90), rows)
     assert not client.exists("other:1:t:95")
-    assert redis_loader.versions(redis_loader.Redis(url)) == {2: 2, 1: 1}
+    assert redis_loader.versions(Redis(url)) == {2: 2, 1: 1}
 
 
 def test_refusals(server: Server, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
