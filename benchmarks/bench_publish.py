@@ -8,6 +8,7 @@ The last row's feature has a vocabulary instead of a range, which travels in the
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import pathlib
 import tempfile
@@ -73,6 +74,7 @@ def measure(name: str, users: int, repeats: int) -> dict[str, Any]:
                 variable.assign_add(tf.random.normal(variable.shape, stddev=0.01))
             start = time.perf_counter()
             version, _ = export_store(model, base, rows, embedding_version=1)
+            gc.collect()
             took.append(time.perf_counter() - start)
         grown = (resident() - before) / (repeats - repeats // 2)
         store = base.with_name("model_embeddings")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import gc
 import hashlib
 import json
 import pathlib
@@ -250,6 +251,7 @@ class Online:
         self.checkpoint()
         start = time.perf_counter()
         folder, worst = self._publish(self.model, self._newest)
+        gc.collect()  # an export's graphs refer to themselves, and would pile up
         seconds = time.perf_counter() - start
         entry = {"version": int(folder.name), "rows": self.rows, "seconds": seconds}
         values = self.state.values
