@@ -1,8 +1,8 @@
 """The forms of an export against the Keras model on all test rows, and what small dtypes cost.
 
 One trained model on each data set is exported as `in_graph`, `fed` and `store`, the last with
-tables of each dtype, and read from a Redis. Each export answers every test row through the session loader, as TensorFlow
-Serving runs it.
+tables of each dtype, and read from a Redis. Each export answers every test row through the session
+loader, as TensorFlow Serving runs it.
 """
 
 from __future__ import annotations
