@@ -45,7 +45,8 @@ from qianmo.layers.encode import OK
 from qianmo.models.two_tower import TwoTower
 
 VECTOR, SCORE = "vector", "score"
-Vectors = tuple[tf.Tensor, tf.Tensor]
+Vectors = tuple[tf.Tensor, tf.Tensor]  # [B, D], and the rows' status
+OfInputs = Callable[[Mapping[str, tf.Tensor]], Vectors]
 
 
 def side_specs(model: TwoTower, item: bool) -> dict[str, tf.TensorSpec]:
@@ -67,7 +68,7 @@ def by_request_specs(model: TwoTower) -> dict[str, tf.TensorSpec]:
     return {**specs, COUNT: tf.TensorSpec([None], tf.int64, COUNT)}
 
 
-def _by_request(model: TwoTower) -> Callable[[Mapping[str, tf.Tensor]], Vectors]:
+def _by_request(model: TwoTower) -> OfInputs:
     names = side_specs(model, item=True)
     assert model.meta is not None
     most = model.meta.inner.max_support
@@ -103,16 +104,14 @@ def _answer(found: tf.Tensor, status: tf.Tensor) -> dict[str, tf.Tensor]:
     return {VECTOR: vector, STATUS: status | tf.where(finite, OK, BAD_SCORE)}
 
 
-def _vector(of: Callable[[Mapping[str, tf.Tensor]], Vectors]) -> Signature:
+def _vector(of: OfInputs) -> Signature:
     def vector(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
         return _answer(*of(inputs))
 
     return vector
 
 
-def _recommend(
-    of: Callable[[Mapping[str, tf.Tensor]], Vectors], index: BruteForce, item: str
-) -> Signature:
+def _recommend(of: OfInputs, index: BruteForce, item: str) -> Signature:
     def recommend(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
         found = _answer(*of(inputs))
         score, ids = index(found[VECTOR])
@@ -167,7 +166,8 @@ def export_retrieval(
     specs: dict[str, Specs] = {**dict.fromkeys(functions, user), "item": item}
     inputs: dict[str, Rows] = {**dict.fromkeys(functions, users), "item": cast(rows, item)}
     if model.meta is not None:
-        adapted, spec, given = model.adapted_user_vectors, user, users
+        adapted: OfInputs = model.adapted_user_vectors
+        spec, given = user, users
         if not model.support_feature:
             spec, adapted = by_request_specs(model), _by_request(model)
             # Each row's own item stands for its support.

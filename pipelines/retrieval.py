@@ -8,7 +8,7 @@ right, so the hit rate at k is the recall at k too.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,37 +106,37 @@ def known(model: TwoTower, items: Catalogue, paths: Sequence[str]) -> Known:
     return Known(task[order], place[order])
 
 
-Vectors = Callable[[Mapping[str, tf.Tensor], npt.NDArray[Any]], Mapping[str, tf.Tensor]]
+# Traced once for a model, and not again at each epoch.
+@tf.function(reduce_retracing=True)
+def _plain(model: TwoTower, features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    return {"model": model.user_vectors(features)[0]}
 
 
-def _vectors(model: TwoTower, support: adapted.TaskRows | None) -> Vectors:
-    """A function (features, task ids) -> head -> users' vectors."""
+@tf.function(reduce_retracing=True)
+def _listed(model: TwoTower, features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    found = model.adapted_user_vectors(features)[0]
+    return {"model": model.user_vectors(features)[0], "adapted": found}
 
-    @tf.function(reduce_retracing=True)
-    def plain(features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        return {"model": model.user_vectors(features)[0]}
 
-    @tf.function(reduce_retracing=True)
-    def listed(features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        found = model.adapted_user_vectors(features)[0]
-        return {"model": model.user_vectors(features)[0], "adapted": found}
+@tf.function(reduce_retracing=True)
+def _of_rows(
+    model: TwoTower, features: Mapping[str, tf.Tensor], task: tf.Tensor, rows: Support
+) -> dict[str, tf.Tensor]:
+    found = model.adapted_state(model.user_state(features), task, rows)[0]
+    return {"model": model.user_vectors(features)[0], "adapted": found}
 
-    @tf.function(reduce_retracing=True)
-    def of_rows(
-        features: Mapping[str, tf.Tensor], task: tf.Tensor, rows: Support
-    ) -> dict[str, tf.Tensor]:
-        state = model.user_state(features)
-        found = model.adapted_state(state, task, rows)[0]
-        return {"model": model.user_vectors(features)[0], "adapted": found}
 
-    def both(features: Mapping[str, tf.Tensor], task_id: Any) -> dict[str, tf.Tensor]:
-        assert support is not None
-        place, rows = support.of(task_id)
-        return of_rows(features, tf.constant(place), Support(*map(tf.constant, rows)))
-
+def _vectors(
+    model: TwoTower,
+    features: Mapping[str, tf.Tensor],
+    task_id: npt.NDArray[Any],
+    support: adapted.TaskRows | None,
+) -> Mapping[str, tf.Tensor]:
+    """Users' vectors: head -> [B, D]."""
     if support is not None:
-        return both
-    return lambda features, _: (listed if model.support_feature else plain)(features)
+        place, rows = support.of(task_id)
+        return _of_rows(model, features, tf.constant(place), Support(*map(tf.constant, rows)))
+    return (_listed if model.support_feature else _plain)(model, features)
 
 
 def ranks(
@@ -152,7 +152,6 @@ def ranks(
     Raises:
       readers.DataError: a row's item is not in the catalogue.
     """
-    vectors = _vectors(model, support)
     found: dict[str, list[npt.NDArray[np.int64]]] = {}
     with readers.own_errors():
         for features, targets in readers.dataset(model.schema, path, batch_size=batch_size):
@@ -166,7 +165,7 @@ def ranks(
             task_id = targets["task_id"].numpy()
             rows, places = had.pairs(task_id)
             is_other = places != right[rows]
-            for head, u in vectors(features, task_id).items():
+            for head, u in _vectors(model, features, task_id, support).items():
                 scores = u.numpy() @ items.vectors.T
                 scores[rows[is_other], places[is_other]] = -np.inf
                 found.setdefault(head, []).append(metrics.ranks(scores, right))

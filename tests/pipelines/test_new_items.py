@@ -63,12 +63,13 @@ def test_the_program_fills_the_rows_of_new_items_alone(
     ]
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(sys.modules["__main__"], "__doc__", "")  # the program sets it
-    before_flags = set(flags.FLAGS)
     try:
         with pytest.raises(SystemExit) as end:
             cold_items.main()
     finally:  # other programs define flags in this process too
-        for name in set(flags.FLAGS) - before_flags:
+        for word in words[1:]:
+            delattr(flags.FLAGS, word[2:].partition("=")[0])
+        for name in ("epochs", "step_size", "scale"):
             delattr(flags.FLAGS, name)
         flags.FLAGS.unparse_flags()
     assert not end.value.code

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from qianmo.configs.base import base_config
 from qianmo.export.retrieval import export_retrieval
-from qianmo.export.saved_model import op_types, session
+from qianmo.export.saved_model import export_fed, op_types, session
 from qianmo.layers.inner_loop import Support
 from qianmo.models.two_tower import TwoTower
 from qianmo.pipelines import evaluate, history, protocols, readers, retrieval, run_dir
@@ -168,6 +168,8 @@ def test_the_export_answers_as_keras_by_stock_ops(trained: Trained, tmp_path: pa
     rows = first_rows(model.schema, read.data.test, 20)
     items = retrieval.item_rows(model, read.data.items)
     folder, worst = export_retrieval(model, tmp_path / "two_tower", rows, items, best=5)
+    assert worst <= 1e-6
+    _, worst = export_fed(model, tmp_path / "scores", rows)
     assert worst <= 1e-6
     assert not {op for op in op_types(folder) if ">" in op}
     user = {k: v for k, v in rows.items() if k not in ("item", "half")}
