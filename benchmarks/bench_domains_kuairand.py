@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tensorflow as tf
 import tf_keras
+from ml_collections import ConfigDict
 
 from qianmo.configs import kuairand_domains as recipes
 from qianmo.layers import metrics
@@ -125,7 +126,7 @@ def scores(model: Ranker, features: Mapping[str, tf.Tensor]) -> Floats:
 
 
 def mean_auc(targets: Mapping[str, tf.Tensor], found: Floats) -> float:
-    """Mean of the AUCs of every tab and label."""
+    """Mean of the AUCs of every tab and label that it has."""
     labels, tabs = targets["labels"].numpy(), targets["domain"].numpy()
     return float(
         np.mean(
@@ -133,6 +134,7 @@ def mean_auc(targets: Mapping[str, tf.Tensor], found: Floats) -> float:
                 metrics.auc(labels[tabs == tab, k], found[tabs == tab, k])
                 for tab in np.unique(tabs)
                 for k in range(labels.shape[1])
+                if not np.isnan(labels[tabs == tab, k]).any()
             ]
         )
     )
@@ -141,9 +143,9 @@ def mean_auc(targets: Mapping[str, tf.Tensor], found: Floats) -> float:
 class Trainer:
     """A recipe on a split, traced once and trained from any seed's first weights."""
 
-    def __init__(self, variant: str, split: str) -> None:
+    def __init__(self, config: ConfigDict, split: str) -> None:
         tf_keras.backend.clear_session()
-        self.recipe = Recipe.from_config(recipes.get_config(variant).to_dict())
+        self.recipe = Recipe.from_config(config.to_dict())
         described = json.dumps(self.recipe.schema.to_config(), sort_keys=True)
         self.rows = read(split, described)
         self.model = self._built(self.recipe.train.seed)
@@ -238,7 +240,7 @@ class Runs:
                 seed: {"parameters": 0, "passes": [], "seconds of a pass": 0.0} for seed in missing
             }
             for name in names:
-                trainer = Trainer(name, split)
+                trainer = Trainer(recipes.get_config(name), split)
                 rows = tabs == int(name[7:]) if variant == "single" else slice(None)
                 for seed in missing:
                     found[seed][rows], passes, seconds = trainer(seed)

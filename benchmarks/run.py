@@ -29,6 +29,8 @@ NAMES = {
     "ctr": "CTR models against DeepCTR on MovieLens-1M",
     "distillation": "the dual DNN and its relatives on MovieLens-1M",
     "distillation_speed": "a student in serving against its teachers",
+    "domains_apart": "KuaiRand's tabs with labels and features of their own, by some designs",
+    "domain_cost": "one model of five tabs against five models, and 2 to 32 domains in one",
     "domains_kuairand": "KuaiRand's tabs in one model, by many designs",
     "embedding_exports": "the forms of an export against Keras, and AUC lost by small dtypes",
     "embedding_faults": "swaps of graphs and embeddings under load, and damaged files",

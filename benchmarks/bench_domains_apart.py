@@ -1,0 +1,130 @@
+"""KuaiRand's tabs with labels and features of their own, in one model and in one for each tab.
+
+The split k5 of `domains_kuairand`, from which the rows of tabs that do not own a feature lose it
+(configs/kuairand_apart.py). Models train and are measured as there: AUC of each tab and label that
+it has, paired by seed, standard errors from a bootstrap over the test users.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import bench_domains_kuairand as tabs
+import common
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import tf_keras
+
+from qianmo.configs import kuairand_apart as recipes
+from qianmo.pipelines import runtime
+
+SPLIT = "apart"
+SINGLE, ASSEMBLY = "one model per tab, its own features", "shared + own experts, gate, star tower"
+DESIGNS = {
+    SINGLE: "single",
+    "one model, the features that all share": "shared",
+    "one model, zeros for what a tab lacks": "filled",
+    "the same, wider (capacity control)": "wider",
+    ASSEMBLY: "cross_domain",
+}
+SEEDS = (1, 2, 3)
+
+
+def withheld(rows: pa.Table) -> pa.Table:
+    """Rows without the features that their tabs do not own."""
+    for name, owners in recipes.FEATURES.items():
+        owned = pc.is_in(rows["tab"], pa.array(owners, rows["tab"].type))
+        kept = pc.if_else(owned, rows[name], pa.scalar(None, rows[name].type))
+        rows = rows.set_column(rows.column_names.index(name), name, kept)
+    return rows
+
+
+def prepare() -> None:
+    """Writes the rows of all tabs together, and of each by itself, once."""
+    tabs.prepare()
+    if (tabs.WORK / SPLIT).exists():
+        return
+    for tab in (*tabs.TABS, None):  # all of them last, so that a run that was killed begins anew
+        folder = tabs.WORK / (SPLIT if tab is None else f"{SPLIT}_{tab}")
+        folder.mkdir(exist_ok=True)
+        for part in ("train", "valid", "test"):
+            rows = withheld(pq.read_table(tabs.WORK / "k5" / f"{part}.parquet"))
+            if tab is not None:
+                rows = rows.filter(pc.equal(rows["tab"], tab))
+            pq.write_table(rows, folder / f"{part}.parquet")
+
+
+def has(label: str, tab: int) -> bool:
+    """Whether the rows of a tab have the label."""
+    return tab in recipes.LABELS.get(label, (tab,))
+
+
+def aucs(test: dict[str, Any], found: tabs.Floats) -> tabs.Floats:
+    """[label, tab, 1 + resample], NaN where a tab has no such label; the first of all rows."""
+    users, code = np.unique(test["user_id"], return_inverse=True)
+    random = np.random.default_rng(1)
+    drawn = random.multinomial(len(users), np.full(len(users), 1 / len(users)), tabs.RESAMPLES)
+    drawn = np.concatenate([np.ones((1, len(users)), drawn.dtype), drawn]).astype(np.float32)
+    values = np.full((len(tabs.LABELS), len(tabs.TABS), tabs.RESAMPLES + 1), np.nan)
+    for t, tab in enumerate(tabs.TABS):
+        rows = test["tab"] == tab
+        for k, label in enumerate(tabs.LABELS):
+            if has(label, tab):
+                values[k, t] = tabs.resampled_aucs(
+                    test[label][rows], found[rows, k], drawn[:, code[rows]]
+                )
+    return values
+
+
+def measured(variant: str, test: dict[str, Any], seeds: tuple[int, ...]) -> tabs.Floats:
+    """`aucs` of a design, means over seeds."""
+    names = [f"single_{tab}" for tab in tabs.TABS] if variant == "single" else [variant]
+    found = np.zeros((len(seeds), len(test["tab"]), len(tabs.LABELS)), np.float32)
+    for name in names:
+        tf_keras.backend.clear_session()
+        split = name.replace("single", SPLIT) if variant == "single" else SPLIT
+        trainer = tabs.Trainer(recipes.get_config(name), split)
+        labels = [tabs.LABELS.index(label) for label in trainer.recipe.schema.labels]
+        rows = test["tab"] == int(name[7:]) if variant == "single" else np.full(len(found[0]), True)
+        for place, seed in enumerate(seeds):
+            scored, passes, seconds = trainer(seed)
+            found[place][np.ix_(rows, labels)] = scored
+            print(f"{name} seed {seed}: {passes} passes, {seconds:.1f} s each", flush=True)
+    return np.mean([aucs(test, one) for one in found], 0)
+
+
+def run(*, quick: bool) -> dict[str, Any]:
+    """All designs."""
+    runtime.settle()
+    prepare()
+    columns = ["tab", "user_id", *tabs.LABELS]
+    table = pq.read_table(tabs.WORK / SPLIT / "test.parquet", columns=columns)
+    test = {name: table[name].to_numpy() for name in columns}
+    designs = {d: v for d, v in DESIGNS.items() if not quick or v in ("shared", "cross_domain")}
+    seeds = SEEDS[:1] if quick else SEEDS
+    found = {design: measured(variant, test, seeds) for design, variant in designs.items()}
+    base = "one model, the features that all share"
+    mean = functools.partial(np.nanmean, axis=0)
+    rows, targets = [], {}
+    for k, label in enumerate(tabs.LABELS):
+        own = [t for t, tab in enumerate(tabs.TABS) if has(label, tab)]
+        for design, values in found.items():
+            row = {
+                "label": label,
+                "model": design,
+                "AUC, mean of its tabs": f"{mean(values[k, own])[0]:.4f}",
+            }
+            for other in (base, SINGLE):
+                if other in found:
+                    row[f"against {other}"] = tabs.thousandths(
+                        mean(values[k, own]), mean(found[other][k, own])
+                    )
+            rows.append(row)
+        gain, error = tabs.difference(mean(found[ASSEMBLY][k, own]), mean(found[base][k, own]))
+        targets[f"{label}: the assembly - {base}, lower end of 95 %"] = common.target(
+            gain - 1.96 * error, 0
+        )
+    return {"data_sha256": common.sha256(tabs.WORK / SPLIT), "rows": rows, "targets": targets}
