@@ -319,6 +319,18 @@ void RedisClient::TakeValues(const Batch& batch, std::vector<Batch>* next,
   }
 }
 
+bool RedisClient::SomeDown(const std::vector<Batch>& batches,
+                           std::string* error) {
+  for (const Batch& batch : batches) {
+    if (batch.keys.empty()) continue;
+    std::lock_guard<std::mutex> lock(batch.node->mutex);
+    if (batch.node->fault.empty()) continue;
+    *error = batch.node->address.Text() + ": " + batch.node->fault;
+    return true;
+  }
+  return false;
+}
+
 RedisClient::Answers RedisClient::Get(const std::vector<RedisKey>& keys) {
   const auto until = RedisClock::now() + url_.timeout;
   Answers answers;
@@ -338,6 +350,8 @@ RedisClient::Answers RedisClient::Get(const std::vector<RedisKey>& keys) {
     }
   }
   for (int round = 0; round < kRounds && !batches.empty(); ++round) {
+    // Where the request fails anyway, it need not keep the others busy.
+    if (url_.fails && SomeDown(batches, &answers.error)) return answers;
     std::vector<RedisConnection*> used;
     std::vector<Batch> next;
     for (Batch& batch : batches) {

@@ -125,6 +125,8 @@ class RedisClient {
   std::shared_ptr<Node> NodeAt(const RedisAddress& address);
   // Sets the batch's connection. False and an error when the node is down.
   bool Connect(Batch* batch, RedisClock::time_point until, std::string* error);
+  // Whether a node that has keys is known to be down, and why.
+  static bool SomeDown(const std::vector<Batch>& batches, std::string* error);
   void MarkDown(Node* node, const std::string& fault);
   void SendKeys(const std::vector<RedisKey>& keys, Batch* batch) const;
   // Takes the values from the replies; keys to ask for elsewhere go to `next`.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import redis_servers
 import tensorflow as tf
@@ -23,6 +27,7 @@ from qianmo.export.store import export_fed_store, export_store
 from qianmo.layers.features import Categorical, Dense, Schema
 from qianmo.models import zoo
 from qianmo.models.ranker import Ranker
+from qianmo.pipelines import predict
 from qianmo.pipelines.fed_client import FedClient
 from qianmo.pipelines.serving import ModelServer
 
@@ -186,6 +191,21 @@ def test_a_graph_reads_redis(server: Server, tmp_path: pathlib.Path) -> None:
             np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+def predicted(folder: pathlib.Path, target: str) -> list[dict[str, float]]:
+    """What `qianmo-predict --lookup` writes for the rows."""
+    columns = rows()
+    pairs = zip(columns["seen"], columns.pop("seen_length"), strict=True)
+    columns["seen"] = [ids[:length].tolist() for ids, length in pairs]
+    columns["city"] = [name.decode() for name in columns["city"]]
+    pq.write_table(pa.table(columns), folder / "rows.parquet")
+    (folder / "schema.json").write_text(json.dumps(SCHEMA.to_config()))
+    flags = {"server": target, "model_name": "m", "lookup": folder / "m_lookup", "rest": False}
+    flags |= {"data": str(folder / "rows.parquet"), "schema": folder / "schema.json"}
+    flags |= {"signature_name": "serving_default", "rows": 0, "batch_size": 64}
+    predict.write_predictions(types.SimpleNamespace(**flags, output=folder / "scores"))
+    return [json.loads(line) for line in (folder / "scores").read_text().splitlines()]
+
+
 @pytest.mark.parametrize("where", ["folder", "redis"])
 def test_the_client_of_fed(server: Server, tmp_path: pathlib.Path, where: str) -> None:
     redis = server.url("fed") if where == "redis" else ""
@@ -197,6 +217,8 @@ def test_the_client_of_fed(server: Server, tmp_path: pathlib.Path, where: str) -
         answers = client.predict(rows())
         np.testing.assert_allclose(answers["click"], scores(old), atol=1e-6)
         assert answers["status"].tolist() == [0] * 100
+        written = predicted(tmp_path, f"127.0.0.1:{serving.port}")
+        np.testing.assert_allclose([row["click"] for row in written], scores(old), atol=1e-6)
         bad = rows() | {"price": np.full(100, np.nan, np.float32), "seen_length": np.full(100, 9)}
         assert client.predict(bad)["status"].tolist() == [3] * 100
         # New embeddings and their graph take over together.
