@@ -42,6 +42,7 @@ NAMES = {
     "meta_speed": "episodes in the training step, and MeLU's net",
     "publish": "a student's graph beside tables of 1,000 and 10 million rows",
     "redis_lookup": "rows from Redis by the op against redis-py, and a node that is killed",
+    "retrieval": "the next film of each user, by two towers that adapt",
     "serving": "the embedded server against a direct session.run",
     "support_store": "rows of a million tasks: rates, memory, eviction, threads, kills",
 }

@@ -21,6 +21,10 @@ from qianmo.layers.select import Select
 from qianmo.layers.tower import Tower, TowerOutput
 from qianmo.models.ranker import Ranker, Targets
 
+# Rows of a batch that learn from their lists; each is a task, and all would cost more than the rest
+# of the step many times over.
+LIST_TASKS = 128
+
 
 @tf_keras.utils.register_keras_serializable(package="qianmo")
 class TwoTower(Ranker):
@@ -33,7 +37,8 @@ class TwoTower(Ranker):
     features are those of the side "item", all others are the user's. The logit is z of
     `ProductTower`, so `meta` adapts the user's last layers. Its support is, for a task, rows of the
     batch; or with `support_feature`, for each row, the items in a list of its own, such as the
-    user's last ones. The negatives are the queue's.
+    user's last ones, from which the first `LIST_TASKS` rows of a batch learn. The negatives are the
+    queue's.
 
     Args:
       schema: what a row holds; of one label, which positives have.
@@ -221,9 +226,11 @@ class TwoTower(Ranker):
         if not self.support_feature:
             return super().meta_loss(h, targets, step)
         assert self.meta is not None
-        listed = self._listed(targets["support"], targets["support_length"])
-        support = self._support(h[:, : -self.tower.dim], *listed)
-        labels = tf.cast(targets["labels"] > 0, tf.float32)
+        names = ("support", "support_length", "labels")
+        ids, length, labels = (targets[name][:LIST_TASKS] for name in names)
+        h = h[:LIST_TASKS]
+        support = self._support(h[:, : -self.tower.dim], *self._listed(ids, length))
+        labels = tf.cast(labels > 0, tf.float32)
         # Only a positive says what the adapted tower should have found.
         query = Support(h[:, None], labels[:, :, None], labels[:, :, None])
         return self.meta.episode_loss(self.tower, support, query, tf.reduce_sum(labels))

@@ -1,0 +1,96 @@
+"""The next film of each user, found by two towers: plain, fine-tuned in serving, meta-trained.
+
+MovieLens-1M, the last row of every user; its film is ranked among all 3,706 but those the user is
+known to have rated. Both uses of `configs/movielens_1m_retrieval.py`. The plain and the adapted
+vectors of a row come from the same weights.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import common
+import numpy as np
+import pyarrow.parquet as pq
+
+from qianmo.configs import movielens_1m_retrieval
+from qianmo.layers import metrics
+from qianmo.pipelines import retrieval
+
+SEEDS = (1,)  # three make a claim; one tells whether it is worth making
+EPOCHS = 1
+METRICS = ("hr_10", "ndcg_10", "hr_100")
+METHODS = {"fine_tune": "ordinary training", "meta": "meta-trained"}
+HEADS = {"model": "plain", "adapted": "adapted"}
+USES = {"users": "user id; support: last 20 rows", "sequence": "last 20 films; support: the same"}
+
+
+def popularity(folder: pathlib.Path) -> dict[str, float]:
+    """What the most watched films that a user does not know would find."""
+    parts = {
+        name: pq.read_table(folder / f"{name}.parquet", columns=["user_id", "movie_id"])
+        for name in ("train", "valid", "test")
+    }
+    user, film = (
+        {name: part[c].to_numpy().astype(np.int64) for name, part in parts.items()}
+        for c in ("user_id", "movie_id")
+    )
+    counts = np.bincount(film["train"], minlength=3953).astype(np.float64)
+    scores = np.tile(counts, (6041, 1))
+    for name in ("train", "valid"):
+        scores[user[name], film[name]] = -np.inf
+    scores[user["test"], film["test"]] = counts[film["test"]]
+    return metrics.retrieval(metrics.ranks(scores[user["test"]], film["test"]), retrieval.SIZES)
+
+
+def unit(folder: pathlib.Path, variant: str, seed: int, *, quick: bool) -> Mapping[str, Any]:
+    """Trains one recipe; returns head -> metrics of the test rows."""
+    config = movielens_1m_retrieval.get_config(variant)
+    for part in ("train", "test", "items", "test_support"):
+        if config.data[part]:
+            config.data[part] = str(folder / f"{part}.parquet")
+    config.data.valid = ""
+    config.train.seed = seed
+    config.train.epochs = EPOCHS
+    if quick:
+        config.train.epochs = 1
+        config.data.train = str(folder / "test_support.parquet")
+    report = common.trained(config)
+    return {head: common.test_metrics(report, head) for head in HEADS}
+
+
+def run(*, quick: bool) -> dict[str, Any]:
+    """All uses and methods."""
+    folder = common.movielens_1m("next_item")
+    found = popularity(folder)
+    rows = [{"user": "", "training": "popularity", "vectors": ""} | _shown([found])]
+    values: dict[tuple[str, str, str], list[Mapping[str, float]]] = {}
+    for seed in SEEDS:
+        for use in USES:
+            for method in METHODS:
+                heads = unit(folder, f"{use}-{method}", seed, quick=quick)
+                for head, metrics_of_head in heads.items():
+                    values.setdefault((use, method, head), []).append(metrics_of_head)
+    for (use, method, head), seeds in values.items():
+        named = {"user": USES[use], "training": METHODS[method], "vectors": HEADS[head]}
+        rows.append(named | _shown(seeds))
+
+    def gain(use: str, method: str) -> float:
+        pairs = zip(values[use, method, "adapted"], values[use, "fine_tune", "model"], strict=True)
+        return float(np.mean([a["ndcg_10"] - b["ndcg_10"] for a, b in pairs]))
+
+    targets = {
+        f"{USES[use]}: NDCG@10 of {METHODS[method]}, adapted, over plain": common.target(
+            gain(use, method), 0.0
+        )
+        for use in USES
+        for method in METHODS
+    }
+    return {"data_sha256": common.sha256(folder), "rows": rows, "targets": targets}
+
+
+def _shown(seeds: list[Mapping[str, float]]) -> dict[str, str]:
+    titles = {"hr_10": "HR@10", "ndcg_10": "NDCG@10", "hr_100": "HR@100"}
+    return {titles[m]: common.shown([found[m] for found in seeds]) for m in METRICS}
