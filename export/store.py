@@ -77,8 +77,9 @@ def _with_ids(chunks: Iterator[np.ndarray]) -> Iterator[shards.IdRows]:
 
 
 def _chunks(variable: tf.Variable, first: int, end: int) -> Iterator[np.ndarray]:
+    # A slice would copy the whole table once sparse steps have been taken on it.
     for start in range(first, end, _CHUNK_ROWS):
-        yield variable[start : min(start + _CHUNK_ROWS, end)].numpy()
+        yield tf.gather(variable, tf.range(start, min(start + _CHUNK_ROWS, end))).numpy()
 
 
 def stored_vectors(
