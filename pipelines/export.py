@@ -20,6 +20,7 @@ from qianmo.export.embedding_shards import DType
 from qianmo.export.retrieval import export_retrieval
 from qianmo.export.saved_model import TOLERANCE, ExportError, export_fed, export_in_graph
 from qianmo.export.store import export_fed_store, export_store
+from qianmo.export.support_rows import Keep
 from qianmo.layers.features import Schema
 from qianmo.models.two_tower import TwoTower
 from qianmo.pipelines import program, readers, retrieval, run_dir
@@ -78,6 +79,13 @@ def define_flags() -> None:
         "support",
         None,
         "Support rows that the table of the form `adapted` starts with. Default: the recipe's.",
+    )
+    flags.DEFINE_enum(
+        "support_keep",
+        "hidden",
+        get_args(Keep),
+        "Form `adapted`, what a support row holds. hidden: the tower's input; fast. features: what "
+        "the tower's input is made of anew in each request.",
     )
     flags.DEFINE_float(
         "support_ttl_seconds", 0.0, "Older support is not used; 0: for ever.", lower_bound=0.0
@@ -149,6 +157,7 @@ def run(_: list[str]) -> None:
                 values.model_base_path,
                 columns(model.schema, path, values.rows),
                 columns(model.schema, support),
+                keep=values.support_keep,
                 ttl_seconds=values.support_ttl_seconds,
                 version=values.version,
             )
