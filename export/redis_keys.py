@@ -58,6 +58,14 @@ class Redis:
                 f"A Redis URL should be SCHEME://HOST:PORT/PREFIX, the scheme one of {schemes}. "
                 f"Received: {parts.scheme}://{hosts}"
             )
+        if parts.password is not None:
+            raise StoreError(
+                "A Redis URL should hold no password, which others can read there. Give it in the "
+                f"environment, as {PASSWORD}."
+            )
+        self._clustered = parts.scheme.endswith("+cluster")
+        if len(hosts) > 1 and not self._clustered:
+            raise StoreError(f"A URL of one Redis should name one address. Received: {hosts}")
         if not re.fullmatch(r"[A-Za-z0-9_.:-]+", self.prefix):
             raise StoreError(
                 "After the address of a Redis and a slash should stand the prefix of its keys, "
@@ -75,7 +83,7 @@ class Redis:
         self.name = f"{parts.scheme}://{','.join(hosts)}/{self.prefix}"
         self._node_of_slot = np.zeros(_SLOTS, np.int64)
         try:
-            if parts.scheme.endswith("+cluster"):
+            if self._clustered:
                 start = [redis.cluster.ClusterNode(*node) for node in nodes]
                 self.client = redis.cluster.RedisCluster(startup_nodes=start, **access)
                 primaries = self.client.get_primaries()
@@ -116,7 +124,7 @@ class Redis:
 
     def _parts(self, count: int) -> Iterator[slice]:
         # Keys of a command must be of one slot, where there are slots.
-        size = _KEYS if len(self.nodes) == 1 else 1
+        size = 1 if self._clustered else _KEYS
         return (slice(start, start + size) for start in range(0, count, size))
 
     def write(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:

@@ -173,6 +173,19 @@ def load(
         return _load(redis, folder, version, threads, publish, progress)
 
 
+def holds(url: str, store: str | os.PathLike[str], version: int) -> bool:
+    """Whether Redis was loaded with this very version; its rows are not counted."""
+    redis = Redis(url)
+    with _told(redis):
+        content = _checksum(pathlib.Path(store) / str(version))
+        return version in versions(redis) and redis.text(version, "CONTENT") == content
+
+
+def _checksum(folder: pathlib.Path) -> str:
+    """The manifest's, which is one of all rows."""
+    return (folder / shards.MANIFEST).read_text()[-9:-1]
+
+
 def _check_policy(redis: Redis) -> None:
     for node in redis.nodes:
         memory = node.info("memory")
@@ -194,8 +207,7 @@ def _load(
 ) -> int:
     _check_policy(redis)
     source, space = _Source(folder), shards.space(folder)
-    # The manifest's checksum is one of all rows.
-    content = (folder / shards.MANIFEST).read_text()[-9:-1]
+    content = _checksum(folder)
     there = redis.text(version, "CONTENT")
     if there != content:
         if version in versions(redis):

@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from qianmo.export import embedding_shards as shards
 from qianmo.export.embedding_changes import write_changes
-from qianmo.export.redis_loader import load
+from qianmo.export.redis_loader import holds, load
 from qianmo.export.saved_model import (
     DEFAULT,
     LOOKUP,
@@ -177,7 +177,7 @@ def _embeddings(
             yield opened, point
             opened.close()
         # Before the graph: one that refuses other spaces must find its own at load.
-        if redis:
+        if redis and (new or not holds(redis, folder, embedding_version)):
             load(folder, embedding_version, redis, publish=new)
         if new:
             shards.publish(folder, embedding_version)

@@ -157,4 +157,5 @@ class ColdItems(tf.Module):
                 "feature by `num_ids` or `hash_buckets`, or its whole `vocabulary`."
             )
         table, first, _ = self.base.embed.rows(self.item.table)
-        table.scatter_update(tf.IndexedSlices(self.first_vectors(features), first + ids))
+        vectors = tf.cast(self.first_vectors(features), table.dtype)
+        table.scatter_update(tf.IndexedSlices(vectors, first + ids))

@@ -33,7 +33,10 @@ class Weight(NamedTuple):
 
     def assign(self, value: tf.Tensor) -> None:
         """Replaces what it holds."""
-        (self.variable if self.place is None else self.variable[self.place]).assign(value)
+        if self.place is None:
+            self.variable.assign(value)
+        else:
+            self.variable.scatter_update(tf.IndexedSlices(value[None], [self.place]))
 
 
 @tf_keras.utils.register_keras_serializable(package="qianmo")

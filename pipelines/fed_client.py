@@ -58,12 +58,13 @@ class FedClient:
             )
         if newest == self._version:
             return False
-        # Its store and tables live as long as the object.
-        self._graph = tf.saved_model.load(str(self._base / str(newest)))
-        self._lookup = self._graph.signatures[DEFAULT]
+        graph = tf.saved_model.load(str(self._base / str(newest)))
+        signatures = self._client.signature_defs(newest)
+        # Both or none: vectors meet the graph that they are for. Store and tables live as long as
+        # the loaded object.
+        self._graph, self._signatures, self._version = graph, signatures, newest
+        self._lookup = graph.signatures[DEFAULT]
         self._specs = self._lookup.structured_input_signature[1]
-        self._signatures = self._client.signature_defs(newest)
-        self._version = newest
         return True
 
     def signature_defs(self) -> dict[str, Any]:

@@ -245,6 +245,8 @@ def compare(recipe: Recipe, model: Ranker, plan: Plan) -> float | None:
         for k, label in enumerate(schema.labels)
         if label in other.schema.labels
     ]
+    if not pairs:
+        return None
     difference = max(float(tf.reduce_max(tf.abs(a - b))) for a, b in pairs)
     if not difference <= TOLERANCE:
         raise ValueError(
@@ -269,7 +271,7 @@ def start(recipe: Recipe, model: Ranker) -> list[tuple[Weight, float]]:
         print("\n".join(plan.lines()))
         difference = compare(recipe, model, plan)
         if difference is None:
-            print("  scores not compared: not all that they come from was taken")
+            print("  scores not compared: not all they come from was taken, or no label is in both")
         else:
             print(f"  largest difference of logits before the first step: {difference:.1e}")
     return [

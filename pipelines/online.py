@@ -109,8 +109,8 @@ def hot_start(
         used.build(variables)
     kept = {"optimizer": model.optimizer, "meta_optimizer": model.meta_optimizer}
     run_dir.restore(tf.train.Checkpoint(**kept), model_dir).expect_partial()
-    rate = learning_rate or recipe.train.optimizer["learning_rate"]
-    model.optimizer.learning_rate = rate
+    own = recipe.train.optimizer["learning_rate"]
+    model.optimizer.learning_rate = own if learning_rate is None else learning_rate
     model.freeze_teacher()
     model.kd_warmup_steps = 0
     model.embed.l2 = 0.0  # of vectors that do not move

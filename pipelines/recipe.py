@@ -32,7 +32,7 @@ class Data:
     valid: str
     test: str
     test_support: str
-    items: str
+    items: str = ""
     shuffle_rows: int
     chunk_rows: int
     chunk_tasks: int
@@ -138,6 +138,8 @@ class Recipe:
             )
         if recipe.data.items and recipe.model.get("name") != "two_tower":
             raise ValueError("`data.items` needs the model two_tower, which ranks items.")
+        if recipe.data.items and not recipe.schema.task_id:
+            raise ValueError("`data.items` needs `schema.task_id`, whose known items are left out.")
         if recipe.data.test_support:
             if not recipe.data.test:
                 raise ValueError("`data.test_support` needs `data.test`, whose tasks it supports.")

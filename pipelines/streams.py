@@ -140,7 +140,8 @@ class FolderStream:
           DataError: one appeared too late.
         """
         found = {path.name for path in self._folder.iterdir() if readers.has_format(path)}
-        late = sorted(name for name in found - (self._known or found) if name < self._file)
+        known = found if self._known is None else self._known
+        late = sorted(name for name in found - known if name < self._file)
         if late:
             raise DataError(
                 f"{self._folder / late[0]}: it appeared when {self._file} had been begun, whose "

@@ -75,11 +75,11 @@ def server(folder: pathlib.Path, *options: str, password: str = "") -> Iterator[
 
 
 class Cluster:
-    """Three nodes that share the slots; those that are up serve theirs when one is down."""
+    """Nodes that share the slots; those that are up serve theirs when one is down."""
 
-    def __init__(self, folder: pathlib.Path) -> None:
+    def __init__(self, folder: pathlib.Path, nodes: int = 3) -> None:
         self.servers: list[Server] = []
-        for i in range(3):
+        for i in range(nodes):
             (folder / str(i)).mkdir()
             options = ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
             options += ["--cluster-node-timeout", "5000", "--cluster-require-full-coverage", "no"]
@@ -87,13 +87,14 @@ class Cluster:
             self.servers.append(Server(folder / str(i), *options))
         first = self.servers[0].client()
         for i, node in enumerate(self.servers):
-            last = 16383 if i == 2 else 5462 * (i + 1) - 1
-            node.client().execute_command("CLUSTER ADDSLOTSRANGE", 5462 * i, last)
+            share = 16384 // nodes + 1
+            last = min(share * (i + 1), 16384) - 1
+            node.client().execute_command("CLUSTER ADDSLOTSRANGE", share * i, last)
             bus = node._command[node._command.index("--cluster-port") + 1]
             first.execute_command("CLUSTER MEET", "127.0.0.1", node.port, bus)
         for node in self.servers:
             for _ in range(600):
-                together = len(node.client().cluster("slots")) == 3
+                together = len(node.client().cluster("slots")) == nodes
                 if together and node.client().cluster("info")["cluster_state"] == "ok":
                     break
                 time.sleep(0.05)
@@ -106,8 +107,8 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(folder: pathlib.Path) -> Iterator[Cluster]:
-    started = Cluster(folder)
+def cluster(folder: pathlib.Path, nodes: int = 3) -> Iterator[Cluster]:
+    started = Cluster(folder, nodes)
     try:
         yield started
     finally:

@@ -57,7 +57,8 @@ bool ParseAddress(std::string_view text, RedisAddress* address) {
 bool RedisUrl::Parse(const std::string& text, RedisUrl* url,
                      std::string* error) {
   const auto refuse = [&text, error](const std::string& what) {
-    *error = text + ": " + what;
+    // What stands before the last @ may hold a password.
+    *error = text.substr(text.rfind('@') + 1) + ": " + what;
     return false;
   };
   std::string_view rest = text;
@@ -288,8 +289,11 @@ void RedisClient::TakeValues(const Batch& batch, std::vector<Batch>* next,
     }
     if (head.type == '*' && head.number == static_cast<int64_t>(end - begin)) {
       for (size_t i = begin; i < end; ++i, ++at) {
-        answers->values[batch.keys[i]] = {replies.text(parts[at]).data(),
-                                          parts[at].number};
+        const std::string_view text = replies.text(parts[at]);
+        answers->values[batch.keys[i]] = {
+            text.data(), parts[at].type != '$'  ? RedisValue::kLost
+                         : parts[at].number < 0 ? RedisValue::kNone
+                                                : parts[at].number};
       }
       continue;
     }

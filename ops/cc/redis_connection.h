@@ -60,9 +60,12 @@ class RedisReader {
   bool whole() const { return awaited_ == 0; }
 
   const std::vector<RedisPart>& parts() const { return parts_; }
+  // The bytes of a part, none where its number does not count bytes.
   std::string_view text(const RedisPart& part) const {
+    const bool has_bytes =
+        part.number >= 0 && part.type != ':' && part.type != '*';
     return {buffer_.data() + part.at,
-            static_cast<size_t>(part.number < 0 ? 0 : part.number)};
+            has_bytes ? static_cast<size_t>(part.number) : 0};
   }
 
  private:

@@ -357,7 +357,7 @@ bool IsRedisUrl(const std::string& path) {
 std::unique_ptr<EmbeddingSource> OpenRedis(const std::string& url, bool verify,
                                            std::string* error) {
   if (verify) {
-    *error = url +
+    *error = url.substr(url.rfind('@') + 1) +
              ": `verify` is for files; rows are verified when they are "
              "loaded into Redis";
     return nullptr;

@@ -98,12 +98,15 @@ def test_another_version_of_the_same_number(server: Server, tmp_path: pathlib.Pa
     write(tmp_path / "a", 1, 100)
     rows = write(tmp_path / "b", 1, 90, seed=1)
     redis_loader.load(tmp_path / "a", 1, url)
+    assert not redis_loader.holds(url, tmp_path / "b", 1)
     with pytest.raises(StoreError, match="holds another version 1"):
         redis_loader.load(tmp_path / "b", 1, url)
     with pytest.raises(StoreError, match="version 1 is published; publish another one"):
         redis_loader.delete(url, 1)
     shards.write(tmp_path / "a", 2, [(shards.Table(name="t", dim=4, num_rows=1), [rows[:1]])])
+    assert not redis_loader.holds(url, tmp_path / "a", 2)
     redis_loader.load(tmp_path / "a", 2, url, publish=False)
+    assert redis_loader.holds(url, tmp_path / "a", 2)
     assert client.get("other:CURRENT") == b"1"
     redis_loader.load(tmp_path / "a", 2, url)
     assert client.get("other:CURRENT") == b"2"
@@ -118,6 +121,13 @@ def test_another_version_of_the_same_number(server: Server, tmp_path: pathlib.Pa
     assert redis_loader.versions(Redis(url)) == {2: 2, 1: 1}
 
 
+def test_a_cluster_of_one_node(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "store", 1, 1000)
+    (tmp_path / "nodes").mkdir()
+    with redis_servers.cluster(tmp_path / "nodes", nodes=1) as cluster:
+        assert redis_loader.load(tmp_path / "store", 1, cluster.url()) == 1000
+
+
 def test_refusals(server: Server, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, 1, 100)
     for url, message in (
@@ -125,6 +135,8 @@ def test_refusals(server: Server, tmp_path: pathlib.Path, monkeypatch: pytest.Mo
         ("redis://127.0.0.1/p", "A Redis URL should be"),
         ("redis://127.0.0.1:1/", "the prefix of its keys"),
         ("redis://127.0.0.1:1/p", "Connection refused"),
+        ("redis://me:secret@127.0.0.1:1/p", "should hold no password"),
+        ("redis://127.0.0.1:1,127.0.0.1:2/p", "should name one address"),
     ):
         with pytest.raises(StoreError, match=message):
             redis_loader.load(tmp_path, 1, url)

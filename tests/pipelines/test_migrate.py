@@ -13,7 +13,8 @@ import pytest
 import tensorflow as tf
 
 from qianmo.configs.base import base_config
-from qianmo.models.ranker import Ranker
+from qianmo.layers.domain_mlp import DomainMLP
+from qianmo.models.ranker import Ranker, Weight
 from qianmo.pipelines import migrate, readers, run_dir
 from qianmo.pipelines.recipe import Migration, Recipe
 from qianmo.pipelines.train import Run, completed, train
@@ -178,6 +179,15 @@ def test_what_was_taken_is_frozen_slow_or_free(
         np.testing.assert_allclose(slow, 0.25 * free, rtol=1e-3, atol=1e-6)
 
 
+def test_a_place_of_stacked_weights_is_assigned_under_any_policy() -> None:
+    layer = DomainMLP(2, (3,), dtype="mixed_bfloat16")
+    layer((tf.zeros([1, 4]), tf.constant([1])))
+    Weight(layer.kernels[0], 1).assign(tf.fill([4, 3], 0.3))
+    np.testing.assert_array_equal(layer.kernels[0][1], np.full([4, 3], 0.3, np.float32))
+    assert (layer.kernels[0][0].numpy() != 0.3).all()
+
+
+@pytest.mark.parametrize("case", [False], ids=["stacked"], indirect=True)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -196,11 +206,8 @@ def test_what_was_taken_is_frozen_slow_or_free(
     ],
 )
 def test_refusals(case: Any, changes: dict[str, Any], message: str) -> None:
-    owned, _, config = case
-    if owned:
-        pytest.skip("the same as without an owned feature")
     with pytest.raises(ValueError, match=message):
-        begin(changed(config, **changes))  # a wrong entry, or one that does not fit
+        begin(changed(case[2], **changes))  # a wrong entry, or one that does not fit
 
 
 def test_scores_that_differ_are_refused(case: Any, data: pathlib.Path) -> None:

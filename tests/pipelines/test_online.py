@@ -359,6 +359,18 @@ def test_a_folder_is_read_in_the_order_of_its_names(rows, tmp_path):
         FolderStream(schema, tmp_path / "nowhere")
 
 
+def test_a_late_file_is_seen_in_a_folder_that_was_emptied(rows, tmp_path):
+    shutil.copy(rows / "3.parquet", tmp_path)
+    stream = FolderStream(Schema.from_config(SCHEMA), tmp_path)
+    assert taken(stream, 100) is not None
+    (tmp_path / "3.parquet").unlink()
+    while taken(stream, 100) is not None:
+        pass
+    shutil.copy(rows / "4.parquet", tmp_path / "10.parquet")
+    with pytest.raises(DataError, match=r"10\.parquet: it appeared when 3\.parquet had been begun"):
+        taken(stream, 100)
+
+
 @pytest.fixture(scope="module")
 def redis_server(tmp_path_factory):
     """A Redis server of its own: its address, and a client."""
