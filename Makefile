@@ -41,10 +41,11 @@ demo: $(READY)  ## train, export, serve and query on the shipped sample of real 
 	$(BIN)/python -m qianmo.pipelines.demo
 
 test: lint  ## lint, check the types, run the tests and the examples in the docstrings
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --doctest-modules --pyargs tests/ $(ROOMS:%=qianmo.%)
+	$(BIN)/python -m pytest -q -n 2 --doctest-modules --pyargs \
+	  --ignore=tests/ops/test_cores.py tests/ $(ROOMS:%=qianmo.%)
 
-sanitize: $(STAMP)  ## test the C++ cores for memory, arithmetic and races; `make test` does it too
-	$(BIN)/python -m pytest -q tests/ops/test_cores.py
+sanitize: $(STAMP)  ## test the C++ cores for memory, arithmetic and races
+	$(BIN)/python -m pytest -q -n 2 tests/ops/test_cores.py
 
 lint: $(READY)  ## check the style and the types
 	$(BIN)/ruff check
