@@ -21,6 +21,7 @@ from qianmo.configs import kuairand_meta, movielens_1m_meta
 from qianmo.layers import metrics
 from qianmo.pipelines import adapted, evaluate
 from qianmo.pipelines.recipe import Recipe
+from qianmo.pipelines.task_rows import support_rows
 from qianmo.pipelines.train import Run
 
 SEEDS = (1,)  # three make a claim; one tells whether it is worth making
@@ -79,7 +80,7 @@ def unit(protocol: str, method: str, seed: int, *, quick: bool) -> dict[str, Any
         scored = evaluate.score(model, test)
         found = scored.probabilities[model.serving_head][:, 0]
         return {"plain": measured(scored.labels[:, 0], found, scored.columns["task_id"])}
-    support = adapted.support_rows(model, str(data / "test_support.parquet"))
+    support = support_rows(model, str(data / "test_support.parquet"))
     # History features hold the last 20 rows, whatever k is.
     sizes = SIZES if method in ("plain", "meta") else SIZES[-1:]
     scored = adapted.score(model, test, support, sizes)

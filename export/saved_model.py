@@ -20,7 +20,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow.python.framework import op_def_registry
 from tensorflow_serving.apis import model_pb2, predict_pb2, prediction_log_pb2
 
-from qianmo.layers.encode import BAD_DENSE, OK, Encoded
+from qianmo.layers.encode import BAD_DENSE, OK, completed
 from qianmo.layers.features import Schema
 from qianmo.models.ranker import Ranker
 
@@ -100,9 +100,7 @@ def scorer(model: Ranker, head: str) -> Signature:
     return score
 
 
-def fed_scorer(model: Ranker, head: str) -> Signature:
-    """The score of a head, from vectors."""
-
+def _fed_scorer(model: Ranker, head: str) -> Signature:
     def score(**features: tf.Tensor) -> dict[str, tf.Tensor]:
         batch = tf.shape(next(iter(features.values())))[0]
         dense, status = tf.zeros([batch, 0]), tf.zeros([batch], tf.int32)
@@ -119,16 +117,10 @@ def fed_scorer(model: Ranker, head: str) -> Signature:
     return score
 
 
-def encode_categorical(model: Ranker, features: Mapping[str, tf.Tensor]) -> Encoded:
-    """Encodes categorical features; dense ones do not cross the embedding seam."""
-    # A constant stands in for what is left out.
-    zero = tf.zeros([tf.shape(next(iter(features.values())))[0]], tf.float32)
-    return model.encode({**features, **{d.name: zero for d in model.schema.dense}})
-
-
 def _lookup(model: Ranker) -> Signature:
     def lookup(**features: tf.Tensor) -> dict[str, tf.Tensor]:
-        encoded = encode_categorical(model, features)
+        # Dense features do not cross this seam; constants stand in for them.
+        encoded = model.encode(completed(model.schema, features))
         return {**model.embed.vectors(encoded), STATUS: encoded.status}
 
     return lookup
@@ -412,7 +404,7 @@ def fill_fed(
     fed = {**vectors, **{d.name: inputs[d.name] for d in model.schema.dense}}
     if domain := domain_input(model):
         fed[domain] = inputs[model.schema.domain]
-    functions = {key: fed_scorer(model, head) for key, head in signatures.items()}
+    functions = {key: _fed_scorer(model, head) for key, head in signatures.items()}
     specs = vector_specs(model)
     fill(folder, name, model, functions, _each(functions, specs), _each(functions, fed))
     return replay(folder, model, signatures, fed, inputs, tolerance)

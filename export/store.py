@@ -13,7 +13,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import numpy as np
 import tensorflow as tf
@@ -32,7 +32,6 @@ from qianmo.export.saved_model import (
     answer,
     cast,
     categorical,
-    encode_categorical,
     fill,
     fill_fed,
     next_fed_version,
@@ -45,7 +44,7 @@ from qianmo.export.saved_model import (
     write_fed_serving_files,
     write_serving_files,
 )
-from qianmo.layers.encode import Encoded, owns
+from qianmo.layers.encode import Encoded, completed, owns
 from qianmo.models.ranker import Ranker
 from qianmo.ops.embedding_lookup import EmbeddingStore, Read
 
@@ -99,8 +98,7 @@ def stored_vectors(
     found = {}
     for f, vectors in zip(features, store.lookup(reads, timeout_ms=timeout_ms), strict=True):
         if f.domains:
-            domain = encoded.ids[model.schema.domain]
-            own = owns(model.schema, f.domains, domain)[:, None]
+            own = owns(model.schema, f.domains, encoded.domain(model.schema))[:, None]
             vectors = tf.where(own, vectors, tf.zeros_like(vectors))
         found[f.name] = tf.cast(vectors, model.embed.compute_dtype)
     return found
@@ -110,9 +108,7 @@ def _scorer(model: Ranker, head: str, store: EmbeddingStore, timeout_ms: int) ->
     def score(**features: tf.Tensor) -> dict[str, tf.Tensor]:
         encoded = model.encode(features)
         vectors = stored_vectors(model, encoded, store, timeout_ms)
-        domain = tf.zeros_like(encoded.status, tf.int64)
-        if model.schema.domain_feature is not None:
-            domain = encoded.ids[model.schema.domain_feature.name]
+        domain = encoded.domain(model.schema)
         embedded = model.embed.assemble(vectors, encoded.dense, domain)
         return answer(model.schema, model.heads(embedded, (head,))[head].logits, encoded.status)
 
@@ -121,21 +117,33 @@ def _scorer(model: Ranker, head: str, store: EmbeddingStore, timeout_ms: int) ->
 
 def _store_lookup(model: Ranker, store: EmbeddingStore, timeout_ms: int) -> Signature:
     def lookup(**features: tf.Tensor) -> dict[str, tf.Tensor]:
-        encoded = encode_categorical(model, features)
+        encoded = model.encode(completed(model.schema, features))
         return {**stored_vectors(model, encoded, store, timeout_ms), STATUS: encoded.status}
 
     return lookup
 
 
+class Embeddings(TypedDict, total=False):
+    """Where a graph's embeddings are and how they come there, see `export_store`."""
+
+    store: str | os.PathLike[str] | None
+    embedding_version: int | None
+    changes_of: int | None
+    dtype: shards.DType
+    on_mismatch: Literal["fall_back", "refuse"]
+    redis: str
+
+
 @contextlib.contextmanager
 def _embeddings(
     model: Ranker,
-    folder: pathlib.Path,
-    embedding_version: int | None,
-    changes_of: int | None,
-    dtype: shards.DType,
-    on_mismatch: Literal["fall_back", "refuse"],
-    redis: str,
+    base: pathlib.Path,
+    store: str | os.PathLike[str] | None = None,
+    embedding_version: int | None = None,
+    changes_of: int | None = None,
+    dtype: shards.DType = "float32",
+    on_mismatch: Literal["fall_back", "refuse"] = "fall_back",
+    redis: str = "",
 ) -> Iterator[tuple[EmbeddingStore, Callable[[pathlib.Path], None]]]:
     """Writes the model's embeddings if they are not there; publishes them when all went well.
 
@@ -151,6 +159,7 @@ def _embeddings(
             f"Received: {embedding_version} and {changes_of}"
         )
     new = embedding_version is None
+    folder = pathlib.Path(store or base.with_name(base.name + "_embeddings"))
 
     def point(graph: pathlib.Path) -> None:
         assets = graph / "assets"
@@ -197,14 +206,9 @@ def export_store(
     *,
     heads: Sequence[str] = (),
     version: int | None = None,
-    store: str | os.PathLike[str] | None = None,
-    embedding_version: int | None = None,
-    changes_of: int | None = None,
-    dtype: shards.DType = "float32",
-    on_mismatch: Literal["fall_back", "refuse"] = "fall_back",
-    redis: str = "",
     timeout_ms: int = 0,
     tolerance: float = TOLERANCE,
+    **embeddings: Unpack[Embeddings],
 ) -> tuple[pathlib.Path, float]:
     """Writes the graph, and its embeddings into a store if they are not there.
 
@@ -219,6 +223,9 @@ def export_store(
       rows: real rows, input name -> column, replayed through the session loader before publishing.
       heads: which heads to ship, the default one first. Default: the model's serving head.
       version: of the graph. Default: one above the highest.
+      timeout_ms: when a lookup gives up; 0 for never.
+      tolerance: how far scores may be from the Keras model's. Only tables that are not float32 need
+        more than the default.
       store: folder of the embedding versions. Default: `<base_path>_embeddings`.
       embedding_version: one that is there and holds the model's embeddings; then only the graph is
         written. Default: the model's tables are written as a new version, which begins a new
@@ -230,9 +237,6 @@ def export_store(
         `EmbeddingStore`.
       redis: URL of a Redis; then the embeddings are loaded from the folder into it as well
         (`redis_loader.load`), and it is there that the graph reads them.
-      timeout_ms: when a lookup gives up; 0 for never.
-      tolerance: how far scores may be from the Keras model's. Only tables that are not float32 need
-        more than the default.
 
     Returns:
       The graph version's folder, and the largest difference to the Keras model on `rows`.
@@ -244,15 +248,12 @@ def export_store(
     """
     signatures = signature_heads(model, heads)
     base = pathlib.Path(base_path)
-    folder_of_store = pathlib.Path(store or base.with_name(base.name + "_embeddings"))
     version = version or next_version(base)
     specs = raw_specs(model.schema)
     inputs = cast(rows, specs)
     with (
         publishing(base, version) as folder,
-        _embeddings(
-            model, folder_of_store, embedding_version, changes_of, dtype, on_mismatch, redis
-        ) as (opened, point),
+        _embeddings(model, base, **embeddings) as (opened, point),
     ):
         functions = {
             name: _scorer(model, head, opened, timeout_ms) for name, head in signatures.items()
@@ -280,14 +281,9 @@ def export_fed_store(
     *,
     heads: Sequence[str] = (),
     version: int | None = None,
-    store: str | os.PathLike[str] | None = None,
-    embedding_version: int | None = None,
-    changes_of: int | None = None,
-    dtype: shards.DType = "float32",
-    on_mismatch: Literal["fall_back", "refuse"] = "fall_back",
-    redis: str = "",
     timeout_ms: int = 0,
     tolerance: float = TOLERANCE,
+    **embeddings: Unpack[Embeddings],
 ) -> tuple[pathlib.Path, float]:
     """`export_fed` whose vectors lie in an embedding store.
 
@@ -299,15 +295,12 @@ def export_fed_store(
     """
     signatures = signature_heads(model, heads)
     base = pathlib.Path(base_path)
-    folder_of_store = pathlib.Path(store or base.with_name(base.name + "_embeddings"))
     version = version or next_fed_version(base)
     specs = raw_specs(model.schema)
     inputs = cast(rows, specs)
     with (
         publishing_fed(base, version) as (folder, lookup),
-        _embeddings(
-            model, folder_of_store, embedding_version, changes_of, dtype, on_mismatch, redis
-        ) as (opened, point),
+        _embeddings(model, base, **embeddings) as (opened, point),
     ):
         fill(
             lookup,

@@ -276,12 +276,7 @@ class Embed(tf_keras.layers.Layer):
             squares = [tf.reduce_sum(tf.square(s)) for s in wide]
             batch = tf.cast(tf.shape(wide[0])[0], self.variable_dtype)
             self.add_loss(self.l2 * tf.add_n(squares) / batch)
-        feature = self.schema.domain_feature
-        if feature is None:
-            domain = tf.zeros_like(encoded.status, tf.int64)
-        else:
-            domain = encoded.ids[feature.name]
-        return self._embedded(stacks, encoded.dense, domain)
+        return self._embedded(stacks, encoded.dense, encoded.domain(self.schema))
 
     def get_config(self) -> dict[str, Any]:
         """The layer's arguments."""

@@ -31,6 +31,11 @@ class Encoded(NamedTuple):
     dense: tf.Tensor
     status: tf.Tensor
 
+    def domain(self, schema: Schema) -> tf.Tensor:
+        """Places of the rows' domains, int64 [B]; zeros when no feature tells the domain."""
+        feature = schema.domain_feature
+        return tf.zeros_like(self.status, tf.int64) if feature is None else self.ids[feature.name]
+
 
 def owns(schema: Schema, domains: Iterable[int], domain: tf.Tensor) -> tf.Tensor:
     """Which rows are of the domains that own a feature: places of domains [B] -> bool [B]."""

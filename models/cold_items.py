@@ -84,10 +84,7 @@ class ColdItems(tf.Module):
         """The base's logits of rows whose item has the given vectors, [B, D]."""
         base = self.base
         found = {**base.embed.vectors(encoded), self.item.name: vectors}
-        domain = tf.zeros_like(encoded.status, tf.int64)
-        if base.schema.domain_feature is not None:
-            domain = encoded.ids[base.schema.domain_feature.name]
-        embedded: Embedded = base.embed.assemble(found, encoded.dense, domain)
+        embedded: Embedded = base.embed.assemble(found, encoded.dense, encoded.domain(base.schema))
         return base.heads(embedded, (base.serving_head,))[base.serving_head].logits
 
     def losses_of(self, features: Mapping[str, tf.Tensor], targets: Targets) -> tf.Tensor:

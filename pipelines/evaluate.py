@@ -9,7 +9,7 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from absl import flags
@@ -19,8 +19,8 @@ from qianmo.layers import metrics
 from qianmo.layers.features import Schema
 from qianmo.models.ranker import Ranker
 from qianmo.models.two_tower import TwoTower
-from qianmo.pipelines import program, readers, run_dir
-from qianmo.pipelines.recipe import Recipe
+from qianmo.pipelines import program, readers, retrieval, run_dir
+from qianmo.pipelines.recipe import Data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,15 +127,22 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _measured(model: Ranker, recipe: Recipe, path: str) -> tuple[dict[str, Any], str]:
-    """Metrics of the rows, and their table."""
-    if isinstance(model, TwoTower) and recipe.data.items:
-        from qianmo.pipelines import retrieval  # which imports this module
+class Measured(NamedTuple):
+    """Metrics of a file's rows, their table, and the scores, where rows are scored at all."""
 
-        report = retrieval.of_recipe(model, recipe.data, path)
-        return report, retrieval.table(report)
-    report = evaluate(score(model, path, progress=True), model.schema)
-    return report, table(report)
+    report: dict[str, Any]
+    text: str
+    scored: Scored | None
+
+
+def measured(model: Ranker, data: Data, path: str, progress: bool = False) -> Measured:
+    """Scores a file's rows, or finds their items where the recipe's data has a catalogue."""
+    if data.items:
+        report = retrieval.of_recipe(cast(TwoTower, model), data, path)
+        return Measured(report, retrieval.table(report), None)
+    scored = score(model, path, progress=progress)
+    report = evaluate(scored, model.schema)
+    return Measured(report, table(report), scored)
 
 
 def define_flags() -> None:
@@ -155,12 +162,12 @@ def run(_: list[str]) -> None:
         path = values.data or recipe.data.test
         if not path:
             raise ValueError("The recipe names no test rows; give --data.")
-        report, text = _measured(model, recipe, path)
+        found = measured(model, recipe.data, path, progress=True)
     except ValueError as error:
         sys.exit(f"error: {error}")
     if values.output:
-        run_dir.write_json(pathlib.Path(values.output), report)
-    print(text)
+        run_dir.write_json(pathlib.Path(values.output), found.report)
+    print(found.text)
 
 
 def main() -> None:

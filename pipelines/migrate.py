@@ -209,9 +209,11 @@ def _gate_on(model: Ranker, plan: Plan) -> Iterator[None]:
             if len(at) == 1:
                 layer.gate.only = at[0]
                 gates.append(layer.gate)
-    yield
-    for gate in gates:
-        gate.only = None
+    try:
+        yield
+    finally:
+        for gate in gates:
+            gate.only = None
 
 
 def compare(recipe: Recipe, model: Ranker, plan: Plan) -> float | None:

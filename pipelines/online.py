@@ -204,9 +204,7 @@ class Online:
     def _scored_step(self, features: Any, targets: Any) -> tf.Tensor:
         """The student's probabilities before a step on the same rows, [B, K]."""
         model = self.model
-        inputs = {name: features[name] for name in model.schema.input_names}
-        embedded = model.embed(model.encode(inputs))
-        logits = model.heads(embedded, (model.serving_head,))[model.serving_head].logits
+        logits = model.one_head(features, model.serving_head)[0].logits
         model.train_step((features, targets))
         return tf.sigmoid(tf.cast(logits, tf.float32))
 

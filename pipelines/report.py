@@ -60,8 +60,7 @@ def head_function(model: Ranker, head: str) -> Any:
 
     @tf.function(reduce_retracing=True)
     def predict(features: Mapping[str, tf.Tensor]) -> tf.Tensor:
-        embedded = model.embed(model.encode(features))
-        return tf.sigmoid(model.heads(embedded, (head,))[head].logits)
+        return tf.sigmoid(model.one_head(features, head)[0].logits)
 
     return predict
 

@@ -19,8 +19,9 @@ from qianmo.layers import metrics
 from qianmo.layers.features import Schema
 from qianmo.layers.inner_loop import Support
 from qianmo.models.two_tower import TwoTower
-from qianmo.pipelines import adapted, readers
+from qianmo.pipelines import readers
 from qianmo.pipelines.recipe import Data
+from qianmo.pipelines.task_rows import TaskRows, support_rows
 
 SIZES = (10, 50, 100)
 
@@ -130,7 +131,7 @@ def _vectors(
     model: TwoTower,
     features: Mapping[str, tf.Tensor],
     task_id: npt.NDArray[Any],
-    support: adapted.TaskRows | None,
+    support: TaskRows | None,
 ) -> Mapping[str, tf.Tensor]:
     """Users' vectors: head -> [B, D]."""
     if support is not None:
@@ -144,7 +145,7 @@ def ranks(
     path: str,
     items: Catalogue,
     had: Known,
-    support: adapted.TaskRows | None = None,
+    support: TaskRows | None = None,
     batch_size: int = 1024,
 ) -> dict[str, npt.NDArray[np.int64]]:
     """The rank of each row's item, from 1 on: head "model", and "adapted" where there is support.
@@ -191,7 +192,7 @@ def measure(
     support = None
     if support_path and not model.support_feature:
         assert model.meta is not None
-        support = adapted.support_rows(model, support_path, model.meta.inner.max_support)
+        support = support_rows(model, support_path, model.meta.inner.max_support)
     had = known(model, items, known_paths)
     label = model.schema.labels[0]
     return {

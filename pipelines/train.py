@@ -15,7 +15,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from qianmo.models import zoo
 from qianmo.models.ranker import Ranker
-from qianmo.models.two_tower import TwoTower
 from qianmo.pipelines import (
     adapted,
     chunks,
@@ -39,7 +38,7 @@ from qianmo.pipelines import (
     runtime,
     statistics,
 )
-from qianmo.pipelines.evaluate import Scored, evaluate, score, table
+from qianmo.pipelines.evaluate import measured, table
 from qianmo.pipelines.recipe import Recipe, optimizer
 
 ASKED = "asked.json"  # the recipe as given, before anything was counted
@@ -299,10 +298,9 @@ class Run:
             "monitor": None,
         }
         if data.valid:
-            measured, _ = self._measured(data.valid)
             entry["valid"] = {
                 head: {label: parts["all"] for label, parts in labels.items()}
-                for head, labels in measured.items()
+                for head, labels in measured(self.model, data, data.valid).report.items()
             }
             found = entry["valid"][self.model.serving_head]
             mean = float(np.mean([m[train.monitor] for m in found.values()]))
@@ -316,14 +314,6 @@ class Run:
         self.position.batch.assign(0)
         self.checkpoints.save()
         print(report.epoch_line(entry))
-
-    def _measured(self, path: str, progress: bool = False) -> tuple[dict[str, Any], Scored | None]:
-        """Metrics of a file's rows; and the scores, where rows are scored and not items found."""
-        data = self.recipe.data
-        if not data.items:
-            scored = score(self.model, path, progress=progress)
-            return evaluate(scored, self.recipe.schema), scored
-        return retrieval.of_recipe(cast(TwoTower, self.model), data, path), None
 
     def _tensorboard(self, entry: Mapping[str, Any]) -> None:
         writer = tf.summary.create_file_writer(str(self.dir / "tensorboard"))
@@ -370,8 +360,8 @@ class Run:
         scored = None
         if data.test:
             found["rows"]["test"] = readers.count_rows(self.recipe.schema, data.test)
-            found["test"], scored = self._measured(data.test, progress=True)
-            print((retrieval.table if data.items else table)(found["test"]))
+            found["test"], text, scored = measured(self.model, data, data.test, progress=True)
+            print(text)
         if data.test_support and not data.items:
             found["adapted"] = adapted.measure(self.model, data.test, data.test_support)
             print(table(found["adapted"]["test"]))

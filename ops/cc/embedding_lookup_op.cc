@@ -104,7 +104,8 @@ path: a folder, the URL of a Redis, or a file whose only line names one of them,
   a folder from the file's own folder on.
 space: accepts embedding versions of this space; 0 for all.
 on_mismatch: what to read when the version published is of another space:
-  'fall_back' is the newest one there that is of this space, 'refuse' none, so that lookups fail until one is published. Without any both fail here.
+  'fall_back' is the newest one there that is of this space, 'refuse' none, so
+  that lookups fail until one is published. Without any both fail here.
 verify: read every byte of a version and compare the checksums before it is
   used.
 )doc");
@@ -142,8 +143,8 @@ Reads vectors of several tables from one embedding version of a store.
 
 An id may stand any number of times; each place gets the vector. The work runs
 on threads of its own as long as rows come from a disk or from a Redis, so that
-none of TensorFlow's waits for them. It ends early when the step is cancelled or its
-time is up.
+none of TensorFlow's waits for them. It ends early when the step is cancelled or
+its time is up.
 
 ids: of each table any shape, or [B, L] where it is pooled.
 lengths: how many ids of each row to pool, from the left, [B]; one for each of

@@ -21,6 +21,7 @@ from qianmo.layers.star_tower import StarTower
 from qianmo.pipelines import adapted, prepare
 from qianmo.pipelines.export import columns, first_rows
 from qianmo.pipelines.recipe import Recipe
+from qianmo.pipelines.task_rows import support_rows
 from qianmo.pipelines.train import Run
 
 ROWS = 200
@@ -98,7 +99,7 @@ def test_its_tower_adapts_in_the_served_graph(
     folder, worst = export_adapted(model, tmp_path / "adapted", rows, support)
     assert worst <= 1e-6
     most = model.meta.inner.max_support
-    held = adapted.support_rows(model, support_path, most)
+    held = support_rows(model, support_path, most)
     scored = adapted.score(model, path, held, [most], batch_size=ROWS)
     inputs = cast({**rows, ADAPT: np.ones(ROWS, bool)}, adapted_specs(model.schema))
     with session(folder) as run:

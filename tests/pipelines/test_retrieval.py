@@ -212,7 +212,7 @@ def test_the_program_measures_what_training_did(
     trained: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, read, report, _ = trained
-    found, text = evaluate._measured(model, read, read.data.test)
+    found, text, _ = evaluate.measured(model, read.data, read.data.test)
     assert found == report["test"]
     assert "adapted" in text
 
