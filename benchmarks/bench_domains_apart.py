@@ -65,9 +65,7 @@ def has(label: str, tab: int) -> bool:
 def aucs(test: dict[str, Any], found: tabs.Floats) -> tabs.Floats:
     """[label, tab, 1 + resample], NaN where a tab has no such label; the first of all rows."""
     users, code = np.unique(test["user_id"], return_inverse=True)
-    random = np.random.default_rng(1)
-    drawn = random.multinomial(len(users), np.full(len(users), 1 / len(users)), tabs.RESAMPLES)
-    drawn = np.concatenate([np.ones((1, len(users)), drawn.dtype), drawn]).astype(np.float32)
+    drawn = tabs.draws(users)
     values = np.full((len(tabs.LABELS), len(tabs.TABS), tabs.RESAMPLES + 1), np.nan)
     for t, tab in enumerate(tabs.TABS):
         rows = test["tab"] == tab
