@@ -80,7 +80,7 @@ def get_config(variant: str = "users-meta") -> ConfigDict:
     if use == "users":
         config.data.test_support = f"{ROWS}/test_support.parquet"
         if method == "meta":
-            config.data.chunk_rows, config.data.chunk_tasks = 40, 50
+            config.data.chunk_rows, config.data.chunk_tasks = 40, 25
             config.data.chunks_beside = True
     config.data.shuffle_rows = 2**20  # all of them, which lie in the file by time
     config.train.batch_size = 1024

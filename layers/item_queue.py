@@ -80,8 +80,11 @@ class ItemQueue(tf_keras.layers.Layer):
         """Scores the queue."""
         inverse = -tf.math.log(self.probability(self._ids))
         log_weights = tf.math.log(float(self.size)) + tf.nn.log_softmax(inverse)
-        q = tf.cast(q, self._vectors.dtype)
-        return tf.matmul(q, self._vectors, transpose_b=True) + tf.cast(log_weights, q.dtype)
+        # All queries as one matrix: one product of many rows is much faster than many of few.
+        rows = tf.reshape(tf.cast(q, self._vectors.dtype), [-1, self.dim])
+        scores = tf.matmul(rows, self._vectors, transpose_b=True)
+        scores = tf.reshape(scores, tf.concat([tf.shape(q)[:-1], [self.size]], 0))
+        return scores + tf.cast(log_weights, scores.dtype)
 
     def get_config(self) -> dict[str, Any]:
         """The layer's arguments."""

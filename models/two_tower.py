@@ -23,7 +23,7 @@ from qianmo.models.ranker import Ranker, Targets
 
 # Rows of a batch that learn from their lists; each is a task, and all would cost more than the rest
 # of the step many times over.
-LIST_TASKS = 128
+LIST_TASKS = 64
 
 
 @tf_keras.utils.register_keras_serializable(package="qianmo")
