@@ -38,6 +38,7 @@ NAMES = {
     "kuairand": "KuaiRand clicks",
     "meta_coldstart": "new users and new films, MeLU's four states",
     "meta_ctr": "towers that adapt to each user, on clicks and likes",
+    "meta_ranking": "click, like and long view by towers that adapt to each user",
     "meta_serving": "adapted scores against the plain score of one exported graph",
     "meta_speed": "episodes in the training step, and MeLU's net",
     "publish": "a student's graph beside tables of 1,000 and 10 million rows",

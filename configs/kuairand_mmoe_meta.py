@@ -1,4 +1,7 @@
-"""KuaiRand click, like and long view: MMoE, each label with a tower that adapts to the user."""
+"""KuaiRand click, like and long view: MMoE, each label with a tower that adapts to the user.
+
+Variants: "fine_tune" trains an ordinary model and adapts in serving alone, "meta" trains for it.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,14 @@ from ml_collections import ConfigDict
 
 from qianmo.configs import kuairand_meta
 
+METHODS = {"fine_tune": "plain", "meta": "meta"}  # and the variant of `kuairand_meta`
 
-def get_config() -> ConfigDict:
+
+def get_config(variant: str = "meta") -> ConfigDict:
     """The recipe. Each tower adapts on the user's support rows by its own label."""
-    config = kuairand_meta.get_config("kuairand_no_id-meta")
+    if variant not in METHODS:
+        raise ValueError(f"The variant should be one of {tuple(METHODS)}. Received: {variant!r}")
+    config = kuairand_meta.get_config(f"kuairand_no_id-{METHODS[variant]}")
     meta = config.model.meta
     config.schema.labels = ("is_click", "is_like", "long_view")
     config.model = {

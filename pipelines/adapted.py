@@ -62,7 +62,7 @@ def score(
             rows = {k: Support(*map(tf.constant, s.of(task_id)[1])) for k, s in supports.items()}
             for name, value in scores(features, tf.constant(place), rows).items():
                 found.setdefault(name, []).append(value.numpy())
-            targets["group"] = _named(every.weights[:, :, 0].sum(1)[place])
+            targets["group"] = _named(every.weights.max(2).sum(1)[place])
             for name, value in targets.items():
                 columns.setdefault(name, []).append(np.asarray(value))
     joined = {name: np.concatenate(values) for name, values in columns.items()}

@@ -21,7 +21,7 @@ class TaskRows:
     Attributes:
       task_id: [T], rising.
       h: [T, S, H]; a task with fewer rows has them at the end.
-      labels: [T, S, K].
+      labels: [T, S, K]; NaN where a row does not have that label, which is then no support for it.
       count: [T].
     """
 
@@ -44,11 +44,11 @@ class TaskRows:
         known = self.task_id[at] == asked
         count = np.where(known, self.count[at], 0)
         width = self.h.shape[1]
-        weights = np.arange(width) >= width - count[:, None]
+        inside = np.arange(width) >= width - count[:, None]
         labels = self.labels[at]
-        return place, Support(
-            self.h[at], labels, np.broadcast_to(weights[:, :, None], labels.shape).astype("f4")
-        )
+        is_there = ~np.isnan(labels)
+        weights = (inside[:, :, None] & is_there).astype("f4")
+        return place, Support(self.h[at], np.where(is_there, labels, np.float32(0)), weights)
 
 
 def support_rows(model: Ranker, path: str, most: int = 20) -> TaskRows:

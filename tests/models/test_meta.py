@@ -10,6 +10,7 @@ from qianmo.layers.inner_loop import Support
 from qianmo.layers.sparse_adam import SparseAdam
 from qianmo.models import zoo
 from qianmo.pipelines import runtime
+from qianmo.pipelines.task_rows import TaskRows
 
 SCHEMA = Schema(
     features=(
@@ -116,6 +117,39 @@ def test_the_objective_is_that_of_the_equation():
         z = model.tower(tf.gather(h, query)[None], correction=correction).logits[0].numpy()
         losses += (np.logaddexp(0, z) - z * y[query]).sum(1).tolist()
     np.testing.assert_allclose(found, 0.7 * np.mean(losses), rtol=1e-5)
+
+
+def test_each_label_s_tower_has_support_of_its_own():
+    tf_keras.utils.set_random_seed(3)
+    config = {"name": "mmoe", "num_experts": 2, "expert_units": (8,), "tower_units": (6,)}
+    model = zoo.build(SCHEMA, {**config, "meta": {"inner": INNER}})
+    model.build()
+    features, targets = next(batches(1))
+    plain, _ = model.one_head({k: tf.constant(v) for k, v in features.items()}, "model")
+    users, h = np.arange(2), plain.h.numpy()
+
+    def score(labels):
+        """Of 2 users with 10 support rows each; NaN is a label that a row does not have."""
+        held = TaskRows(users, h[:20].reshape(2, 10, -1), labels, np.array([10, 10]))
+        place, support = held.of(np.repeat(users, len(h) // 2))
+        return [x.numpy() for x in model.meta.score(model.tower, plain, place, support)]
+
+    both = targets["labels"][:20].reshape(2, 10, 2)
+    few = both.copy()
+    few[0, :, 1], few[1, ::2, 1] = np.nan, np.nan
+    full, _ = score(both)
+    found, status = score(few)
+    first = np.arange(len(h)) < len(h) // 2
+    assert (status == 0).all()
+    # The other label's support is none of a tower's business.
+    np.testing.assert_allclose(found[:, 0], full[:, 0], atol=1e-6)
+    np.testing.assert_array_equal(found[first, 1], plain.logits.numpy()[first, 1])
+    # A tower adapts on the rows that have its label as if there were no others.
+    held = TaskRows(users[1:], h[10:20][1::2][None], both[1:, 1::2], np.array([5]))
+    place, support = held.of(np.repeat(users[1:], len(h)))
+    alone, _ = model.meta.score(model.tower, plain, place, support)
+    np.testing.assert_allclose(found[~first, 1], alone.numpy()[~first, 1], atol=1e-6)
+    assert np.abs(found[~first] - plain.logits.numpy()[~first]).max(0).min() > 1e-3
 
 
 def original_off(targets):
