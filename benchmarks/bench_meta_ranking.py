@@ -6,6 +6,7 @@ the number of support rows used; "unadapted" are the scores of the same weights 
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import tempfile
@@ -22,6 +23,7 @@ from qianmo.pipelines.recipe import Recipe
 from qianmo.pipelines.task_rows import support_rows
 from qianmo.pipelines.train import Run
 
+NAME = "meta_ranking"
 SEEDS = (1, 2, 3)
 SIZES = (1, 2, 5, 10, 20)
 METHODS = {"fine_tune": "plain, fine-tuned at serving", "meta": "meta-trained"}
@@ -58,7 +60,11 @@ def unit(method: str, seed: int, *, quick: bool) -> dict[str, dict[str, dict[str
 def run(*, quick: bool) -> dict[str, Any]:
     """Both methods, all seeds."""
     seeds = SEEDS[:1] if quick else SEEDS
-    units = {method: [unit(method, seed, quick=quick) for seed in seeds] for method in METHODS}
+    units: dict[str, list[Any]] = {method: [] for method in METHODS}
+    for seed in seeds:
+        for method, found in units.items():
+            make = functools.partial(unit, method, seed, quick=quick)
+            found.append(make() if quick else common.kept(NAME, f"{method} {seed}", make))
 
     def values(method: str, label: str, k: str, metric: str) -> list[float]:
         return [found[label][k][metric] for found in units[method]]
@@ -90,4 +96,6 @@ def run(*, quick: bool) -> dict[str, Any]:
         ),
     }
     sha256 = common.sha256(common.kuairand(support_history=True))
+    if not quick:
+        common.finished(NAME)
     return {"data_sha256": sha256, "rows": rows, "targets": targets, "seeds": len(seeds)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import tempfile
@@ -20,6 +21,22 @@ from qianmo.pipelines.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 CACHE = ROOT / "runs" / "benchmarks"
+
+
+def kept(name: str, key: str, make: Callable[[], Any]) -> Any:
+    """What an interrupted run of a benchmark left under that key; else `make()`, which is kept."""
+    path = CACHE / f"{name}.partial.json"
+    done = json.loads(path.read_text()) if path.exists() else {}
+    if key not in done:
+        done[key] = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(done, indent=1))
+    return done[key]
+
+
+def finished(name: str) -> None:
+    """Forgets what `kept` holds of a benchmark."""
+    (CACHE / f"{name}.partial.json").unlink(missing_ok=True)
 
 
 def movielens_1m(split: str, *, support_history: bool = False) -> pathlib.Path:
