@@ -8,7 +8,9 @@ Signatures of stock ops, all [B, ...] and row-independent. Each answers `status`
     adapted_user            with `meta`: also the user's support -> `vector`
     adapted_recommend       the same -> items
 
-An index outside takes the vectors; their inner product ranks. Support is the list that the model
+An index outside takes the vectors; their inner product ranks. Where items belong to domains, the
+domain is an input of both sides, and what is found are items of the user's domain, or of any where
+it is unknown; an index outside needs a part for each domain. Support is the list that the model
 names, which is among the features, or comes in the request: `support_<column>` [B, S] for each item
 feature, oldest first, `support_count` of them valid.
 """
@@ -52,10 +54,11 @@ OfInputs = Callable[[Mapping[str, tf.Tensor]], Vectors]
 def side_specs(model: TwoTower, item: bool) -> dict[str, tf.TensorSpec]:
     """Serving inputs of one side's features."""
     specs = raw_specs(model.schema)
-    names = set()
-    for f in model.schema.features:
-        if (f.side == "item") == item:
-            names |= {f.name, getattr(f, "length_name", f.name)}
+    features = (model.item_features if item else model.user_features).features
+    names = set(features)
+    for f in model.schema.categorical:
+        if f.name in features and f.is_list:
+            names.add(f.length_name)
     return {name: spec for name, spec in specs.items() if name in names}
 
 
@@ -111,11 +114,41 @@ def _vector(of: OfInputs) -> Signature:
     return vector
 
 
-def _recommend(of: OfInputs, index: BruteForce, item: str) -> Signature:
+def _indexes(model: TwoTower, items: Rows, vectors: tf.Tensor, best: int) -> list[BruteForce]:
+    """The index of the whole catalogue, then one for each domain that items belong to.
+
+    Raises:
+      ExportError: a domain without items.
+    """
+    domain = np.zeros(len(vectors), np.int64)
+    rows = [np.full(len(vectors), True)]
+    if model.items_have_domains:
+        domain = model.encode.domain(tensors(items)).numpy()
+        rows += [domain == place for place in range(1, model.schema.num_domains + 1)]
+    sizes = [int(own.sum()) for own in rows]
+    if not min(sizes):
+        raise ExportError(f"`items`: domain number {sizes.index(0)} has no item there. Add some.")
+    indexes = []
+    for own in rows:
+        # tensorflow-recommenders' other indexes need ops that a stock server lacks, or approximate.
+        index = BruteForce(k=min(best, *sizes))
+        index.index(tf.boolean_mask(vectors, own), tf.constant(items[model.item.name][own]))
+        indexes.append(index)
+    return indexes
+
+
+def _recommend(of: OfInputs, indexes: list[BruteForce], model: TwoTower) -> Signature:
     def recommend(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
         found = _answer(*of(inputs))
-        score, ids = index(found[VECTOR])
-        return {item: ids, SCORE: score, STATUS: found[STATUS]}
+        answers = [index(found[VECTOR]) for index in indexes]
+        score, ids = answers[0]
+        if len(answers) > 1:
+            domain = model.encode.domain(inputs)
+            score, ids = (
+                tf.gather(tf.stack(each, 1), domain, batch_dims=1)
+                for each in zip(*answers, strict=True)
+            )
+        return {model.item.name: ids, SCORE: score, STATUS: found[STATUS]}
 
     return recommend
 
@@ -136,7 +169,7 @@ def export_retrieval(
       base_path: folder of the versions.
       rows: real rows, input name -> column, replayed through the session loader.
       items: the item's features, a row for each item of the catalogue.
-      best: k, how many items are recommended; at most all.
+      best: k, how many items are recommended; at most all, of any domain.
       version: default: one above the highest.
 
     Returns:
@@ -152,15 +185,12 @@ def export_retrieval(
     bad = np.flatnonzero((status.numpy() != OK) | ~np.isfinite(vectors.numpy()).all(1))
     if len(bad):
         raise ExportError(f"`items`: row {bad[0]} cannot be read: status {status.numpy()[bad[0]]}.")
-    # tensorflow-recommenders' other indexes need ops that a stock server lacks, or approximate.
-    index = BruteForce(k=min(best, len(vectors)))
-    index.index(vectors, tf.constant(catalogue[model.item.name]))
-
+    indexes = _indexes(model, catalogue, vectors, best)
     functions: dict[str, Signature] = {
         "serving_default": _vector(model.user_vectors),
         "user": _vector(model.user_vectors),
         "item": _vector(model.item_vectors),
-        "recommend": _recommend(model.user_vectors, index, model.item.name),
+        "recommend": _recommend(model.user_vectors, indexes, model),
     }
     users = cast(rows, user)
     specs: dict[str, Specs] = {**dict.fromkeys(functions, user), "item": item}
@@ -174,7 +204,7 @@ def export_retrieval(
             own = {support_name(name): inputs["item"][name][:, None] for name in item}
             given = cast({**users, **own, COUNT: np.ones(len(users[next(iter(user))]))}, spec)
         functions["adapted_user"] = _vector(adapted)
-        functions["adapted_recommend"] = _recommend(adapted, index, model.item.name)
+        functions["adapted_recommend"] = _recommend(adapted, indexes, model)
         for name in ("adapted_user", "adapted_recommend"):
             specs[name], inputs[name] = spec, given
     base = pathlib.Path(base_path)

@@ -18,12 +18,16 @@ class ItemQueue(tf_keras.layers.Layer):
     make up for popular items standing in the queue more often (log-Q correction): in expectation
     the queue counts as Q items drawn from all alike.
 
+    Where items belong to domains, the items of the query's own domain stand alone in the softmax
+    and the sum: the others have no weight. A query of an unknown domain, or of one that has no item
+    in the queue yet, meets all.
+
     Args:
       size: Q. Until so many items were pushed, the other places hold zeros.
       dim: D, width of the vectors.
       num_items: N; ids are from 0 to N - 1.
 
-    Inputs: q, [..., D].
+    Inputs: q, [..., D], and where items belong to domains the rows' domains, int64 [...].
     Outputs: s, [..., Q]; float32 under every dtype policy but float64.
 
     Raises:
@@ -59,6 +63,7 @@ class ItemQueue(tf_keras.layers.Layer):
 
         self._vectors = weight("vectors", (self.size, self.dim), self.variable_dtype)
         self._ids = weight("ids", (self.size,), tf.int64)
+        self._domains = weight("domains", (self.size,), tf.int64)
         self._counts = weight("counts", (self.num_items,), tf.int64)
         self._total = weight("total", (), tf.int64)
         super().build(input_shape)
@@ -68,17 +73,23 @@ class ItemQueue(tf_keras.layers.Layer):
         counts = tf.cast(tf.gather(self._counts, ids) + 1, tf.float32)
         return counts / tf.cast(self._total + self.num_items, tf.float32)
 
-    def push(self, ids: tf.Tensor, vectors: tf.Tensor) -> None:
+    def push(self, ids: tf.Tensor, vectors: tf.Tensor, domains: tf.Tensor | None = None) -> None:
         """Counts the items [B] and puts their vectors [B, D] in; the oldest fall out."""
+        domains = tf.zeros_like(ids) if domains is None else domains
         self._counts.scatter_add(tf.IndexedSlices(tf.ones_like(ids), ids))
         self._total.assign_add(tf.size(ids, tf.int64))
         vectors = tf.cast(tf.stop_gradient(vectors), self._vectors.dtype)
         self._vectors.assign(tf.concat([self._vectors, vectors], 0)[-self.size :])
         self._ids.assign(tf.concat([self._ids, ids], 0)[-self.size :])
+        self._domains.assign(tf.concat([self._domains, domains], 0)[-self.size :])
 
-    def call(self, q: tf.Tensor) -> tf.Tensor:
+    def call(self, q: tf.Tensor, domain: tf.Tensor | None = None) -> tf.Tensor:
         """Scores the queue."""
         inverse = -tf.math.log(self.probability(self._ids))
+        if domain is not None:
+            own = self._domains == domain[..., None]
+            own |= ~tf.reduce_any(own, -1, keepdims=True) | (domain[..., None] == 0)
+            inverse = tf.where(own, inverse, inverse.dtype.min)
         log_weights = tf.math.log(float(self.size)) + tf.nn.log_softmax(inverse)
         # All queries as one matrix: one product of many rows is much faster than many of few.
         rows = tf.reshape(tf.cast(q, self._vectors.dtype), [-1, self.dim])

@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
+from qianmo.layers.domain_column import read_domain
 from qianmo.layers.item_queue import ItemQueue
 from qianmo.layers.mlp import Correction
 from qianmo.layers.tower import DenseShape, Tower, TowerOutput
@@ -31,6 +32,8 @@ class ProductTower(tf_keras.layers.Layer):
       tower: W, [..., H] -> logits [..., D].
       queue: the negatives. Its dim is D.
       temperature: tau.
+      num_domains: P where items belong to domains, so that the negatives are those of the row's
+        own. Its domain is then the last column of h_u, which W does not read.
 
     Inputs: h, [..., H + D]. Here v has length 1.
     Outputs: `TowerOutput` with logits [..., 1] and u as the last of `hidden`.
@@ -44,6 +47,7 @@ class ProductTower(tf_keras.layers.Layer):
         tower: Tower,
         queue: ItemQueue,
         temperature: float = 0.1,
+        num_domains: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -57,11 +61,12 @@ class ProductTower(tf_keras.layers.Layer):
         self.tower = tower
         self.queue = queue
         self.temperature = temperature
+        self.num_domains = num_domains
         self.dim = queue.dim
 
     def dense_shapes(self, h_dim: int) -> list[DenseShape]:
         """The dense layers of W, in the order in which a correction counts them."""
-        return self.tower.dense_shapes(h_dim - self.dim)
+        return self.tower.dense_shapes(h_dim - self.dim - bool(self.num_domains))
 
     def call(
         self, h: tf.Tensor, training: bool = False, correction: Correction | None = None
@@ -73,12 +78,17 @@ class ProductTower(tf_keras.layers.Layer):
           training: whether dropout acts.
           correction: what a task adds to each dense layer's output, see `InnerLoop`.
         """
-        user, item = tf.split(h, [h.shape[-1] - self.dim, self.dim], -1)
+        width = h.shape[-1] - self.dim
+        user, item = tf.split(h, [width, self.dim], -1)
+        domain = None
+        if self.num_domains:
+            user, column = tf.split(user, [width - 1, 1], -1)
+            domain = read_domain(column[..., 0], self.num_domains)
         made = self.tower(user, training=training, correction=correction)
         u = tf.math.l2_normalize(made.logits, -1)
         q = u / self.temperature
         score = tf.reduce_sum(q * tf.cast(item, q.dtype), -1, keepdims=True)
-        against = tf.reduce_logsumexp(self.queue(q), -1, keepdims=True)
+        against = tf.reduce_logsumexp(self.queue(q, domain), -1, keepdims=True)
         return TowerOutput(score - against, [*made.hidden, u], h)
 
     def get_config(self) -> dict[str, Any]:
@@ -89,6 +99,7 @@ class ProductTower(tf_keras.layers.Layer):
             "tower": serialize(self.tower),
             "queue": serialize(self.queue),
             "temperature": self.temperature,
+            "num_domains": self.num_domains,
         }
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -79,6 +80,12 @@ class Select(tf_keras.layers.Layer):
         self._linear = _Columns(linear, first)
         dense = [f.name for f in self.schema.dense]
         self._dense = _Columns([i for i, name in enumerate(dense) if name in features], len(dense))
+
+    @property
+    def selected(self) -> Schema:
+        """What comes out as a schema of its own, by which a layer behind can select again."""
+        kept = [f for f in self.schema.features if f.name in self.features]
+        return self.schema.with_features(dataclasses.replace(f, domains=()) for f in kept)
 
     def call(self, embedded: Embedded) -> Embedded:
         """Selects."""

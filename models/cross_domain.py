@@ -84,24 +84,20 @@ def own_features(schema: Schema, domain: int) -> list[str]:
 
 
 def _own_experts(
-    schema: Schema,
+    reads: Sequence[Select],
     interactions: Mapping[str, Mapping[str, Any]],
     units: Sequence[int],
     dropout: float,
     seed: int,
 ) -> tf_keras.layers.Layer:
     """All domains' experts, stacked where they are MLPs that read the same features."""
-    num_domains = schema.num_domains
-    reads = [own_features(schema, p) for p in range(1, num_domains + 1)]
-    if not interactions and all(names == reads[0] for names in reads):
-        mlp = DomainMLP(num_domains, units, dropout=dropout, seed=seed)
-        return Extended(Bottom(networks=[mlp]), [Select(schema, reads[0])])
+    if not interactions and all(select.features == reads[0].features for select in reads):
+        mlp = DomainMLP(len(reads), units, dropout=dropout, seed=seed)
+        return Extended(Bottom(networks=[mlp]), [reads[0]])
     return DomainExperts(
         [
-            Extended(
-                expert(interactions, units, dropout, derive_seed(seed, p)), [Select(schema, names)]
-            )
-            for p, names in enumerate(reads)
+            Extended(expert(interactions, units, dropout, derive_seed(seed, p)), [select])
+            for p, select in enumerate(reads)
         ]
     )
 
@@ -115,6 +111,54 @@ def expert(
     """An expert: interactions by name beside an MLP, as `dual_dnn` names them."""
     fields, flat = interaction_layers(interactions)
     return Bottom(fields, [*flat, MLP(units, dropout=dropout, seed=seed)])
+
+
+def expert_mixture(
+    schema: Schema,
+    given: Schema,
+    gate_features: Sequence[str],
+    *,
+    num_shared: int,
+    units: Sequence[int],
+    interactions: Mapping[str, Mapping[str, Any]] | None = None,
+    gate_units: Sequence[int] = (),
+    dropout: float,
+    seed: int,
+    name: str,
+) -> ExpertMixture:
+    """Shared experts of what all domains share, and for each domain its own, of what its rows have.
+
+    Args:
+      schema: what a row holds; tells who owns what.
+      given: what the mixture is given of it, such as `Select.selected`.
+      gate_features: what the gate reads.
+      num_shared: shared experts.
+      units: widths of each expert's MLP.
+      interactions: name -> arguments of the interactions in each expert beside its MLP.
+      gate_units: widths of the gate's hidden layers.
+      dropout: of the experts.
+      seed: of all parts.
+      name: of the layer.
+    """
+    names = [f.name for f in given.features]
+    shared = [f.name for f in schema.features if f.name in names and not f.domains]
+    own = [
+        [feature for feature in own_features(schema, p) if feature in names]
+        for p in range(1, schema.num_domains + 1)
+    ]
+    before = [Select(given, shared)] if len(shared) < len(names) else []
+    reads = [Select(given, features) for features in own]
+    crossings = interactions or {}
+    return ExpertMixture(
+        [
+            Extended(expert(crossings, units, dropout, derive_seed(seed, SHARED, i)), before)
+            for i in range(num_shared)
+        ],
+        _own_experts(reads, crossings, units, dropout, derive_seed(seed, OWN)),
+        PersonalGate(num_shared + 1, units=gate_units, seed=derive_seed(seed, GATE)),
+        Select(given, gate_features),
+        name=name,
+    )
 
 
 def cross_domain(
@@ -150,20 +194,19 @@ def cross_domain(
     """
     num_domains = schema.num_domains
     seed = pick_seed(None)
-    everywhere = [f.name for f in schema.features if not f.domains]
-    shared_only = [Select(schema, everywhere)] if len(everywhere) < len(schema.features) else []
     if not gate_features:
         users = [f.name for f in schema.features if f.side == "user" and not f.domains]
         gate_features = [schema.domain, *(name for name in users if name != schema.domain)]
-
-    def shared(i: int) -> Bottom:
-        return expert(interactions or {}, expert_units, dropout, derive_seed(seed, SHARED, i))
-
-    mixture = ExpertMixture(
-        [Extended(shared(i), shared_only) for i in range(num_shared)],
-        _own_experts(schema, interactions or {}, expert_units, dropout, derive_seed(seed, OWN)),
-        PersonalGate(num_shared + 1, units=gate_units, seed=derive_seed(seed, GATE)),
-        Select(schema, gate_features),
+    mixture = expert_mixture(
+        schema,
+        schema,
+        gate_features,
+        num_shared=num_shared,
+        units=expert_units,
+        interactions=interactions,
+        gate_units=gate_units,
+        dropout=dropout,
+        seed=seed,
         name="mixture",
     )
     num_labels = len(schema.labels)

@@ -10,15 +10,19 @@ import tf_keras
 from tensorflow_recommenders.tasks import Retrieval
 
 from qianmo.layers.bottom import Bottom
+from qianmo.layers.domain_column import DomainColumn
 from qianmo.layers.embed import Embedded
 from qianmo.layers.encode import Encoded, completed
+from qianmo.layers.extended import Extended
 from qianmo.layers.features import Categorical, Schema
 from qianmo.layers.inner_loop import Support
 from qianmo.layers.item_queue import ItemQueue
 from qianmo.layers.mlp import MLP
 from qianmo.layers.product_tower import ProductTower
+from qianmo.layers.seeding import derive_seed, pick_seed
 from qianmo.layers.select import Select
 from qianmo.layers.tower import Tower, TowerOutput
+from qianmo.models.cross_domain import expert_mixture
 from qianmo.models.ranker import Ranker, Targets
 
 # Rows of a batch that learn from their lists; each is a task, and all would cost more than the rest
@@ -34,17 +38,21 @@ class TwoTower(Ranker):
 
     over the batch's rows with a positive label as i, and all rows as candidates j; p is how often
     training sees the item (log-Q correction), and a row's own item elsewhere is no candidate. Item
-    features are those of the side "item", all others are the user's. The logit is z of
-    `ProductTower`, so `meta` adapts the user's last layers. Its support is, for a task, rows of the
-    batch; or with `support_feature`, for each row, the items in a list of its own, such as the
-    user's last ones, from which the first `LIST_TASKS` rows of a batch learn. The negatives are the
-    queue's.
+    features are those of the side "item", all others are the user's. If the domain is a feature of
+    the side "item", each item belongs to one: the user's side reads it too, and only the items of a
+    row's own domain are its candidates and negatives.
+
+    The logit is z of `ProductTower`, so `meta` adapts the user's last layers. Its support is, for a
+    task, rows of the batch; or with `support_feature`, for each row, the items in a list of its
+    own, such as the user's last ones, from which the first `LIST_TASKS` rows of a batch learn. The
+    negatives are the queue's.
 
     Args:
       schema: what a row holds; of one label, which positives have.
       user_bottom: layer `Embedded`, with the user's features -> h_u, [B, H].
       item_bottom: layer `Embedded`, with the item's features -> [B, *].
-      tower: layer [h_u ; v] -> `TowerOutput`, with u as the last hidden layer.
+      tower: layer [h_u ; v] -> `TowerOutput`, with u as the last hidden layer. Where items belong
+        to domains it has their number, and `user_bottom` puts the domain in h_u's last column.
       item_tower: layer, what `item_bottom` makes -> `TowerOutput`, with the logits v, not of length
         1 yet.
       item_id: feature of the item's id.
@@ -78,8 +86,8 @@ class TwoTower(Ranker):
         if len(schema.labels) != 1:
             raise ValueError(f"A two-tower model has one label. Received: {schema.labels}")
         self.item = item_feature(schema, item_id)
-        items = [f.name for f in schema.features if f.side == "item"]
-        users = [f.name for f in schema.features if f.side != "item"]
+        users, items = sides(schema)
+        self.items_have_domains = schema.domain in items
         self.support_feature = support_feature
         if support_feature:
             found = [f for f in schema.categorical if f.name == support_feature]
@@ -92,6 +100,12 @@ class TwoTower(Ranker):
                 )
             if self.meta is None:
                 raise ValueError("`support_feature` needs `meta`, which says how to adapt.")
+        num_domains = schema.num_domains if self.items_have_domains else 0
+        if tower.num_domains != num_domains:
+            raise ValueError(
+                f"`tower` should have `num_domains` {num_domains}, those that items belong to. "
+                f"Received: {tower.num_domains}"
+            )
         self.user_features = Select(schema, users, name="user_features")
         self.item_features = Select(schema, items, name="item_features")
         self.user_bottom = user_bottom
@@ -194,6 +208,8 @@ class TwoTower(Ranker):
     def targets_of(self, encoded: Encoded, targets: Targets) -> Targets:
         """Adds the rows' items, and those of `support_feature`."""
         found = {**targets, "item": encoded.ids[self.item.name]}
+        if self.items_have_domains:
+            found["item_domain"] = encoded.domain(self.schema)
         if self.support_feature:
             found["support"] = encoded.ids[self.support_feature]
             found["support_length"] = encoded.lengths[self.support_feature]
@@ -208,16 +224,20 @@ class TwoTower(Ranker):
             "weight": targets["weight"] * tf.cast(targets["labels"][:, 0] > 0, tf.float32),
             "item": targets["item"],
         }
+        if self.items_have_domains:
+            rows["domain"] = targets["item_domain"]
         if "original" in targets:  # rows of chunks are of few users: no sample of the items
             rows = {k: tf.boolean_mask(v, targets["original"] > 0) for k, v in rows.items()}
         queue = self.tower.queue
+        domain = rows.get("domain")
         loss = self.task(
             rows["u"],
             rows["v"],
             candidate_sampling_probability=queue.probability(rows["item"]),
             candidate_ids=rows["item"],
+            score_mask=None if domain is None else domain[:, None] == domain[None],
         )
-        queue.push(rows["item"], rows["v"])
+        queue.push(rows["item"], rows["v"], domain)
         total = tf.reduce_sum(rows["weight"] * tf.cast(loss, tf.float32))
         return {"softmax": tf.math.divide_no_nan(total, tf.reduce_sum(rows["weight"]))}
 
@@ -269,6 +289,13 @@ class TwoTower(Ranker):
         return cls(**{**config, **parts})
 
 
+def sides(schema: Schema) -> tuple[list[str], list[str]]:
+    """Names of the user's features and of the item's; an item's domain is also the user's."""
+    items = [f.name for f in schema.features if f.side == "item"]
+    users = [f.name for f in schema.features if f.side != "item" or f.name == schema.domain]
+    return users, items
+
+
 def item_feature(schema: Schema, name: str) -> Categorical:
     """The feature that is an item's id.
 
@@ -296,31 +323,63 @@ def two_tower(
     temperature: float = 0.1,
     queue_size: int = 512,
     support_feature: str = "",
+    num_shared: int = 0,
     dropout: float = 0.0,
     **ranker: Any,
 ) -> TwoTower:
     """A plain network on each side, and a linear last layer of width `dim`.
+
+    With `num_shared` several retrieval models are fused: the user's network, and the item's where
+    items belong to domains, is a mixture of shared experts and each domain's own, whose gate reads
+    all that the side shares.
 
     Args:
       schema: what a row holds.
       item_id: feature of the item's id.
       dim: D, width of the vectors.
       units: widths of the user's network.
-      seam_dim: H; 0 for the network's last width, not centred.
+      seam_dim: H; 0 for the network's last width, not centred, as a mixture's is always.
       tower_units: hidden layers of the user's part that adapts, between h_u and u.
       item_units: widths of the item's network.
       temperature: tau.
       queue_size: items in the queue.
       support_feature: as for `TwoTower`.
+      num_shared: shared experts of each side; 0 for a plain network, the same for all domains.
       dropout: of the networks.
       **ranker: arguments of `Ranker`.
     """
+    users, items = sides(schema)
+    num_domains = schema.num_domains if schema.domain in items else 0
+    seed = pick_seed(None) if num_shared else 0
+
+    def bottom(side: int, names: list[str], units: Sequence[int], seam_dim: int) -> Any:
+        name = ("user_bottom", "item_bottom")[side]
+        if not num_shared or (side and not num_domains):
+            mlp = MLP(units, dropout=dropout)
+            return Bottom(networks=[mlp], seam_dim=seam_dim, name=name)
+        return expert_mixture(
+            schema,
+            Select(schema, names).selected,
+            [f.name for f in schema.features if f.name in names and not f.domains],
+            num_shared=num_shared,
+            units=units,
+            dropout=dropout,
+            seed=derive_seed(seed, side),
+            name=name,
+        )
+
+    user_bottom = bottom(0, users, units, seam_dim)
+    if num_domains:
+        columns = [DomainColumn(name="domain")]
+        user_bottom = Extended(user_bottom, columns=columns, name="user_bottom")
     queue = ItemQueue(queue_size, dim, item_feature(schema, item_id).num_rows, name="queue")
     return TwoTower(
         schema,
-        Bottom(networks=[MLP(units, dropout=dropout)], seam_dim=seam_dim, name="user_bottom"),
-        Bottom(networks=[MLP(item_units, dropout=dropout)], name="item_bottom"),
-        ProductTower(Tower(dim, tower_units, name="layers"), queue, temperature, name="tower"),
+        user_bottom,
+        bottom(1, items, item_units, 0),
+        ProductTower(
+            Tower(dim, tower_units, name="layers"), queue, temperature, num_domains, name="tower"
+        ),
         Tower(dim, name="item_tower"),
         item_id=item_id,
         support_feature=support_feature,

@@ -2,7 +2,8 @@
 
 A row's item is ranked against every item of the catalogue but those that its task is known to have
 had: the training rows' and, beside the test rows, also those of validation and support. One item is
-right, so the hit rate at k is the recall at k too.
+right, so the hit rate at k is the recall at k too. Where items belong to domains, those of the
+row's own domain alone are ranked.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ class Catalogue:
     Attributes:
       ids: raw ids, [N].
       vectors: [N, D].
+      domain: places of the items' domains, [N]; zeros where items belong to none.
     """
 
     ids: npt.NDArray[Any]
     vectors: npt.NDArray[np.float32]
+    domain: npt.NDArray[np.int64]
 
     def places(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         """Where the items stand; -1 for those that are not in the catalogue."""
@@ -46,8 +49,10 @@ class Catalogue:
 
 def item_schema(schema: Schema) -> Schema:
     """What a row of the catalogue holds: the item's features."""
+    features = tuple(f for f in schema.features if f.side == "item")
+    is_domain = schema.domain in [f.name for f in features]
     return Schema(
-        features=tuple(f for f in schema.features if f.side == "item"), labels=schema.labels
+        features=features, labels=schema.labels, domain=schema.domain if is_domain else ""
     )
 
 
@@ -73,8 +78,16 @@ def item_rows(model: TwoTower, path: str) -> dict[str, npt.NDArray[Any]]:
 def catalogue(model: TwoTower, path: str) -> Catalogue:
     """Reads the items of a file and makes their vectors."""
     columns = item_rows(model, path)
-    vectors, _ = model.item_vectors({name: tf.constant(c) for name, c in columns.items()})
-    return Catalogue(columns[model.item.name], vectors.numpy())
+    features = {name: tf.constant(c) for name, c in columns.items()}
+    vectors, _ = model.item_vectors(features)
+    return Catalogue(columns[model.item.name], vectors.numpy(), _domain(model, features))
+
+
+def _domain(model: TwoTower, features: Mapping[str, tf.Tensor]) -> npt.NDArray[np.int64]:
+    """Places of the rows' domains, [B]; zeros, as for unknown ones, where items belong to none."""
+    if model.items_have_domains:
+        return np.asarray(model.encode.domain(features))
+    return np.zeros(len(features[model.item.name]), np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +164,7 @@ def ranks(
     """The rank of each row's item, from 1 on: head "model", and "adapted" where there is support.
 
     Raises:
-      readers.DataError: a row's item is not in the catalogue.
+      readers.DataError: a row's item is not in the catalogue, or stands there in another domain.
     """
     found: dict[str, list[npt.NDArray[np.int64]]] = {}
     with readers.own_errors():
@@ -163,12 +176,21 @@ def ranks(
                     f"{path}, column `{model.item.name}`: item {ids[right < 0][0]} is not in "
                     "`data.items`. Add its row there."
                 )
+            domain = _domain(model, features)
+            wrong = items.domain[right] != domain
+            if wrong.any():
+                raise readers.DataError(
+                    f"{path}, column `{model.item.name}`: item {ids[wrong][0]} is of another "
+                    "domain in `data.items`. Give items of different domains different ids."
+                )
             task_id = targets["task_id"].numpy()
             rows, places = had.pairs(task_id)
             is_other = places != right[rows]
             for head, u in _vectors(model, features, task_id, support).items():
                 scores = u.numpy() @ items.vectors.T
                 scores[rows[is_other], places[is_other]] = -np.inf
+                for own in np.unique(domain[domain > 0]):
+                    scores[np.ix_(domain == own, items.domain != own)] = -np.inf
                 found.setdefault(head, []).append(metrics.ranks(scores, right))
     return {head: np.concatenate(parts) for head, parts in found.items()}
 

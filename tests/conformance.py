@@ -193,11 +193,23 @@ SIDES_SCHEMA = Schema(
 )
 
 
-def two_tower(**config: Any) -> Case:
+# Each item belongs to a domain, and its age is what those of one domain have.
+FUSED_SCHEMA = dataclasses.replace(
+    SIDES_SCHEMA,
+    features=(
+        *SIDES_SCHEMA.features[:2],
+        Dense(name="age", mean=0.5, variance=4.0, side="item", domains=(2,)),
+        Categorical(name="scene", num_ids=3, dim=2, side="item"),
+    ),
+    domain="scene",
+)
+
+
+def two_tower(schema: Schema = SIDES_SCHEMA, **config: Any) -> Case:
     """A two-tower model."""
     values = {"name": "two_tower", "item_id": "topic", "dim": 3, "embedding_stddev": 0.1, **config}
-    made = functools.partial(zoo.build, SIDES_SCHEMA, values)
-    names = SIDES_SCHEMA.input_names
+    made = functools.partial(zoo.build, schema, values)
+    names = schema.input_names
 
     def inputs() -> dict[str, Any]:
         rows = raw_of_domains()
@@ -341,7 +353,14 @@ CASES: dict[str, Case] = {
         smooth=False,
         float32_outputs=(0, 2),
     ),
+    "ProductTower of domains": Case(
+        make=lambda: ProductTower(Tower(3, (4,), seed=1), ItemQueue(4, 3, 7), num_domains=3),
+        inputs=lambda: np.concatenate([with_domain_column(5)(), floats(3)()], 1),
+        smooth=False,
+        float32_outputs=(0, 2),
+    ),
     "model two_tower": two_tower(units=(4,), item_units=(5,)),
+    "model two_tower fused": two_tower(FUSED_SCHEMA, units=(4,), item_units=(5,), num_shared=1),
     "model two_tower with meta": two_tower(seam_dim=4, tower_units=(3,), meta={"inner": {}}),
     "model distilled": dataclasses.replace(
         model_of_domains(

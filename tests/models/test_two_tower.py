@@ -34,6 +34,13 @@ SCHEMA = Schema(
 LISTED = Schema(
     features=(SEEN, SCHEMA.features[1]), labels=("watched",), task_id="user", timestamp="time"
 )
+# The domain is the item's, so that each item belongs to one.
+OF_DOMAINS = Schema(
+    features=(*SCHEMA.features, Categorical(name="scene", num_ids=2, dim=6, side="item")),
+    labels=("watched",),
+    task_id="user",
+    domain="scene",
+)
 META = {"inner": {"steps": 2, "step_size": 0.3}}
 CONFIG = {
     "name": "two_tower",
@@ -121,6 +128,55 @@ def test_the_logit_and_what_its_cross_entropy_is() -> None:
     np.testing.assert_allclose(output.hidden[-1], u, rtol=1e-4, atol=1e-6)
     softmax = -(positive - logsumexp(np.concatenate([positive[:, None], negatives], 1)))
     np.testing.assert_allclose(np.logaddexp(0, -z), softmax, rtol=1e-4)
+
+
+def test_negatives_are_of_the_row_s_own_domain() -> None:
+    model = built(OF_DOMAINS, num_shared=1)
+    features, targets = rows()
+    features["scene"] = features["item"] % 2
+    scene = features["scene"].numpy()
+    weight = targets["weight"].numpy()
+
+    def output() -> Any:
+        encoded = model.encode({k: features[k] for k in OF_DOMAINS.input_names})
+        return model.heads(model.embed(encoded), ("model",))["model"], encoded
+
+    first, encoded = output()
+    u, v, item = first.hidden[-1].numpy(), first.h[:, -DIM:].numpy(), features["item"].numpy()
+    scores = u @ v.T / TAU
+    other = scene[:, None] != scene[None]
+    scores[((item[:, None] == item[None]) & ~np.eye(24, dtype=bool)) | other] = -np.inf
+    losses = logsumexp(scores) - np.diag(scores)
+    found = model.mean_terms({"model": first}, model.targets_of(encoded, targets))
+    np.testing.assert_allclose(found["softmax"], np.average(losses, weights=weight), rtol=1e-4)
+
+    # The last 16 rows are in the queue: z is against those of the row's domain.
+    z = output()[0].logits.numpy()[:, 0]
+    inverse = 1 / (np.bincount(item, minlength=ITEMS) + 1)[item[8:]]
+    for i in range(24):
+        own = scene[8:] == scene[i]
+        weights = 16 * inverse[own] / inverse[own].sum()
+        against = np.log((weights * np.exp(u[i] @ v[8:][own].T / TAU)).sum())
+        assert z[i] == pytest.approx(u[i] @ v[i] / TAU - against, rel=1e-4, abs=1e-4)
+
+
+def test_a_row_moves_no_expert_of_another_domain() -> None:
+    model = built(OF_DOMAINS, num_shared=1)
+    features, targets = rows()
+    features["scene"] = tf.zeros_like(features["item"])
+    own = [
+        weight
+        for side in (model.user_bottom.bottom, model.item_bottom)
+        for weight in side.own.trainable_variables
+    ]
+    shared = model.item_bottom.shared[0].trainable_variables
+    before = [v.numpy() for v in (*own, *shared)]
+    model.fit(tf.data.Dataset.from_tensors((features, targets)), verbose=0)
+    after = [v.numpy() for v in (*own, *shared)]
+    for a, b in zip(before[: len(own)], after, strict=False):
+        np.testing.assert_array_equal(a[1], b[1])
+        assert not np.array_equal(a[0], b[0])
+    assert not np.array_equal(before[-2], after[-2])
 
 
 @pytest.mark.parametrize("form", ["dual", "materialised"])
