@@ -6,6 +6,8 @@ r"""Makes the training, validation and test rows of a public data set.
         --output=runs/movielens_1m_random
     qianmo-prepare --dataset=movielens_1m --split=new_users --source=ml-1m \
         --output=runs/movielens_1m_new_users
+    qianmo-prepare --dataset=amazon_cdr --pair=cloth_sport --source=amazon-cdr \
+        --output=runs/amazon_cloth_sport
 
 kuairand: video impressions on Kuaishou, 25 April to 5 May 2022, split by day: the last day is the
     test part, the day before it the validation part. Needs no --source: its tables come with this
@@ -13,6 +15,8 @@ kuairand: video impressions on Kuaishou, 25 April to 5 May 2022, split by day: t
 movielens_1m: a million ratings of films; 4 and 5 are likes, 1 and 2 dislikes, 3 is left out. Its
     terms forbid shipping it: unpack https://files.grouplens.org/datasets/movielens/ml-1m.zip and
     give the folder as --source.
+amazon_cdr: pairs of Amazon's departments with the same users, what each bought in both. The table
+    interactions.parquet of --source has the columns pair, domain, user_id, item_id and split.
 kuairand_sample: how the tables of the first were cut from the published ones (Parquet tables
     interactions, users, videos_basic and user_history_before_20220425 in --source).
 
@@ -46,7 +50,7 @@ from qianmo.pipelines import history as histories
 from qianmo.pipelines import program, protocols, readers
 
 SAMPLE = pathlib.Path(__file__).resolve().parent / "sample"
-DATASETS = ("kuairand", "movielens_1m", "kuairand_sample")
+DATASETS = ("kuairand", "movielens_1m", "amazon_cdr", "kuairand_sample")
 LAST_TRAIN_DAY, VALID_DAY, TEST_DAY = 20220503, 20220504, 20220505
 HISTORY_LENGTH = 20
 Split = Literal["time", "random", "new_users", "all_users", "new_items", "next_item", "melu"]
@@ -322,6 +326,68 @@ def movielens_1m_next_item(
     parts = protocols.next_items(table, "user_id")
     parts["items"] = _films(table)
     return _write(output, "movielens_1m, next_item split", parts, overwrite)
+
+
+def amazon_cdr(
+    source: readers.PathLike,
+    output: readers.PathLike,
+    *,
+    pair: str,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Makes a pair's rows for retrieval in two domains: one an interaction; `label` is 1.
+
+    The domains are 0 and 1, in the order of the pair's name. Items of the second get ids that
+    follow on those of the first, so that an id belongs to one domain. Of each user and domain the
+    publisher holds one row out, which is in test if training knows its item; another one, drawn at
+    random, is in valid on the same condition. items.parquet has a row for each item of train.
+
+    Args:
+      source: folder with interactions.parquet: pair, domain, user_id, item_id and split, which is
+        train, test, or something else for what is left out.
+      output: folder to make.
+      pair: two names of domains, such as cloth_sport.
+      seed: of the draw.
+      overwrite: whether an existing output is replaced.
+
+    Returns:
+      What data.json holds.
+    """
+    rows = _table(pathlib.Path(source) / "interactions.parquet")
+    rows = rows.filter(pc.equal(pc.cast(rows["pair"], pa.string()), pair))
+    names = pair.split("_")
+    domain = pc.index_in(pc.cast(rows["domain"], pa.string()), pa.array(names)).to_numpy()
+    if len(names) != 2 or not len(rows) or not np.isin((0, 1), domain).all():
+        raise readers.DataError(
+            f"{source}: `pair` should name two domains of its rows, such as cloth_sport. "
+            f"Received: {pair!r}"
+        )
+    item = rows["item_id"].to_numpy().astype(np.int64)
+    table = pa.table(
+        {
+            "user_id": rows["user_id"],
+            "domain": pa.array(domain, pa.int8()),
+            "item_id": pa.array(item + domain * (item[domain == 0].max() + 1)),
+            "label": pa.array(np.ones(len(rows), np.int8)),
+        }
+    )
+    split = pc.cast(rows["split"], pa.string())
+    train, test = (table.filter(pc.equal(split, name)) for name in ("train", "test"))
+    order = np.random.default_rng(seed).permutation(len(train))
+    task = 2 * train["user_id"].to_numpy().astype(np.int64) + train["domain"].to_numpy()
+    item = train["item_id"].to_numpy()
+    is_valid = np.zeros(len(train), bool)
+    is_valid[order[np.unique(task[order], return_index=True)[1]]] = True
+    is_valid &= np.isin(item, item[~is_valid])
+    _, first = np.unique(item, return_index=True)
+    parts = {
+        "train": train.filter(~is_valid),
+        "valid": train.filter(is_valid),
+        "test": test.filter(np.isin(test["item_id"].to_numpy(), item)),
+        "items": train.select(["item_id", "domain"]).take(first),
+    }
+    return _write(output, f"amazon_cdr, {pair}", parts, overwrite)
 
 
 def _films(table: pa.Table) -> pa.Table:
@@ -687,7 +753,8 @@ def define_flags() -> None:
     flags.DEFINE_string("source", None, "Folder of the published tables; kuairand needs none.")
     flags.DEFINE_string("output", None, "Folder to make.", required=True)
     flags.DEFINE_enum("split", "time", SPLITS, "How movielens_1m is split.")
-    flags.DEFINE_integer("seed", 0, "Of movielens_1m's random draws.", lower_bound=0)
+    flags.DEFINE_string("pair", "cloth_sport", "The domains of amazon_cdr.")
+    flags.DEFINE_integer("seed", 0, "Of random draws.", lower_bound=0)
     flags.DEFINE_bool("support_history", False, "Add columns of what each user's support rows say.")
     flags.DEFINE_bool("overwrite", False, "Replace an existing output.")
 
@@ -705,6 +772,10 @@ def run(_: list[str]) -> None:
             raise ValueError(f"--dataset={values.dataset} needs --source; see --help.")
         elif values.dataset == "kuairand_sample":
             about = kuairand_sample(source, output, overwrite=overwrite)
+        elif values.dataset == "amazon_cdr":
+            about = amazon_cdr(
+                source, output, pair=values.pair, seed=values.seed, overwrite=overwrite
+            )
         else:
             about = movielens_1m(
                 source,
