@@ -69,7 +69,7 @@ def get_config(variant: str = "users-meta") -> ConfigDict:
         "units": (128,),
         "seam_dim": 64,
         "item_units": (128,),
-        "temperature": 0.1,
+        "temperature": 0.05,
         "embedding_l2": 1e-3,
         "meta": meta,
     }
@@ -85,5 +85,7 @@ def get_config(variant: str = "users-meta") -> ConfigDict:
     config.data.shuffle_rows = 2**20  # all of them, which lie in the file by time
     config.train.batch_size = 1024
     config.train.epochs = 8
+    for optimizer in (config.train.optimizer, config.train.table_optimizer):
+        optimizer.learning_rate = 3e-3
     config.train.monitor = "ndcg_10"
     return config
