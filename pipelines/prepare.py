@@ -53,8 +53,11 @@ SAMPLE = pathlib.Path(__file__).resolve().parent / "sample"
 DATASETS = ("kuairand", "movielens_1m", "amazon_cdr", "kuairand_sample")
 LAST_TRAIN_DAY, VALID_DAY, TEST_DAY = 20220503, 20220504, 20220505
 HISTORY_LENGTH = 20
-Split = Literal["time", "random", "new_users", "all_users", "new_items", "next_item", "melu"]
+Split = Literal[
+    "time", "random", "ages", "new_users", "all_users", "new_items", "next_item", "melu"
+]
 SPLITS: tuple[Split, ...] = get_args(Split)
+_AGES = (25, 35)  # where MovieLens-1M's domains end
 _ROW_GROUP = 2**16  # rows; the unit in which readers shuffle and share files
 
 _LOG_COLUMNS = (
@@ -244,12 +247,13 @@ def movielens_1m(
         Parquet.
       output: folder to make.
       split: "time": the first 80 % by timestamp train, the rest test. "random": 80 % train, 10 %
-        valid, 10 % test. "new_users" holds out 20 % of the users and tests on their rows after the
-        20th, "all_users" tests on the last 20 % of every user's rows; both with the 20 rows before
-        as test_support, see `protocols`. "new_items" trains on films with 650 rows or more and
-        tests on others, see `protocols.new_items`. "next_item" and "melu": other rows, see
-        `movielens_1m_next_item` and `movielens_1m_melu`.
-      seed: of the random split, and of the draw of new users.
+        valid, 10 % test. "ages": the same of all ratings, 3 like 1 and 2, with a domain
+        `age_group`: 0 below 25, 1 below 35, 2 from there. "new_users" holds out 20 % of the users
+        and tests on their rows after the 20th, "all_users" tests on the last 20 % of every user's
+        rows; both with the 20 rows before as test_support, see `protocols`. "new_items" trains on
+        films with 650 rows or more and tests on others, see `protocols.new_items`. "next_item" and
+        "melu": other rows, see `movielens_1m_next_item` and `movielens_1m_melu`.
+      seed: of the random splits, and of the draw of new users.
       support_history: whether to add the columns of `history.add`; for splits with support. For
         new users the training rows see histories of random lengths.
       overwrite: whether an existing output is replaced.
@@ -259,7 +263,7 @@ def movielens_1m(
     """
     if split not in SPLITS:
         raise ValueError(f"`split` should be one of {SPLITS}. Received: {split!r}")
-    if support_history and split in ("time", "random", "new_items", "next_item"):
+    if support_history and split in ("time", "random", "ages", "new_items", "next_item"):
         raise ValueError(f"`support_history` needs a split with support. Received: {split!r}")
     if split == "melu":
         return movielens_1m_melu(
@@ -268,7 +272,9 @@ def movielens_1m(
     if split == "next_item":
         return movielens_1m_next_item(source, output, overwrite=overwrite)
     tables = _movielens_tables(pathlib.Path(source))
-    ratings = tables["ratings"].filter(pc.not_equal(tables["ratings"]["rating"], 3))
+    ratings = tables["ratings"]
+    if split != "ages":
+        ratings = ratings.filter(pc.not_equal(ratings["rating"], 3))
     ratings = _in_order(ratings, ties=split in ("new_users", "all_users"))
     is_liked = pc.cast(pc.greater_equal(ratings["rating"], 4), pa.int8())
     table = _movielens_rows(tables, ratings, is_liked)
@@ -283,6 +289,9 @@ def movielens_1m(
     elif split == "new_items":
         parts = {**protocols.new_items(table, "movie_id"), "items": _films(table)}
     else:
+        if split == "ages":
+            group = np.digitize(table["age"].to_numpy(), _AGES).astype(np.int8)
+            table = table.append_column("age_group", pa.array(group))
         order = np.random.default_rng(seed).permutation(count)
         cuts = np.split(order, [train, int(0.9 * count)])
         # Within a part, rows stay in order of time.

@@ -363,6 +363,16 @@ def test_movielens_random_split(tmp_path: pathlib.Path) -> None:
     assert train == sorted(train)
 
 
+def test_movielens_ages_are_domains_of_all_ratings(tmp_path: pathlib.Path) -> None:
+    movielens_files(tmp_path / "ml-1m")
+    about = prepare.movielens_1m(tmp_path / "ml-1m", tmp_path / "out", split="ages")
+    assert about["rows"] == {"train": 40, "valid": 5, "test": 5}
+    rows = [row for part in about["rows"] for row in rows_of(tmp_path / "out" / f"{part}.parquet")]
+    assert {(row["age"], row["age_group"]) for row in rows} == {(1, 0), (25, 1), (56, 2)}
+    stars = {row["timestamp"]: 1 + (1000 - row["timestamp"]) % 5 for row in rows}
+    assert all(row["label"] == (stars[row["timestamp"]] >= 4) for row in rows)
+
+
 def test_movielens_next_item(tmp_path: pathlib.Path) -> None:
     movielens_files(tmp_path / "ml-1m")
     about = prepare.movielens_1m(tmp_path / "ml-1m", tmp_path / "out", split="next_item")
@@ -453,7 +463,7 @@ def test_the_program(
         finally:  # other programs define flags in this process too
             for name in set(flags.FLAGS) & {"dataset", "source", "output", "split", "seed"}:
                 delattr(flags.FLAGS, name)
-            for name in ("overwrite", "support_history"):
+            for name in ("overwrite", "support_history", "pair"):
                 delattr(flags.FLAGS, name)
             flags.FLAGS.unparse_flags()
         assert before - set(flags.FLAGS) == set()
@@ -463,7 +473,7 @@ def test_the_program(
     assert run("--help") == 1  # as absl ends after help
     printed = capsys.readouterr().out
     assert "qianmo-prepare --dataset=kuairand --output=runs/kuairand" in printed
-    assert "--split: <time|random|new_users|all_users|new_items|next_item|melu>" in printed
+    assert "--split: <time|random|ages|new_users|all_users|new_items|next_item|melu>" in printed
 
     output = f"--output={tmp_path / 'out'}"
     assert "needs --source; see --help" in run("--dataset=movielens_1m", output)
