@@ -129,9 +129,10 @@ def scores(model: Ranker, features: Mapping[str, tf.Tensor]) -> Floats:
     count = len(next(iter(features.values())))
     parts = []
     for start in range(0, count, 8192):
-        batch = {name: x[start : start + 8192] for name, x in features.items()}
+        chosen = tf.range(start, start + 8192) % count  # one shape, so that it is traced once
+        batch = {name: tf.gather(x, chosen) for name, x in features.items()}
         parts.append(model.probabilities(batch)[model.serving_head].numpy())
-    return np.concatenate(parts)
+    return np.concatenate(parts)[:count]
 
 
 def mean_auc(targets: Mapping[str, tf.Tensor], found: Floats) -> float:
