@@ -15,14 +15,13 @@ Then the assembly with 2 to 32 domains, which rows belong to at random, the firs
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import common
@@ -32,10 +31,8 @@ import tensorflow as tf
 from qianmo.configs import kuairand_domains as recipes
 from qianmo.export.saved_model import export_in_graph
 from qianmo.layers.features import Categorical, Schema
-from qianmo.models.ranker import Ranker
-from qianmo.pipelines import readers, run_dir, runtime, statistics
-from qianmo.pipelines.demo import size_of
-from qianmo.pipelines.recipe import Recipe, optimizer
+from qianmo.pipelines import cost, readers, run_dir, runtime, statistics
+from qianmo.pipelines.recipe import Recipe
 
 DOMAIN_ID, PLAIN, ASSEMBLY = "domain_id", "cross_domain_plain_tower", "cross_domain"
 NAMES = {
@@ -70,73 +67,9 @@ with contextlib.ExitStack() as stack:
 """
 
 
-class Training:
-    """A recipe's model, its batches, and a step on the next of them.
-
-    Args:
-      recipe: with a schema that has its vocabularies.
-      batches: how many batches to hold.
-      changed: what to do to each batch's features.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        batches: int,
-        changed: Callable[[dict[str, tf.Tensor]], dict[str, tf.Tensor]] = lambda x: x,
-    ) -> None:
-        train = recipe.train
-        self.recipe = recipe
-        self.model: Ranker = run_dir.build(recipe)
-        self.model.compile(
-            optimizer(train.optimizer, "train.optimizer"),
-            optimizer(train.table_optimizer, "train.table_optimizer"),
-        )
-        for used, variables in self.model.trained_by():
-            used.build(variables)
-        data = readers.dataset(
-            recipe.schema,
-            recipe.data.train,
-            batch_size=train.batch_size,
-            seed=1,
-            epoch=0,
-            shuffle_rows=2**18,
-        )
-        whole = ((changed(x), y) for x, y in data.take(batches + 1) if len(x["hour"]) == BATCH)
-        self.batches = [*itertools.islice(whole, batches)]
-        self._next = itertools.cycle(self.batches)
-        self._step = tf.function(self.model.train_step, reduce_retracing=True)
-        start = time.perf_counter()
-        self.step()
-        self.first_step_seconds = time.perf_counter() - start
-
-    def step(self) -> Any:
-        """One step."""
-        return self._step(next(self._next))
-
-    def dense_parameters(self) -> int:
-        """Trainable numbers beside the tables."""
-        tables = {id(v) for v in self.model.embed.trainable_variables}
-        return sum(
-            v.shape.num_elements() for v in self.model.trainable_variables if id(v) not in tables
-        )
-
-    def table_parameters(self) -> int:
-        """Numbers in the tables."""
-        return sum(v.shape.num_elements() for v in self.model.embed.trainable_variables)
-
-    def keys(self, features: dict[str, tf.Tensor]) -> int:
-        """Distinct rows of tables that a batch reads."""
-        schema = self.recipe.schema
-        encoded = self.model.encode({name: features[name] for name in schema.input_names})
-        found = set()
-        for feature in schema.categorical:
-            ids = encoded.ids[feature.name].numpy()
-            if feature.is_list:
-                width = ids.shape[1]
-                ids = ids[np.arange(width) < encoded.lengths[feature.name].numpy()[:, None]]
-            found.update((feature.table, row) for row in np.unique(ids).tolist())
-        return len(found)
+def training(recipe: Recipe, held: int) -> cost.Training:
+    """Steps of a recipe's model as initialised."""
+    return cost.Training(run_dir.build(recipe), recipe, cost.first_batches(recipe, held))
 
 
 def recipe_of(variant: str, folder: pathlib.Path, counted: Schema | None = None) -> Recipe:
@@ -166,9 +99,9 @@ def with_domains(recipe: Recipe, count: int) -> tuple[Recipe, Any]:
     return dataclasses.replace(recipe, schema=schema), changed
 
 
-def seconds(trainings: dict[Any, Training], repeats: int) -> dict[Any, float]:
+def seconds(trainings: dict[Any, cost.Training], repeats: int) -> dict[Any, float]:
     """Median seconds of a step of each, which take turns."""
-    calls = {name: training.step for name, training in trainings.items()}
+    calls = {name: one.step for name, one in trainings.items()}
     return {k: float(np.median(v)) for k, v in common.times(calls, repeats).items()}
 
 
@@ -194,81 +127,73 @@ def run(*, quick: bool) -> dict[str, Any]:
     repeats, held = (2, 4) if quick else (12, 20)
     five = recipe_of(ASSEMBLY, folder)
     made = {
-        name: Training(recipe_of(name, folder, five.schema), held)
+        name: training(recipe_of(name, folder, five.schema), held)
         for name in (DOMAIN_ID, PLAIN, ASSEMBLY)
     }
     singles = SINGLES[2:4] if quick else SINGLES
-    made |= {name: Training(recipe_of(name, folder), held) for name in singles}
+    made |= {name: training(recipe_of(name, folder), held) for name in singles}
     step = seconds(made, repeats)
     rows: dict[str, np.ndarray] = {}
-    size, megabytes, keys, batches = {}, {}, {}, {}
+    size, megabytes, batches = {}, {}, {}
     with tempfile.TemporaryDirectory() as temporary:
         folders = {}
-        for name, training in made.items():
-            x, _ = training.batches[0]
+        for name, one in made.items():
+            x, _ = one.batches[0]
             if not rows:
                 columns = {k: v.numpy() for k, v in x.items()}
                 rows = {k: v.astype("S") if v.dtype == object else v for k, v in columns.items()}
             replayed = {k: v.numpy()[:100] for k, v in x.items()}
             base = pathlib.Path(temporary) / name
-            folders[name], _ = export_in_graph(training.model, base, replayed)
-            size[name] = size_of(folders[name])
-            recipe = training.recipe
-            count = readers.count_rows(recipe.schema, recipe.data.train)
-            batches[name] = -(-count // recipe.train.batch_size)
-            keys[name] = np.mean([training.keys(x) for x, _ in training.batches])
+            folders[name], _ = export_in_graph(one.model, base, replayed)
+            size[name] = cost.size_of(folders[name])
+            count = readers.count_rows(one.recipe.schema, one.recipe.data.train)
+            batches[name] = -(-count // BATCH)
         small = folders[singles[-1]]
         for name in (DOMAIN_ID, PLAIN, ASSEMBLY):
             megabytes[name] = memory(rows, small, [folders[name]])
         megabytes["singles"] = memory(rows, small, [folders[name] for name in singles])
-    # What single models read for the rows of one of the whole's batches.
-    whole = made[DOMAIN_ID]
-    together = []
-    for x, _ in whole.batches:
-        tabs = x["tab"].numpy()
-        parts = [
-            {k: tf.boolean_mask(v, tabs == int(name.rpartition("_")[2])) for k, v in x.items()}
-            for name in singles
-        ]
-        pairs = zip(singles, parts, strict=True)
-        together.append(sum(made[name].keys(part) for name, part in pairs if len(part["tab"])))
+    whole = [x for x, _ in made[DOMAIN_ID].batches]
+    keys = {name: cost.mean_keys(made[name].model, whole) for name in NAMES}
+    for name in singles:  # what it reads for the rows of its tab
+        tab = int(name.rpartition("_")[2])
+        parts = [{k: tf.boolean_mask(v, x["tab"] == tab) for k, v in x.items()} for x in whole]
+        keys[name] = cost.mean_keys(made[name].model, parts)
 
-    def row(title: str, names: Sequence[str], read: float, held_megabytes: float) -> dict[str, Any]:
-        dense = sum(made[name].dense_parameters() for name in names)
-        width = five.schema.categorical[0].dim
-        # Weights and two moments, each read and written.
-        moved = 6 * 4 * (read * width + dense)
+    def row(title: str, names: Sequence[str], held_megabytes: float) -> dict[str, Any]:
+        numbers = [cost.parameters(made[name].model) for name in names]
         return {
             "model": title,
-            "dense parameters": dense,
-            "parameters of tables": sum(made[name].table_parameters() for name in names),
-            "keys of 1,024 rows": round(float(read)),
-            "MB moved": moved / 1e6,
+            "dense parameters": sum(n["dense"] for n in numbers),
+            "parameters of tables": sum(n["tables"] for n in numbers),
+            "keys of 1,024 rows": round(sum(sum(keys[name].values()) for name in names)),
+            "MB moved": sum(made[name].bytes_moved(keys[name]) for name in names) / 1e6,
             "ms a step": 1e3 * sum(step[name] for name in names),
             "s a pass": sum(step[name] * batches[name] for name in names),
             "MB of artefacts": sum(size[name] for name in names) / 1e6,
             "MB in serving": held_megabytes,
         }
 
-    table = [row(NAMES[name], [name], keys[name], megabytes[name]) for name in NAMES]
-    table.append(
-        row("one model per tab, all five", singles, float(np.mean(together)), megabytes["singles"])
-    )
+    table = [row(NAMES[name], [name], megabytes[name]) for name in NAMES]
+    table.append(row("one model per tab, all five", singles, megabytes["singles"]))
     fused, alone = table[2], table[3]
     ratios = {key: fused[key] / alone[key] for key in fused if key != "model"}
     table.append({"model": "the assembly / all five", **ratios})
-    many = {}
+    many, first = {}, {}
     for count in NUM_DOMAINS[::2] if quick else NUM_DOMAINS:
         recipe, changed = with_domains(five, count)
-        many[count] = Training(recipe, held, changed)
+        drawn = [(changed(x), y) for x, y in cost.first_batches(recipe, held)]
+        many[count] = cost.Training(run_dir.build(recipe), recipe, drawn)
+        start = time.perf_counter()
+        many[count].step()
+        first[count] = time.perf_counter() - start
     step_of = seconds(many, repeats)
-    for count, training in many.items():
+    for count, one in many.items():
         table.append(
             {
                 "model": f"the assembly with star tower, {count} domains",
-                "dense parameters": training.dense_parameters(),
+                "dense parameters": cost.parameters(one.model)["dense"],
                 "ms a step": 1e3 * step_of[count],
-                "s to the first step": training.first_step_seconds,
+                "s to the first step": first[count],
             }
         )
     targets = {

@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ import tf_keras
 from ml_collections import ConfigDict
 
 from qianmo.pipelines import prepare, readers
+from qianmo.pipelines.cost import times as times  # read as common.times
 from qianmo.pipelines.recipe import Recipe
 from qianmo.pipelines.train import train
 
@@ -90,34 +90,6 @@ def trained(config: ConfigDict, folder: pathlib.Path | None = None) -> dict[str,
         return train(recipe, folder)
     with model_dir() as temporary:
         return train(recipe, temporary)
-
-
-def times(
-    calls: Mapping[Any, Callable[[], Any]],
-    repeats: int,
-    *,
-    span: float = 0.05,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[Any, Any]:
-    """Seconds of each call by a clock, one array a name.
-
-    The calls take turns, for about `span` seconds each, so that a busy machine hits them alike.
-    """
-    counts = {}
-    for name, call in calls.items():
-        for _ in range(5):
-            call()
-        start = time.perf_counter()
-        call()
-        counts[name] = max(3, round(span / (time.perf_counter() - start)))
-    found: dict[Any, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            for _ in range(counts[name]):
-                start = clock()
-                call()
-                found[name].append(clock() - start)
-    return {name: np.asarray(values) for name, values in found.items()}
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:

@@ -22,6 +22,7 @@ from qianmo.export.adapted import ADAPT, adapted_specs, export_adapted
 from qianmo.export.saved_model import cast, export_in_graph, session
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines import adapted, prepare, program, report, run_dir
+from qianmo.pipelines.cost import size_of
 from qianmo.pipelines.export import columns, first_rows
 from qianmo.pipelines.predict import Client, RestClient
 from qianmo.pipelines.recipe import Recipe
@@ -64,11 +65,6 @@ def timed_requests(
         client.predict(batches[i % len(batches)])
         times.append((time.perf_counter() - start) * 1e3)
     return np.asarray(times), requests * batch_size / (time.perf_counter() - begin)
-
-
-def size_of(folder: pathlib.Path) -> int:
-    """Bytes of a folder's files."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
 def run(output: pathlib.Path, epochs: int) -> None:
