@@ -12,6 +12,7 @@ from typing import Any
 
 import bench_domains_kuairand as tabs
 import common
+import domains
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -64,29 +65,29 @@ def has(label: str, tab: int) -> bool:
     return tab in recipes.LABELS.get(label, (tab,))
 
 
-def aucs(test: dict[str, Any], found: tabs.Floats) -> tabs.Floats:
+def aucs(test: dict[str, Any], found: domains.Floats) -> domains.Floats:
     """[label, tab, 1 + resample], NaN where a tab has no such label; the first of all rows."""
     users, code = np.unique(test["user_id"], return_inverse=True)
-    drawn = tabs.draws(users)
-    values = np.full((len(tabs.LABELS), len(tabs.TABS), tabs.RESAMPLES + 1), np.nan)
+    drawn = domains.draws(users)
+    values = np.full((len(tabs.LABELS), len(tabs.TABS), domains.RESAMPLES + 1), np.nan)
     for t, tab in enumerate(tabs.TABS):
         rows = test["tab"] == tab
         for k, label in enumerate(tabs.LABELS):
             if has(label, tab):
-                values[k, t] = tabs.resampled_aucs(
+                values[k, t] = domains.resampled_aucs(
                     test[label][rows], found[rows, k], drawn[:, code[rows]]
                 )
     return values
 
 
-def measured(variant: str, test: dict[str, Any], seeds: tuple[int, ...]) -> tabs.Floats:
+def measured(variant: str, test: dict[str, Any], seeds: tuple[int, ...]) -> domains.Floats:
     """`aucs` of a design, means over seeds."""
     names = [f"single_{tab}" for tab in tabs.TABS] if variant == "single" else [variant]
     found = np.zeros((len(seeds), len(test["tab"]), len(tabs.LABELS)), np.float32)
     for name in names:
         tf_keras.backend.clear_session()
         split = name.replace("single", SPLIT) if variant == "single" else SPLIT
-        trainer = tabs.Trainer(recipes.get_config(name), split)
+        trainer = domains.Trainer(recipes.get_config(name), tabs.WORK / split, tabs.MOST_PASSES)
         labels = [tabs.LABELS.index(label) for label in trainer.recipe.schema.labels]
         rows = test["tab"] == int(name[7:]) if variant == "single" else np.full(len(found[0]), True)
         for place, seed in enumerate(seeds):
@@ -118,12 +119,14 @@ def run(*, quick: bool) -> dict[str, Any]:
             }
             for other in (SHARED, FILLED, WIDER, SINGLE):
                 if other in found:
-                    row[f"against {other}"] = tabs.thousandths(
+                    row[f"against {other}"] = domains.thousandths(
                         mean(values[k, own]), mean(found[other][k, own])
                     )
             rows.append(row)
         for other in [design for design in found if design != ASSEMBLY]:
-            gain, error = tabs.difference(mean(found[ASSEMBLY][k, own]), mean(found[other][k, own]))
+            gain, error = domains.difference(
+                mean(found[ASSEMBLY][k, own]), mean(found[other][k, own])
+            )
             said = f"{label}: the assembly - {other}"
             if other in (FILLED, WIDER):
                 targets[said] = common.target(gain, -0.005)
