@@ -16,8 +16,9 @@ BAD_VECTOR = 2  # h is not finite
 BAD_LABEL = 4  # a label or weight is not finite, or a weight is negative
 TOO_OLD = 8  # the task is full of rows of later events
 NO_MEMORY = 16
+UNREACHABLE = 32  # the Redis did not store it
 
-# The columns of `SupportStore.stats`.
+# The columns of `SupportStore.stats`; -1 where a Redis cannot tell.
 METRICS = (
     "tasks",  # now
     "rows",  # now
@@ -27,7 +28,8 @@ METRICS = (
     "refused",  # rows that it left out, being of another version
     "evicted",  # tasks, by time or capacity
     "damaged_bytes",  # of the files, when they were opened
-    "write_errors",  # of the files, since then
+    "write_errors",  # of the files since then; rows that a Redis did not store
+    "read_errors",  # tasks whose rows a Redis did not let read
 )
 
 
@@ -48,7 +50,9 @@ class SupportStore(tf.saved_model.experimental.TrackableResource):
     same store shares it, and it closes with the last of them. With a `path` it also lives in
     files. What was put is handed to the system twice a second, so that a killed process loses less
     than its last second; a torn or damaged record is skipped at the next opening. One process at a
-    time has a path open.
+    time has a path open. With the URL of a Redis as its path it lives there: all processes that
+    name the URL share it, and what was put outlives them. A task whose rows the Redis does not let
+    read counts as unknown.
 
     Assigned to an attribute of a module, it is saved with the module and opened wherever the
     SavedModel is loaded, provided that `qianmo.ops.library.library` was called or that the ops are
@@ -59,15 +63,18 @@ class SupportStore(tf.saved_model.experimental.TrackableResource):
       dim: width of h.
       num_labels: labels, and label weights, of a row.
       max_rows: rows kept of a task, the last ones by event time.
-      path: folder of its files; made if need be. Empty: in memory only.
+      path: folder of its files, made if need be; or URL of a Redis, `redis://HOST:PORT/PREFIX` and
+        what else docs/embedding_store.md names. Empty: in memory only.
       ttl_seconds: rows that were written longer ago are not returned, and their memory is freed.
         0: for ever.
-      max_tasks: beyond it the task goes that was not written for longest. 0: no bound.
-      max_bytes: the same for the bytes of rows and index. 0: no bound.
+      max_tasks: beyond it the task goes that was not written for longest. 0: no bound; not for a
+        Redis, which has a `maxmemory` of its own.
+      max_bytes: the same for the bytes of rows and index. 0: no bound; not for a Redis.
 
     Raises:
       tf.errors.FailedPreconditionError: the store is open with other sizes or another path, its
-        files hold rows of other sizes, or they cannot be read or written.
+        files hold rows of other sizes, or they cannot be read or written; the Redis does not
+        answer.
       RuntimeError: the ops were not compiled.
 
     Cost: a row takes 24 + 4 * (dim + 2 * num_labels) bytes, a task 128 more. Memory is that of the
@@ -151,8 +158,8 @@ class SupportStore(tf.saved_model.experimental.TrackableResource):
           version: int64 [N], of the bottom that made h.
 
         Returns:
-          int32 [N]: `STORED`, or bits of `BAD_TIME`, `BAD_VECTOR`, `BAD_LABEL`, `TOO_OLD` and
-          `NO_MEMORY`.
+          int32 [N]: `STORED`, or bits of `BAD_TIME`, `BAD_VECTOR`, `BAD_LABEL`, `TOO_OLD`,
+          `NO_MEMORY` and `UNREACHABLE`.
         """
         return library().qianmo_support_put(
             self.resource_handle, task_id, h, labels, weights, time, version
@@ -181,7 +188,11 @@ class SupportStore(tf.saved_model.experimental.TrackableResource):
         return library().qianmo_support_stats(self.resource_handle, task_id)
 
     def export_rows(self, filename: str | os.PathLike[str]) -> None:
-        """Writes all rows to a file, which has its name when it is complete."""
+        """Writes all rows to a file, which has its name when it is complete.
+
+        Raises:
+          tf.errors.FailedPreconditionError: the file cannot be written, or a Redis not be read.
+        """
         library().qianmo_support_export(self.resource_handle, os.fspath(filename))
 
     def import_rows(self, filename: str | os.PathLike[str]) -> None:
@@ -189,7 +200,8 @@ class SupportStore(tf.saved_model.experimental.TrackableResource):
 
         Raises:
           tf.errors.FailedPreconditionError: the file cannot be read, holds rows of other sizes, or
-            a part of it is damaged; the rows of the other parts were added.
+            a part of it is damaged; the rows of the other parts were added. Or a Redis did not
+            store all of them.
         """
         library().qianmo_support_import(self.resource_handle, os.fspath(filename))
 

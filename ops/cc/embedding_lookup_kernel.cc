@@ -18,12 +18,10 @@
 #include "ops/cc/embedding_lookup.h"
 #include "ops/cc/embedding_store.h"
 #include "ops/cc/embedding_table.h"
+#include "ops/cc/waiting_threads.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/resource_mgr.h"
 #include "tensorflow/core/framework/resource_op_kernel.h"
-#include "tensorflow/core/platform/cpu_info.h"
-#include "tensorflow/core/platform/env.h"
-#include "tensorflow/core/platform/threadpool.h"
 
 namespace qianmo {
 namespace {
@@ -118,16 +116,6 @@ class StoreRowsLostOp : public tensorflow::OpKernel {
     out->scalar<int64_t>()() = store == nullptr ? 0 : store->RowsLost();
   }
 };
-
-// Threads for lookups of all stores while rows may have to come from a disk or
-// from another machine.
-tensorflow::thread::ThreadPool* Threads() {
-  static auto* const threads = new tensorflow::thread::ThreadPool(
-      tensorflow::Env::Default(), tensorflow::ThreadOptions(), "qianmo_lookup",
-      std::max(8, 2 * tensorflow::port::MaxParallelism()),
-      /*low_latency_hint=*/false);
-  return threads;
-}
 
 // How often this thread has waited for a page to come from a disk.
 int64_t WaitsForDisk() {
@@ -239,7 +227,8 @@ class Lookup : public std::enable_shared_from_this<Lookup> {
     }
     // Cancelled or late by now, the context may be gone.
     if (version_->is_remote()) {
-      Threads()->Schedule([self = shared_from_this()] { self->Fetch(); });
+      WaitingThreads()->Schedule(
+          [self = shared_from_this()] { self->Fetch(); });
     } else {
       Spread(/*stay=*/version_->IsInMemory());
     }
@@ -254,7 +243,7 @@ class Lookup : public std::enable_shared_from_this<Lookup> {
   // Has all threads work, this one among them if it should stay.
   void Spread(bool stay) {
     for (int64_t i = stay ? 1 : 0; i < threads_; ++i) {
-      Threads()->Schedule([self = shared_from_this()] { self->Work(); });
+      WaitingThreads()->Schedule([self = shared_from_this()] { self->Work(); });
     }
     if (stay) Work();
   }

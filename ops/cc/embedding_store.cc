@@ -11,6 +11,7 @@
 #include <map>
 
 #include "ops/cc/embedding_version.h"
+#include "ops/cc/redis_client.h"
 #include "ops/cc/redis_source.h"
 
 namespace qianmo {

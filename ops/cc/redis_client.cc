@@ -12,6 +12,7 @@ namespace {
 
 constexpr size_t kSlots = 16384;
 constexpr uint16_t kNoNode = 0xffff;
+constexpr size_t kKeysOfCommand = 256;
 constexpr int kRounds = 5;
 constexpr auto kFirstPause = std::chrono::milliseconds(100);
 constexpr auto kLongestPause = std::chrono::seconds(2);
@@ -130,6 +131,10 @@ bool RedisUrl::Parse(const std::string& text, RedisUrl* url,
   return true;
 }
 
+bool IsRedisUrl(const std::string& path) {
+  return path.rfind("redis", 0) == 0 && path.find("://") != std::string::npos;
+}
+
 uint16_t RedisHash(std::string_view bytes, uint16_t before) {
   static const auto* const table = [] {
     auto* const made = new std::array<uint16_t, 256>;
@@ -245,13 +250,19 @@ bool RedisClient::Connect(Batch* batch, RedisClock::time_point until,
 }
 
 void RedisClient::SendKeys(const std::vector<RedisKey>& keys,
-                           Batch* batch) const {
+                           const AddCommand& add, Batch* batch) const {
   const size_t count = batch->keys.size();
-  for (size_t begin = 0; begin < count; begin += KeysOfCommand()) {
-    const size_t end = std::min(begin + KeysOfCommand(), count);
-    if (batch->asking) batch->connection->Add({"ASKING"});
+  if (add) {
+    for (const uint32_t key : batch->keys) {
+      if (batch->asking) batch->connection->Add({"ASKING"});
+      add(key, batch->connection.get());
+    }
+    return;
+  }
+  for (size_t begin = 0; begin < count; begin += kKeysOfCommand) {
+    const size_t end = std::min(begin + kKeysOfCommand, count);
     batch->connection->AddCommand(1 + end - begin);
-    batch->connection->AddWord(url_.cluster ? "GET" : "MGET");
+    batch->connection->AddWord("MGET");
     for (size_t i = begin; i < end; ++i) {
       batch->connection->AddWord(keys[batch->keys[i]].text);
     }
@@ -272,22 +283,24 @@ bool RedisClient::Redirected(std::string_view reply, const Node& from,
   return true;
 }
 
-void RedisClient::TakeValues(const Batch& batch, std::vector<Batch>* next,
-                             Answers* answers) {
+void RedisClient::TakeValues(const Batch& batch, bool one_each,
+                             std::vector<Batch>* next, Answers* answers) {
   const RedisReader& replies = batch.connection->replies();
   const auto& parts = replies.parts();
   const size_t count = batch.keys.size();
+  const size_t step = one_each ? 1 : kKeysOfCommand;
   size_t at = 0;
-  for (size_t begin = 0; begin < count; begin += KeysOfCommand()) {
-    const size_t end = std::min(begin + KeysOfCommand(), count);
+  for (size_t begin = 0; begin < count; begin += step) {
+    const size_t end = std::min(begin + step, count);
     if (batch.asking) ++at;
     const RedisPart& head = parts[at++];
-    if (url_.cluster && head.type == '$') {
+    if (one_each && head.type == '$') {
       answers->values[batch.keys[begin]] = {replies.text(head).data(),
                                             head.number};
       continue;
     }
-    if (head.type == '*' && head.number == static_cast<int64_t>(end - begin)) {
+    if (!one_each && head.type == '*' &&
+        head.number == static_cast<int64_t>(end - begin)) {
       for (size_t i = begin; i < end; ++i, ++at) {
         const std::string_view text = replies.text(parts[at]);
         answers->values[batch.keys[i]] = {
@@ -335,7 +348,20 @@ bool RedisClient::SomeDown(const std::vector<Batch>& batches,
   return false;
 }
 
-RedisClient::Answers RedisClient::Get(const std::vector<RedisKey>& keys) {
+RedisClient::Answers RedisClient::Get(const std::vector<RedisKey>& keys,
+                                      bool whole) {
+  // A command of a cluster has keys of one slot.
+  if (!url_.cluster) return Ask(keys, nullptr, whole);
+  return Ask(
+      keys,
+      [&keys](size_t key, RedisConnection* connection) {
+        connection->Add({"GET", keys[key].text});
+      },
+      whole);
+}
+
+RedisClient::Answers RedisClient::Ask(const std::vector<RedisKey>& keys,
+                                      const AddCommand& add, bool whole) {
   const auto until = RedisClock::now() + url_.timeout;
   Answers answers;
   answers.values.resize(keys.size());
@@ -355,13 +381,13 @@ RedisClient::Answers RedisClient::Get(const std::vector<RedisKey>& keys) {
   }
   for (int round = 0; round < kRounds && !batches.empty(); ++round) {
     // Where the request fails anyway, it need not keep the others busy.
-    if (url_.fails && SomeDown(batches, &answers.error)) return answers;
+    if (whole && SomeDown(batches, &answers.error)) return answers;
     std::vector<RedisConnection*> used;
     std::vector<Batch> next;
     for (Batch& batch : batches) {
       if (batch.keys.empty()) continue;
       if (Connect(&batch, until, &answers.error)) {
-        SendKeys(keys, &batch);
+        SendKeys(keys, add, &batch);
         used.push_back(batch.connection.get());
       }
     }
@@ -370,7 +396,7 @@ RedisClient::Answers RedisClient::Get(const std::vector<RedisKey>& keys) {
       if (batch.connection == nullptr) continue;
       const std::string& fault = batch.connection->error();
       if (fault.empty()) {
-        TakeValues(batch, &next, &answers);
+        TakeValues(batch, add != nullptr, &next, &answers);
         answers.held_.push_back({batch.node, std::move(batch.connection)});
       } else if (!batch.is_new && !batch.connection->is_late()) {
         // Redis may close what was idle, and does when it starts anew.
@@ -386,6 +412,81 @@ RedisClient::Answers RedisClient::Get(const std::vector<RedisKey>& keys) {
   }
   if (!batches.empty()) answers.error = "its slots move faster than requests";
   return answers;
+}
+
+bool RedisClient::AskNode(const std::shared_ptr<Node>& node,
+                          std::initializer_list<std::string_view> command,
+                          const std::function<bool(const RedisReader&)>& take,
+                          std::string* error) {
+  const auto until = RedisClock::now() + url_.timeout;
+  Batch batch;
+  batch.node = node;
+  while (true) {
+    if (!Connect(&batch, until, error)) return false;
+    batch.connection->Add(command);
+    RedisConnection::Exchange({batch.connection.get()}, until);
+    const std::string fault = batch.connection->error();
+    if (fault.empty()) break;
+    if (batch.is_new || batch.connection->is_late()) {
+      MarkDown(node.get(), fault);
+      *error = node->address.Text() + ": " + fault;
+      return false;
+    }
+    batch.again = true;
+  }
+  Answers answers;  // gives the connection back
+  answers.held_.push_back({node, std::move(batch.connection)});
+  const RedisReader& reader = answers.held_[0].connection->replies();
+  if (reader.parts()[0].type == '-') {
+    *error = node->address.Text() + ": " +
+             std::string(reader.text(reader.parts()[0]));
+    return false;
+  }
+  return take(reader);
+}
+
+bool RedisClient::Info(const std::function<void(std::string_view)>& take,
+                       std::string* error) {
+  const auto map = this->map();
+  for (const auto& node : map->nodes) {
+    const auto take_one = [&take](const RedisReader& reader) {
+      take(reader.text(reader.parts()[0]));
+      return true;
+    };
+    if (!AskNode(node, {"INFO"}, take_one, error)) return false;
+  }
+  return true;
+}
+
+bool RedisClient::Scan(
+    const std::string& pattern,
+    const std::function<bool(const std::vector<std::string>&)>& take,
+    std::string* error) {
+  const auto map = this->map();
+  for (const auto& node : map->nodes) {
+    std::string cursor = "0";
+    do {
+      std::vector<std::string> keys;
+      const auto take_some = [&](const RedisReader& reader) {
+        const auto& parts = reader.parts();
+        if (parts.size() < 3 || parts[1].type != '$' || parts[2].type != '*') {
+          *error = node->address.Text() + ": its list of keys cannot be read";
+          return false;
+        }
+        cursor = reader.text(parts[1]);
+        for (size_t i = 3; i < parts.size(); ++i) {
+          keys.emplace_back(reader.text(parts[i]));
+        }
+        return true;
+      };
+      if (!AskNode(node, {"SCAN", cursor, "MATCH", pattern, "COUNT", "1000"},
+                   take_some, error) ||
+          !take(keys)) {
+        return false;
+      }
+    } while (cursor != "0");
+  }
+  return true;
 }
 
 bool RedisClient::ReadSlots(Node* node, std::string* error) {

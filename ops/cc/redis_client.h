@@ -7,6 +7,8 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <functional>
+#include <initializer_list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -37,6 +39,9 @@ struct RedisUrl {
 
   static bool Parse(const std::string& text, RedisUrl* url, std::string* error);
 };
+
+// Whether it begins with redis or rediss and looks like a URL.
+bool IsRedisUrl(const std::string& path);
 
 // The cluster's hash of bytes, or of more of them after `before`.
 uint16_t RedisHash(std::string_view bytes, uint16_t before = 0);
@@ -83,8 +88,28 @@ class RedisClient {
   const RedisUrl& url() const { return url_; }
   const std::string& name() const { return name_; }  // for messages
 
-  // Asks all nodes at the same time, each of them once. Threads may share it.
-  Answers Get(const std::vector<RedisKey>& keys);
+  // The values of strings. Asks all nodes at the same time, each of them once;
+  // none if `whole` is set and one that has keys is known to be down. Threads
+  // may share it.
+  Answers Get(const std::vector<RedisKey>& keys, bool whole = false);
+
+  // The same for a command of each key, whose reply is a string; `add` adds the
+  // command to a connection, and does so again when it has to be repeated.
+  using AddCommand = std::function<void(size_t key, RedisConnection*)>;
+  Answers Call(const std::vector<RedisKey>& keys, const AddCommand& add) {
+    return Ask(keys, add, /*whole=*/false);
+  }
+
+  // The keys of all nodes that match a pattern, some at a time; one that is
+  // there all the while comes at least once. False and an error when a node
+  // fails, or `take` says so.
+  bool Scan(const std::string& pattern,
+            const std::function<bool(const std::vector<std::string>&)>& take,
+            std::string* error);
+
+  // What each node says of itself. False and an error when one does not.
+  bool Info(const std::function<void(std::string_view)>& take,
+            std::string* error);
 
   // Tries again to reach the nodes that are down, and asks a cluster who serves
   // which slots if that seems to have changed. To be called now and then.
@@ -128,14 +153,22 @@ class RedisClient {
   // Whether a node that has keys is known to be down, and why.
   static bool SomeDown(const std::vector<Batch>& batches, std::string* error);
   void MarkDown(Node* node, const std::string& fault);
-  void SendKeys(const std::vector<RedisKey>& keys, Batch* batch) const;
+  Answers Ask(const std::vector<RedisKey>& keys, const AddCommand& add,
+              bool whole);
+  // Without `add`, they are read.
+  void SendKeys(const std::vector<RedisKey>& keys, const AddCommand& add,
+                Batch* batch) const;
   // Takes the values from the replies; keys to ask for elsewhere go to `next`.
-  void TakeValues(const Batch& batch, std::vector<Batch>* next,
+  void TakeValues(const Batch& batch, bool one_each, std::vector<Batch>* next,
                   Answers* answers);
+  // One command to one node. False and an error when it fails.
+  bool AskNode(const std::shared_ptr<Node>& node,
+               std::initializer_list<std::string_view> command,
+               const std::function<bool(const RedisReader&)>& take,
+               std::string* error);
   // Where an error reply sends keys to. False when it does not.
   bool Redirected(std::string_view reply, const Node& from,
                   std::shared_ptr<Node>* to, bool* asking);
-  size_t KeysOfCommand() const { return url_.cluster ? 1 : 256; }
   bool RefreshMap(std::string* error);
   bool ReadSlots(Node* node, std::string* error);
 

@@ -150,7 +150,8 @@ class FetchedVersion : public EmbeddingVersion {
 
   // Gets the rows of all ids that the tables took.
   bool Get(const std::vector<RedisKey>& keys, std::string* error) {
-    answers_ = std::make_unique<RedisClient::Answers>(client_->Get(keys));
+    answers_ = std::make_unique<RedisClient::Answers>(
+        client_->Get(keys, client_->url().fails));
     int64_t lost = 0;
     for (auto& [name, table] : tables_) {
       const int64_t before = lost;
@@ -349,10 +350,6 @@ class Redis : public EmbeddingSource {
 };
 
 }  // namespace
-
-bool IsRedisUrl(const std::string& path) {
-  return path.rfind("redis", 0) == 0 && path.find("://") != std::string::npos;
-}
 
 std::unique_ptr<EmbeddingSource> OpenRedis(const std::string& url, bool verify,
                                            std::string* error) {

@@ -21,9 +21,6 @@
 
 namespace qianmo {
 
-// Whether it begins with redis or rediss and looks like a URL.
-bool IsRedisUrl(const std::string& path);
-
 // `url` as redis_client.h describes it. Returns null and an error when it is
 // none, or of `verify`, which is for files.
 std::unique_ptr<EmbeddingSource> OpenRedis(const std::string& url, bool verify,

@@ -6,7 +6,9 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
+#include <filesystem>
 
 namespace qianmo {
 namespace {
@@ -50,11 +52,6 @@ std::vector<char> Header(const SupportShape& shape) {
 }
 
 }  // namespace
-
-size_t SupportShape::row_bytes() const {
-  const size_t floats = dim + 2 * static_cast<size_t>(num_labels);
-  return (sizeof(RowHead) + floats * sizeof(float) + kWord - 1) / kWord * kWord;
-}
 
 uint64_t Checksum(const char* data, size_t size) {
   // Each step is one-to-one in the word and in the sum, so that a change of one
@@ -153,6 +150,14 @@ bool ReadLog(const std::string& path, const SupportShape& shape,
   return fits;
 }
 
+bool LogContent::IsWhole(const std::string& path, std::string* error) const {
+  if (damaged == 0 && header_ok) return true;
+  *error = "`" + path + "` should be an exported support store, and " +
+           std::to_string(damaged) +
+           " bytes of it are not; the rows in the others were added";
+  return false;
+}
+
 std::unique_ptr<LogFile> LogFile::Open(const std::string& path,
                                        const SupportShape& shape, uint64_t keep,
                                        std::string* error) {
@@ -189,5 +194,32 @@ bool LogFile::Append(const std::vector<char>& data) {
 }
 
 bool LogFile::Sync() { return fdatasync(fd_) == 0; }
+
+bool SyncFolder(const std::string& path) {
+  const int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (fd < 0) return false;
+  const bool synced = fsync(fd) == 0;
+  close(fd);
+  return synced;
+}
+
+bool WriteWhole(const std::string& path, const SupportShape& shape,
+                const std::function<bool(LogFile*, std::string*)>& fill,
+                uint64_t* bytes, std::string* error) {
+  const std::string writing = path + ".writing";
+  const auto file = LogFile::Open(writing, shape, 0, error);
+  if (!file) return false;
+  error->clear();
+  const std::string folder = std::filesystem::path(path).parent_path();
+  if (fill(file.get(), error) && file->Sync() &&
+      rename(writing.c_str(), path.c_str()) == 0 &&
+      SyncFolder(folder.empty() ? "." : folder)) {
+    *bytes = file->bytes();
+    return true;
+  }
+  if (error->empty()) *error = FileError("Cannot write", path);
+  unlink(writing.c_str());
+  return false;
+}
 
 }  // namespace qianmo

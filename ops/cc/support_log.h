@@ -1,4 +1,4 @@
-// Rows of the support store as bytes, and the files that hold them.
+// The files that hold rows of the support store.
 //
 // A file is a header and records; logs, snapshots and exports are alike:
 //
@@ -6,8 +6,7 @@
 //   put      "QSPUTROW", int64 task, row, uint64 sum
 //   drop     "QSDROPTK", int64 task, uint64 sum
 //
-// A row is a RowHead, then float32 h [dim], labels [num_labels] and weights
-// [num_labels], padded to 8 bytes. A sum is that of the bytes before it in its
+// Rows are those of support_row.h. A sum is that of the bytes before it in its
 // record. Numbers are little-endian. Records stand in the order in which they
 // were applied to their task.
 
@@ -22,22 +21,9 @@
 #include <string>
 #include <vector>
 
+#include "ops/cc/support_row.h"
+
 namespace qianmo {
-
-// What all rows of a store have in common.
-struct SupportShape {
-  int32_t dim;         // of h
-  int32_t num_labels;  // and of label weights
-  int32_t max_rows;    // of a task
-
-  size_t row_bytes() const;
-};
-
-struct RowHead {
-  int64_t time;     // of the event; a task has one row for each
-  int64_t version;  // of the bottom that made h
-  int64_t written;  // wall clock, microseconds since 1970
-};
 
 // Changes when any one of the words changes; `size` is a multiple of 8.
 uint64_t Checksum(const char* data, size_t size);
@@ -50,6 +36,9 @@ struct LogContent {
   bool header_ok = false;
   uint64_t end = 0;      // of the last record that could be read
   uint64_t damaged = 0;  // bytes that are no part of a record, a torn tail too
+
+  // Whether nothing of an exported file was damaged; if not, with an error.
+  bool IsWhole(const std::string& path, std::string* error) const;
 };
 
 // Calls put(task, row) and drop(task) for the records of a file, in order. A
@@ -83,6 +72,16 @@ class LogFile {
   const int fd_;
   std::atomic<uint64_t> bytes_;
 };
+
+// Writes a file, which has its name when it is complete: `fill` appends to it,
+// and returns false to give up, with an error of its own or none for that of
+// the file. `bytes` is its size.
+bool WriteWhole(const std::string& path, const SupportShape& shape,
+                const std::function<bool(LogFile*, std::string*)>& fill,
+                uint64_t* bytes, std::string* error);
+
+// Waits until the names in a folder would outlast a power failure.
+bool SyncFolder(const std::string& path);
 
 // "what `path`: reason", from errno.
 std::string FileError(const std::string& what, const std::string& path);

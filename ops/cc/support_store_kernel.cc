@@ -8,12 +8,14 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "ops/cc/support_store.h"
+#include "ops/cc/waiting_threads.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/resource_mgr.h"
 
 namespace qianmo {
 namespace {
 
+using ::tensorflow::AsyncOpKernel;
 using ::tensorflow::OpKernel;
 using ::tensorflow::OpKernelConstruction;
 using ::tensorflow::OpKernelContext;
@@ -84,117 +86,131 @@ class OpenOp : public OpKernel {
   SupportOptions options_;
 };
 
-class PutOp : public OpKernel {
+// An op that uses a store, on threads of its own if that may have to wait.
+class StoreOp : public AsyncOpKernel {
  public:
-  using OpKernel::OpKernel;
+  using AsyncOpKernel::AsyncOpKernel;
 
-  void Compute(OpKernelContext* ctx) override {
+  void ComputeAsync(OpKernelContext* ctx, DoneCallback done) final {
     std::shared_ptr<SupportStore> store;
-    OP_REQUIRES_OK(ctx, StoreOf(ctx, &store));
+    OP_REQUIRES_OK_ASYNC(ctx, StoreOf(ctx, &store), done);
+    const bool waits = store->is_remote();
+    auto run = [this, ctx, store = std::move(store), done = std::move(done)] {
+      const absl::Status status = Run(ctx, store.get());
+      if (!status.ok()) ctx->SetStatus(status);
+      done();
+    };
+    if (waits) {
+      WaitingThreads()->Schedule(std::move(run));
+    } else {
+      run();
+    }
+  }
+
+ private:
+  virtual absl::Status Run(OpKernelContext* ctx, SupportStore* store) = 0;
+};
+
+class PutOp : public StoreOp {
+ public:
+  using StoreOp::StoreOp;
+
+ private:
+  absl::Status Run(OpKernelContext* ctx, SupportStore* store) override {
     const int64_t n = ctx->input(1).NumElements();
     const int64_t dim = store->shape().dim;
     const int64_t num_labels = store->shape().num_labels;
-    OP_REQUIRES_OK(ctx, CheckShape(ctx, 1, "task_id", {n}));
-    OP_REQUIRES_OK(ctx, CheckShape(ctx, 2, "h", {n, dim}));
-    OP_REQUIRES_OK(ctx, CheckShape(ctx, 3, "labels", {n, num_labels}));
-    OP_REQUIRES_OK(ctx, CheckShape(ctx, 4, "weights", {n, num_labels}));
-    OP_REQUIRES_OK(ctx, CheckShape(ctx, 5, "time", {n}));
-    OP_REQUIRES_OK(ctx, CheckShape(ctx, 6, "version", {n}));
+    TF_RETURN_IF_ERROR(CheckShape(ctx, 1, "task_id", {n}));
+    TF_RETURN_IF_ERROR(CheckShape(ctx, 2, "h", {n, dim}));
+    TF_RETURN_IF_ERROR(CheckShape(ctx, 3, "labels", {n, num_labels}));
+    TF_RETURN_IF_ERROR(CheckShape(ctx, 4, "weights", {n, num_labels}));
+    TF_RETURN_IF_ERROR(CheckShape(ctx, 5, "time", {n}));
+    TF_RETURN_IF_ERROR(CheckShape(ctx, 6, "version", {n}));
     Tensor* status = nullptr;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, {n}, &status));
-
-    const auto task = ctx->input(1).flat<int64_t>();
-    const float* const h = ctx->input(2).flat<float>().data();
-    const float* const labels = ctx->input(3).flat<float>().data();
-    const float* const weights = ctx->input(4).flat<float>().data();
-    const auto time = ctx->input(5).flat<int64_t>();
-    const auto version = ctx->input(6).flat<int64_t>();
-    auto out = status->flat<int32_t>();
-    for (int64_t i = 0; i < n; ++i) {
-      out(i) = store->Put(task(i), h + i * dim, labels + i * num_labels,
-                          weights + i * num_labels, time(i), version(i));
-    }
-    store->AfterPut();
+    TF_RETURN_IF_ERROR(ctx->allocate_output(0, {n}, &status));
+    store->Put(
+        {static_cast<size_t>(n), ctx->input(1).flat<int64_t>().data(),
+         ctx->input(2).flat<float>().data(), ctx->input(3).flat<float>().data(),
+         ctx->input(4).flat<float>().data(),
+         ctx->input(5).flat<int64_t>().data(),
+         ctx->input(6).flat<int64_t>().data()},
+        status->flat<int32_t>().data());
+    return absl::OkStatus();
   }
 };
 
-class GetOp : public OpKernel {
+class GetOp : public StoreOp {
  public:
-  explicit GetOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
+  explicit GetOp(OpKernelConstruction* ctx) : StoreOp(ctx) {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("dim", &dim_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("num_labels", &num_labels_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("max_rows", &max_rows_));
   }
 
-  void Compute(OpKernelContext* ctx) override {
-    std::shared_ptr<SupportStore> store;
-    OP_REQUIRES_OK(ctx, StoreOf(ctx, &store));
-    OP_REQUIRES(
-        ctx,
-        store->shape().dim == dim_ && store->shape().num_labels == num_labels_,
-        absl::InvalidArgumentError(
-            absl::StrCat("`dim` and `num_labels` should be the store's, ",
-                         store->shape().dim, " and ", store->shape().num_labels,
-                         ". Received: ", dim_, " and ", num_labels_)));
+ private:
+  absl::Status Run(OpKernelContext* ctx, SupportStore* store) override {
+    if (store->shape().dim != dim_ ||
+        store->shape().num_labels != num_labels_) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("`dim` and `num_labels` should be the store's, ",
+                       store->shape().dim, " and ", store->shape().num_labels,
+                       ". Received: ", dim_, " and ", num_labels_));
+    }
     const int64_t u = ctx->input(1).NumElements();
-    OP_REQUIRES_OK(ctx, CheckShape(ctx, 1, "task_id", {u}));
-    OP_REQUIRES_OK(ctx, CheckShape(ctx, 2, "version", {}));
+    TF_RETURN_IF_ERROR(CheckShape(ctx, 1, "task_id", {u}));
+    TF_RETURN_IF_ERROR(CheckShape(ctx, 2, "version", {}));
     Tensor *h = nullptr, *labels = nullptr, *weights = nullptr, *time = nullptr,
            *count = nullptr;
     const TensorShape label_shape({u, max_rows_, num_labels_});
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, {u, max_rows_, dim_}, &h));
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(1, label_shape, &labels));
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(2, label_shape, &weights));
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(3, {u, max_rows_}, &time));
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(4, {u}, &count));
-
-    const auto task = ctx->input(1).flat<int64_t>();
-    const int64_t version = ctx->input(2).scalar<int64_t>()();
+    TF_RETURN_IF_ERROR(ctx->allocate_output(0, {u, max_rows_, dim_}, &h));
+    TF_RETURN_IF_ERROR(ctx->allocate_output(1, label_shape, &labels));
+    TF_RETURN_IF_ERROR(ctx->allocate_output(2, label_shape, &weights));
+    TF_RETURN_IF_ERROR(ctx->allocate_output(3, {u, max_rows_}, &time));
+    TF_RETURN_IF_ERROR(ctx->allocate_output(4, {u}, &count));
+    const auto counts = count->flat<int32_t>();
+    store->Get(ctx->input(1).flat<int64_t>().data(), static_cast<size_t>(u),
+               ctx->input(2).scalar<int64_t>()(),
+               {static_cast<int32_t>(max_rows_), h->flat<float>().data(),
+                labels->flat<float>().data(), weights->flat<float>().data(),
+                time->flat<int64_t>().data(), counts.data()});
     for (int64_t i = 0; i < u; ++i) {
-      float* const h_i = At(h, i, dim_);
-      float* const labels_i = At(labels, i, num_labels_);
-      float* const weights_i = At(weights, i, num_labels_);
-      int64_t* const time_i = time->flat<int64_t>().data() + i * max_rows_;
-      const int32_t n = store->Get(task(i), version, max_rows_, h_i, labels_i,
-                                   weights_i, time_i);
-      count->flat<int32_t>()(i) = n;
-      std::fill(h_i + n * dim_, h_i + max_rows_ * dim_, 0.0f);
-      std::fill(labels_i + n * num_labels_, labels_i + max_rows_ * num_labels_,
-                0.0f);
-      std::fill(weights_i + n * num_labels_,
-                weights_i + max_rows_ * num_labels_, 0.0f);
-      std::fill(time_i + n, time_i + max_rows_, int64_t{0});
+      Clear(h->flat<float>().data(), i, counts(i), dim_);
+      Clear(labels->flat<float>().data(), i, counts(i), num_labels_);
+      Clear(weights->flat<float>().data(), i, counts(i), num_labels_);
+      Clear(time->flat<int64_t>().data(), i, counts(i), 1);
     }
+    return absl::OkStatus();
   }
 
- private:
-  // Where the rows of task i begin in a tensor [U, max_rows, width].
-  float* At(Tensor* tensor, int64_t i, int64_t width) const {
-    return tensor->flat<float>().data() + i * max_rows_ * width;
+  // Sets to zero what lies behind the first rows of task i.
+  template <typename T>
+  void Clear(T* rows, int64_t i, int64_t count, int64_t width) const {
+    std::fill(rows + (i * max_rows_ + count) * width,
+              rows + (i + 1) * max_rows_ * width, T{0});
   }
 
   int64_t dim_, num_labels_, max_rows_;
 };
 
-class StatsOp : public OpKernel {
+class StatsOp : public StoreOp {
  public:
-  using OpKernel::OpKernel;
+  using StoreOp::StoreOp;
 
-  void Compute(OpKernelContext* ctx) override {
-    std::shared_ptr<SupportStore> store;
-    OP_REQUIRES_OK(ctx, StoreOf(ctx, &store));
+ private:
+  absl::Status Run(OpKernelContext* ctx, SupportStore* store) override {
     const int64_t b = ctx->input(1).NumElements();
-    OP_REQUIRES_OK(ctx, CheckShape(ctx, 1, "task_id", {b}));
+    TF_RETURN_IF_ERROR(CheckShape(ctx, 1, "task_id", {b}));
     const SupportStats s = store->Stats();
-    const int64_t values[] = {s.tasks,   s.rows,          s.bytes,
-                              s.hits,    s.misses,        s.refused,
-                              s.evicted, s.damaged_bytes, s.write_errors};
+    const int64_t values[] = {
+        s.tasks,   s.rows,    s.bytes,         s.hits,         s.misses,
+        s.refused, s.evicted, s.damaged_bytes, s.write_errors, s.read_errors};
     const int64_t m = std::size(values);
     Tensor* stats = nullptr;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, {b, m}, &stats));
+    TF_RETURN_IF_ERROR(ctx->allocate_output(0, {b, m}, &stats));
     for (int64_t i = 0; i < b; ++i) {
       std::copy(values, values + m, stats->flat<int64_t>().data() + i * m);
     }
+    return absl::OkStatus();
   }
 };
 

@@ -44,7 +44,7 @@ absl::Status GetShape(InferenceContext* c) {
 absl::Status StatsShape(InferenceContext* c) {
   ShapeHandle rows;
   TF_RETURN_IF_ERROR(c->WithRank(c->input(1), 1, &rows));
-  c->set_output(0, c->MakeShape({c->Dim(rows, 0), 9}));
+  c->set_output(0, c->MakeShape({c->Dim(rows, 0), 10}));
   return absl::OkStatus();
 }
 
@@ -84,13 +84,15 @@ Holders of one name agree on path, dim, num_labels and max_rows; the limits are
 those of the latest. A store closes when the last session that holds it ends.
 
 store: its name in this process.
-path: folder of its files; empty keeps it in memory only.
+path: folder of its files, or URL of a Redis that keeps it for all processes;
+  empty keeps it in memory only.
 dim: floats of a row's vector.
 num_labels: labels, and label weights, of a row.
 max_rows: rows kept of a task, the last by event time.
 ttl_seconds: rows written longer ago are not returned; 0 for ever.
-max_tasks: the tasks not written for longest go beyond it; 0 for no bound.
-max_bytes: the same, of rows and index; 0 for no bound.
+max_tasks: the tasks not written for longest go beyond it; 0 for no bound, as of
+  a Redis.
+max_bytes: the same, of rows and index; 0 for no bound, as of a Redis.
 )doc");
 
 REGISTER_OP("Qianmo>SupportPut")
@@ -109,8 +111,8 @@ Stores rows; one of the same task and event time is replaced.
 
 Bits of the status: 1 the time is not positive, 2 h is not finite, 4 a label or
 weight is not finite, or a weight is negative, 8 the task is full of rows of
-later events, 16 no memory. A row with any of them is not stored; its neighbours
-are.
+later events, 16 no memory, 32 the Redis did not store it. A row with any of
+them is not stored; its neighbours are.
 
 task_id: [N].
 h: [N, dim].
@@ -136,7 +138,8 @@ REGISTER_OP("Qianmo>SupportGet")
     .SetIsStateful()
     .SetShapeFn(GetShape)
     .Doc(R"doc(
-Returns the last rows of tasks, the newest last, padded with zeros.
+Returns the last rows of tasks, the newest last, padded with zeros. A task whose
+rows a Redis does not let read has none.
 
 task_id: [U].
 version: of the bottom; rows of another are left out.
@@ -157,8 +160,8 @@ REGISTER_OP("Qianmo>SupportStats")
 Counts what a support store holds and did; every row is the same.
 
 task_id: [B], whose values do not matter.
-stats: [B, 9]: tasks, rows, bytes, hits, misses, refused, evicted, damaged_bytes,
-  write_errors.
+stats: [B, 10]: tasks, rows, bytes, hits, misses, refused, evicted,
+  damaged_bytes, write_errors, read_errors; -1 for what it cannot tell.
 )doc");
 
 REGISTER_OP("Qianmo>SupportExport")

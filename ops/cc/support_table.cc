@@ -268,37 +268,10 @@ int32_t SupportTable::Get(int64_t id, int64_t version, int32_t max_rows,
     return 0;
   }
   const Task& task = found->second;
-  char* const rows = RowsOf(shard, task);
-  int32_t usable = 0;
-  for (int32_t i = 0; i < task.num_rows; ++i) {
-    const RowHead& head = *HeadOf(rows + i * row_bytes_);
-    if (head.written <= until) continue;
-    if (head.version == version) {
-      ++usable;
-    } else {
-      ++shard.counters.refused;
-    }
-  }
-  ++(usable > 0 ? shard.counters.hits : shard.counters.misses);
-
-  const size_t dim = shape_.dim, num_labels = shape_.num_labels;
-  int32_t skip = std::max(usable - max_rows, 0);
-  const int32_t count = usable - skip;
-  for (int32_t i = 0, to = 0; to < count; ++i) {
-    const char* const row = rows + i * row_bytes_;
-    const RowHead& head = *HeadOf(rows + i * row_bytes_);
-    if (head.written <= until || head.version != version || skip-- > 0) {
-      continue;
-    }
-    const char* const floats = row + sizeof(RowHead);
-    std::memcpy(h + to * dim, floats, dim * sizeof(float));
-    std::memcpy(labels + to * num_labels, floats + dim * sizeof(float),
-                num_labels * sizeof(float));
-    std::memcpy(weights + to * num_labels,
-                floats + (dim + num_labels) * sizeof(float),
-                num_labels * sizeof(float));
-    time[to++] = head.time;
-  }
+  const int32_t count =
+      UnpackRows(shape_, RowsOf(shard, task), task.num_rows, version, until,
+                 max_rows, h, labels, weights, time, &shard.counters.refused);
+  ++(count > 0 ? shard.counters.hits : shard.counters.misses);
   return count;
 }
 

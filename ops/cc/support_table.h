@@ -20,23 +20,6 @@
 
 namespace qianmo {
 
-// What keeps a store small; 0 means without bound.
-struct SupportLimits {
-  int64_t ttl_micros = 0;  // rows written longer ago are not read
-  int64_t max_tasks = 0;
-  int64_t max_bytes = 0;
-};
-
-// Why a row was not stored: 0 or some of these bits.
-enum SupportStatus : int32_t {
-  kStored = 0,
-  kBadTime = 1,    // the event time is not positive
-  kBadVector = 2,  // h is not finite
-  kBadLabel = 4,   // a label or weight is not finite, or a weight is negative
-  kTooOld = 8,     // the task is full of rows of later events
-  kNoMemory = 16,
-};
-
 struct SupportCounters {
   int64_t rows = 0;     // now
   int64_t hits = 0;     // tasks that a read found usable rows of

@@ -1,7 +1,10 @@
 """Adaptation inside the served graph: right scores, in any company, whatever the rows hold."""
 
+import time
+
 import numpy as np
 import pytest
+import redis_servers
 import tensorflow as tf
 import tf_keras
 
@@ -18,7 +21,13 @@ from qianmo.layers.features import Categorical, Dense, Schema
 from qianmo.layers.inner_loop import Support
 from qianmo.layers.meta import DIVERGED, NO_SUPPORT
 from qianmo.models import zoo
-from qianmo.ops.support_store import BAD_LABEL, BAD_TIME, BAD_VECTOR, SupportStore
+from qianmo.ops.support_store import (
+    BAD_LABEL,
+    BAD_TIME,
+    BAD_VECTOR,
+    UNREACHABLE,
+    SupportStore,
+)
 
 SCHEMA = Schema(
     features=(
@@ -309,6 +318,35 @@ def test_a_store_outlives_a_version_and_knows_its_bottom(model, tmp_path):
     with session(third) as run:  # rows of another bottom are not used
         assert run("adapted", mine)[STATUS].tolist() == [NO_SUPPORT]
     store.close()
+
+
+@pytest.mark.skipif(redis_servers.MISSING, reason=redis_servers.REASON)
+def test_a_redis_that_dies_leaves_the_plain_score(model, tmp_path):
+    with redis_servers.server(tmp_path, "--appendonly", "yes", "--appendfsync", "always") as redis:
+        store = SupportStore("test_adapted_redis", 16, 2, MOST, path=redis.url())
+        folder, worst = export_adapted(model, tmp_path / "ranker", ROWS, SUPPORT, store=store)
+        store.close()
+        assert worst <= 1e-6
+        put = {k: v[:3].copy() for k, v in SUPPORT.items()} | {"user": np.full(3, USERS - 1)}
+        reference = expected(model)
+        with session(folder) as run:
+            before = run("adapted", switched())
+            np.testing.assert_allclose(probabilities(before), reference, atol=1e-6)
+            redis.kill()
+            answer = run("adapted", switched())
+            plain = run("serving_default", {k: v for k, v in ROWS.items() if k != "user"})
+            np.testing.assert_array_equal(probabilities(answer), probabilities(plain))
+            assert (answer[STATUS] == NO_SUPPORT).all()
+            put["click"][1] = np.nan
+            bad = run("put_support", put)[STATUS]
+            assert bad.tolist() == [UNREACHABLE, BAD_LABEL, UNREACHABLE]
+            redis.start()
+            for _ in range(200):
+                after = run("adapted", switched())
+                if not (after[STATUS] == NO_SUPPORT).all():
+                    break
+                time.sleep(0.05)
+            np.testing.assert_array_equal(probabilities(after), probabilities(before))
 
 
 def test_a_store_of_other_sizes_is_refused(model, tmp_path):

@@ -1,4 +1,4 @@
-#include "ops/cc/support_store.h"
+#include "ops/cc/local_support.h"
 
 #include <signal.h>
 #include <sys/resource.h>
@@ -33,9 +33,9 @@ SupportOptions Options(const std::string& path = "") {
   return options;
 }
 
-std::unique_ptr<SupportStore> Open(const SupportOptions& options) {
+std::unique_ptr<LocalSupport> Open(const SupportOptions& options) {
   std::string error;
-  auto store = SupportStore::Open(options, &error);
+  auto store = LocalSupport::Open(options, &error);
   if (!store) std::fprintf(stderr, "%s\n", error.c_str());
   CHECK(store);
   return store;
@@ -45,7 +45,7 @@ std::unique_ptr<SupportStore> Open(const SupportOptions& options) {
 class Folder {
  public:
   Folder() {
-    char made[] = "/tmp/support_store_XXXXXX";
+    char made[] = "/tmp/local_support_XXXXXX";
     CHECK(mkdtemp(made) != nullptr);
     path_ = made;
   }
@@ -64,8 +64,11 @@ int32_t Put(SupportStore* store, int64_t task, int64_t time, int salt = 0,
   const float value = task * 10000 + time * 10 + salt;
   const std::vector<float> h(kDim, value), labels(kLabels, -value);
   const std::vector<float> weights(kLabels, value + 1);
-  return store->Put(task, h.data(), labels.data(), weights.data(), time,
-                    version);
+  int32_t status;
+  store->Put(
+      {1, &task, h.data(), labels.data(), weights.data(), &time, &version},
+      &status);
+  return status;
 }
 
 // Reads the last rows of a task, and looks at every number.
@@ -73,8 +76,8 @@ Moments Times(SupportStore* store, int64_t task, int64_t version = 1,
               int32_t max_rows = kRows) {
   float h[kRows * kDim], labels[kRows * kLabels], weights[kRows * kLabels];
   int64_t time[kRows];
-  const int32_t n =
-      store->Get(task, version, max_rows, h, labels, weights, time);
+  int32_t n;
+  store->Get(&task, 1, version, {max_rows, h, labels, weights, time, &n});
   for (int32_t i = 0; i < n; ++i) {
     const float value = h[i * kDim];
     const float salt = value - task * 10000 - time[i] * 10;
@@ -156,12 +159,13 @@ void MemoryFollowsTheRows() {
   for (int64_t task = 0; task < 740; task += 3) Put(store.get(), task, 1);
   options.limits.max_tasks = 247;
   CHECK(SupportStore::Shared("memory", options, &error) == store);
-  store->Evict();
+  static_cast<LocalSupport*>(store.get())->Evict();
   CHECK(store->Stats().tasks == 247 && store->Stats().evicted == 493);
   float h[37 * kDim], labels[37 * kLabels], weights[37 * kLabels];
   int64_t time[37];
   for (int64_t task = 0; task < 740; ++task) {
-    const int32_t n = store->Get(task, 1, 37, h, labels, weights, time);
+    int32_t n;
+    store->Get(&task, 1, 1, {37, h, labels, weights, time, &n});
     CHECK(n == (task % 3 == 0 ? task % 37 + 1 : 0));
     for (int32_t i = 0; i < n; ++i) {
       CHECK(time[i] == i + 1 && h[i * kDim] == task * 10000 + time[i] * 10);
@@ -170,7 +174,7 @@ void MemoryFollowsTheRows() {
   options.limits.ttl_micros = 1;
   CHECK(SupportStore::Shared("memory", options, &error) == store);
   now += kSecond;
-  store->Evict();
+  static_cast<LocalSupport*>(store.get())->Evict();
   CHECK(store->Stats().tasks == 0 && store->Stats().rows == 0);
   CHECK(store->Stats().bytes == 0);
 }
@@ -398,7 +402,6 @@ void EveryoneAtOnce() {
       for (int64_t i = seed; i < 8'000; i += 4) {
         now += 100;
         Put(store.get(), i * 7919 % 211, i % 40 + 1, i % 10, i % 2);
-        if (i % 100 == 0) store->AfterPut();
       }
       --writing;
     });
