@@ -22,6 +22,8 @@ USES = ("users", "sequence")
 METHODS = ("fine_tune", "meta")
 ROWS = "runs/movielens_1m_next_item"
 DIM = 32
+# Who is known by a list has moved with it already: a step by the same films should be small.
+STEP_SIZES = {"users": 0.1, "sequence": 0.01}
 # The film has its id alone where films of the list are support, which no row describes.
 FEATURES = {
     "users": (
@@ -54,7 +56,7 @@ def get_config(variant: str = "users-meta") -> ConfigDict:
     schema["features"] = [{**f, "dim": DIM} for f in features]
     config.schema = schema
     meta: dict[str, Any] = {
-        "inner": {"steps": 3, "step_size": 0.1, "shrinkage": 3.0},
+        "inner": {"steps": 3, "step_size": STEP_SIZES[use], "shrinkage": 3.0},
         "weight": 1.0 if method == "meta" else 0.0,
         # A user whose id is a feature is known by heart: only the tower learns from episodes.
         "gradient_to": "tower" if use == "users" else "bottom",
