@@ -126,7 +126,10 @@ def expert_mixture(
     seed: int,
     name: str,
 ) -> ExpertMixture:
-    """Shared experts of what all domains share, and for each domain its own, of what its rows have.
+    """Shared experts, and for each domain its own.
+
+    Shared experts read all features, so that domains that own one together learn together from it;
+    where a row lacks one they read zeros. A domain's own expert reads what its rows have.
 
     Args:
       schema: what a row holds; tells who owns what.
@@ -141,17 +144,15 @@ def expert_mixture(
       name: of the layer.
     """
     names = [f.name for f in given.features]
-    shared = [f.name for f in schema.features if f.name in names and not f.domains]
     own = [
         [feature for feature in own_features(schema, p) if feature in names]
         for p in range(1, schema.num_domains + 1)
     ]
-    before = [Select(given, shared)] if len(shared) < len(names) else []
     reads = [Select(given, features) for features in own]
     crossings = interactions or {}
     return ExpertMixture(
         [
-            Extended(expert(crossings, units, dropout, derive_seed(seed, SHARED, i)), before)
+            expert(crossings, units, dropout, derive_seed(seed, SHARED, i))
             for i in range(num_shared)
         ],
         _own_experts(reads, crossings, units, dropout, derive_seed(seed, OWN)),
@@ -176,9 +177,9 @@ def cross_domain(
 ) -> Road:
     """The cross-domain assembly: shared and own experts, a personal gate, star towers.
 
-    Every row passes the shared experts, which read the features that all domains share, and the
-    one of its own domain, which reads what a model of that domain alone would: the domain's own
-    features too, and not which domain it is.
+    Every row passes the shared experts, which read all features, zeros for those that its domain
+    lacks, and the one of its own domain, which reads what a model of that domain alone would: not
+    what its rows lack, nor which domain it is.
 
     Args:
       schema: what a row holds, its domain among the features.
