@@ -15,9 +15,9 @@ from qianmo.configs import movielens_1m_melu
 from qianmo.configs.base import base_config
 
 METHODS = ("meta", "plain")
-# Serving takes more steps than training (set `model.meta.inner.steps` before the export): what a known
-# user rated has shaped the vectors, so that in training small steps look right.
-STEPS, SERVING_STEPS = 8, 12
+# Serving should take more steps than training (set `meta.inner.steps` before the export): what a
+# known user rated has shaped the vectors, so that in training small steps look right.
+STEPS, SERVING_STEPS = 8, 16
 SUPPORT_SIZES = (1, 2, 3, 5, 8, 12, 20, 30, 50, 80)
 
 
