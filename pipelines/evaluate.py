@@ -22,6 +22,8 @@ from qianmo.models.two_tower import TwoTower
 from qianmo.pipelines import program, readers, retrieval, run_dir
 from qianmo.pipelines.recipe import Data
 
+FEWEST_ROWS = 100  # of which a metric is worth a line
+
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
@@ -105,14 +107,26 @@ def evaluate(scored: Scored, schema: Schema) -> dict[str, Any]:
     return report
 
 
-def parts_of(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Mapping[str, float]]]:
-    """Head, label, name of the rows and their metrics, for each line of a table."""
+def parts_of(
+    report: Mapping[str, Any], fewest: int = FEWEST_ROWS
+) -> Iterator[tuple[str, str, str, Mapping[str, float]]]:
+    """Head, label, name of the rows and their metrics, for each line of a table.
+
+    Domains and groups of fewer than `fewest` rows are left out.
+    """
     for head, labels in report.items():
         for label, parts in labels.items():
             yield head, label, "all", parts["all"]
             for column in ("domain", "group"):
                 for value, found in parts.get(column, {}).items():
-                    yield head, label, f"{column} {value}", found
+                    if found["rows"] >= fewest:
+                        yield head, label, f"{column} {value}", found
+
+
+def left_out(report: Mapping[str, Any]) -> str:
+    """A sentence on the parts that have no line in a table; empty if all have."""
+    count = sum(1 for _ in parts_of(report, 0)) - sum(1 for _ in parts_of(report))
+    return f"({count} lines of fewer than {FEWEST_ROWS} rows left out.)" if count else ""
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -124,7 +138,7 @@ def table(report: Mapping[str, Any]) -> str:
             f"{head:<10}{label:<14}{name:<22}{m['rows']:>9,}{m['auc']:>9.4f}"
             f"{m.get('gauc', float('nan')):>9.4f}{m['log_loss']:>10.4f}{m['pcoc']:>8.3f}"
         )
-    return "\n".join(lines)
+    return "\n".join(filter(None, [*lines, left_out(report)]))
 
 
 class Measured(NamedTuple):

@@ -8,7 +8,7 @@ import io
 import json
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -19,11 +19,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 
+from qianmo.export.saved_model import raw_specs
 from qianmo.layers import metrics
 from qianmo.layers.encode import example
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines import retrieval, run_dir
-from qianmo.pipelines.evaluate import Scored, parts_of
+from qianmo.pipelines.evaluate import Scored, left_out, parts_of
 
 COLOURS = {
     "student": "#0b6e99",
@@ -56,9 +57,12 @@ def epoch_line(entry: Mapping[str, Any]) -> str:
 
 
 def head_function(model: Ranker, head: str) -> Any:
-    """A tf.function from raw features to one head's probabilities; nothing else is computed."""
+    """A tf.function from raw features to one head's probabilities; nothing else is computed.
 
-    @tf.function(reduce_retracing=True)
+    It is one graph for all batch sizes.
+    """
+
+    @tf.function(input_signature=[raw_specs(model.schema)])
     def predict(features: Mapping[str, tf.Tensor]) -> tf.Tensor:
         return tf.sigmoid(model.one_head(features, head)[0].logits)
 
@@ -67,11 +71,10 @@ def head_function(model: Ranker, head: str) -> Any:
 
 def parameters(model: Ranker) -> dict[str, dict[str, int]]:
     """Weights that each head's graph reads: those of the tables, and the dense ones."""
-    batch = example(model.schema)
     tables = {v.ref() for v in model.embed.variables}
     found = {}
     for head in model.head_names:
-        graph = head_function(model, head).get_concrete_function(batch).graph
+        graph = head_function(model, head).get_concrete_function().graph
         sizes = {v.ref(): int(np.prod(v.shape)) for v in graph.variables}
         found[head] = {
             "tables": sum(n for ref, n in sizes.items() if ref in tables),
@@ -104,7 +107,8 @@ def latency(
     return found
 
 
-def _picture(figure: Any, alt: str) -> str:
+def picture(figure: Any, alt: str) -> str:
+    """A figure as an element of HTML that holds it."""
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
@@ -207,6 +211,15 @@ def adaptation(curve: Mapping[str, Any], label: str) -> Any:
     return figure
 
 
+def write_page(path: pathlib.Path, title: str, body: Sequence[str]) -> None:
+    """Writes a page that needs no other file."""
+    run_dir.write_text(
+        path,
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style><body>{''.join(body)}</body></html>\n",
+    )
+
+
 def _metrics_table(test: Mapping[str, Any]) -> str:
     rows = [
         "<tr><th>head, label, rows of</th><th>rows</th><th>AUC</th><th>GAUC</th>"
@@ -218,7 +231,7 @@ def _metrics_table(test: Mapping[str, Any]) -> str:
             f"<td>{m['auc']:.4f}</td><td>{m.get('gauc', float('nan')):.4f}</td>"
             f"<td>{m['log_loss']:.4f}</td><td>{m['pcoc']:.3f}</td></tr>"
         )
-    return f"<table>{''.join(rows)}</table>"
+    return f"<table>{''.join(rows)}</table><p class=note>{left_out(test)}</p>"
 
 
 def write_html(path: pathlib.Path, found: Mapping[str, Any], scored: Scored | None) -> None:
@@ -231,25 +244,25 @@ def write_html(path: pathlib.Path, found: Mapping[str, Any], scored: Scored | No
         f"<p>{found['rows']['train']:,} training rows, {len(found['history'])} epochs, "
         f"{speed:,.0f} samples/s in the last, peak memory "
         f"{found['peak_memory_bytes'] / 2**20:,.0f} MiB.</p>",
-        _picture(curves(found["history"]), "loss and AUC over epochs"),
+        picture(curves(found["history"]), "loss and AUC over epochs"),
     ]
     if scored is not None:
         body += ["<h2>Test rows</h2>", _metrics_table(found["test"])]
         for k, label in enumerate(recipe["schema"]["labels"]):
-            body.append(_picture(calibration(scored, k, label), f"calibration of {label}"))
+            body.append(picture(calibration(scored, k, label), f"calibration of {label}"))
             if "teacher" in scored.probabilities and len(scored.probabilities) > 1:
-                body.append(_picture(agreement(scored, k, label), "student against teacher"))
+                body.append(picture(agreement(scored, k, label), "student against teacher"))
     elif "test" in found:
         text = html.escape(retrieval.table(found["test"]))
         body += ["<h2>Test rows: the item found among all</h2>", f"<pre>{text}</pre>"]
     if "adapted" in found:
         body += ["<h2>Adapted to each task</h2>", _metrics_table(found["adapted"]["test"])]
         for label in recipe["schema"]["labels"]:
-            picture = adaptation(found["adapted"]["curve"], label)
-            body.append(_picture(picture, f"metrics of {label} by number of support rows"))
+            figure = adaptation(found["adapted"]["curve"], label)
+            body.append(picture(figure, f"metrics of {label} by number of support rows"))
     body += [
         "<h2>Size and latency</h2>",
-        _picture(size_and_latency(found), "size and latency of each head"),
+        picture(size_and_latency(found), "size and latency of each head"),
         "<h2>Recipe</h2>",
         '<p class="note">Data: '
         + ", ".join(f"{k} sha256 {v[:16]}…" for k, v in found["data_sha256"].items())
@@ -259,8 +272,4 @@ def write_html(path: pathlib.Path, found: Mapping[str, Any], scored: Scored | No
     shown = {"data": recipe["data"], "model": recipe["model"], "train": recipe["train"]}
     body.append(f"<p>Features: {html.escape(', '.join(features))}</p>")
     body.append(f"<pre>{html.escape(json.dumps(shown, indent=1))}</pre>")
-    run_dir.write_text(
-        path,
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(name)}</title>'
-        f"<style>{STYLE}</style><body>{''.join(body)}</body></html>\n",
-    )
+    write_page(path, name, body)

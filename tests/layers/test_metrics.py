@@ -131,6 +131,24 @@ def test_calibration_equals_scikit_learn() -> None:
     np.testing.assert_allclose(table.predicted, predicted, rtol=1e-12)
 
 
+def test_resamples_are_metrics_with_weights() -> None:
+    drawn = np.random.default_rng(7).poisson(1.0, (5, N))
+    drawn[4] = LABELS == 0  # no positive was drawn
+    expected = [metrics.auc(LABELS, SCORES, row) for row in drawn]
+    np.testing.assert_allclose(metrics.resampled_auc(LABELS, SCORES, drawn), expected, rtol=1e-12)
+    assert math.isnan(expected[4])
+    counts = np.random.default_rng(8).poisson(1.0, (5, 60))
+    counts[4] = 0
+    found = metrics.resampled_gauc(LABELS, SCORES, GROUPS, counts)
+    for row, value in zip(counts[:4], found, strict=False):
+        # A group that was drawn twice is two groups.
+        parts = [np.flatnonzero(g == GROUPS) for g in np.repeat(np.arange(60), row)]
+        groups = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        rows = np.concatenate(parts)
+        assert value == pytest.approx(metrics.gauc(LABELS[rows], SCORES[rows], groups))
+    assert math.isnan(found[4])
+
+
 def test_calibration_accounts_for_every_row() -> None:
     table = metrics.calibration(LABELS, PROBABILITIES, num_bins=10)
     assert table.rows.sum() == N
