@@ -15,7 +15,8 @@ namespace qianmo {
 namespace {
 
 constexpr std::chrono::milliseconds kPoll{100};
-constexpr size_t kAtOnce = 1024;  // rows or tasks of a round trip
+// Of a round trip: a row to put costs Redis more than a task to read.
+constexpr size_t kRowsAtOnce = 256, kTasksAtOnce = 1024;
 constexpr size_t kIdChars = 20;
 
 // KEYS: of the task. ARGV: bytes of a row, rows of a task at most, the time
@@ -39,7 +40,11 @@ local function later(one, two)
 end
 for at = 1, #old, size do
   local row = old:sub(at, at + size - 1)
-  if written(row) > past then rows[#rows + 1] = row end
+  local when = written(row)
+  if when > past then
+    rows[#rows + 1] = row
+    last = math.max(last, when)
+  end
 end
 while #rows > most do table.remove(rows, 1) end
 for i = 4, #ARGV do
@@ -56,8 +61,8 @@ for i = 4, #ARGV do
   else
     status[i - 3] = '\8'
   end
+  last = math.max(last, written(row))
 end
-for _, row in ipairs(rows) do last = math.max(last, written(row)) end
 local value = table.concat(rows)
 if past < 0 then
   redis.call('SET', KEYS[1], value)
@@ -199,13 +204,13 @@ void RedisSupport::Put(const SupportBatch& rows, int32_t* status) {
   std::stable_sort(order.begin(), order.end(), [&rows](size_t a, size_t b) {
     return rows.task[a] < rows.task[b];
   });
-  std::vector<char> bytes(std::min(kAtOnce, rows.num_rows) * row_bytes_);
+  std::vector<char> bytes(std::min(kRowsAtOnce, rows.num_rows) * row_bytes_);
   std::vector<Row> good;
   std::vector<size_t> places;
   for (size_t next = 0; next < order.size();) {
     good.clear();
     places.clear();
-    for (; next < order.size() && good.size() < kAtOnce; ++next) {
+    for (; next < order.size() && good.size() < kRowsAtOnce; ++next) {
       const size_t i = order[next];
       char* const row = bytes.data() + good.size() * row_bytes_;
       status[i] = PackRow(
@@ -226,8 +231,8 @@ void RedisSupport::Get(const int64_t* tasks, size_t num_tasks, int64_t version,
   const size_t dim = shape().dim, num_labels = shape().num_labels;
   const int64_t until = ExpiredUntil();
   int64_t refused = 0;
-  for (size_t begin = 0; begin < num_tasks; begin += kAtOnce) {
-    const size_t end = std::min(begin + kAtOnce, num_tasks);
+  for (size_t begin = 0; begin < num_tasks; begin += kTasksAtOnce) {
+    const size_t end = std::min(begin + kTasksAtOnce, num_tasks);
     TaskKeys keys(keys_, keys_hash_, end - begin);
     for (size_t i = begin; i < end; ++i) keys.Add(tasks[i]);
     const auto answers = client_->Get(keys.keys());
@@ -318,7 +323,7 @@ bool RedisSupport::Export(const std::string& path, std::string* error) {
 bool RedisSupport::Import(const std::string& path, std::string* error) {
   LogContent content;
   const int64_t now = options_.clock(), until = ExpiredUntil();
-  std::vector<char> bytes(kAtOnce * row_bytes_);
+  std::vector<char> bytes(kRowsAtOnce * row_bytes_);
   std::vector<Row> rows;
   std::string fault;
   const auto write = [&] {
@@ -338,7 +343,7 @@ bool RedisSupport::Import(const std::string& path, std::string* error) {
     std::memcpy(copy, row, row_bytes_);
     std::memcpy(copy, &head, sizeof(head));
     rows.push_back({task, copy, kStored});
-    if (rows.size() == kAtOnce) write();
+    if (rows.size() == kRowsAtOnce) write();
   };
   if (!ReadLog(path, shape(), put, [](int64_t) {}, &content, error)) {
     return false;

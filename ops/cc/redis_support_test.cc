@@ -295,7 +295,7 @@ void RowsArePutTaskByTask() {
   const std::vector<int64_t> tasks(2500, 7), times(2500, 1);
   const auto status = Put(store.get(), tasks, times);
   for (size_t i = 0; i < status.size(); ++i) {
-    CHECK(status[i] == (i % 1024 == 1 ? kTooOld : kStored));
+    CHECK(status[i] == (i % 256 == 1 ? kTooOld : kStored));
   }
 }
 
