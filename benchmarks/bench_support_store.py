@@ -1,9 +1,10 @@
-"""The support store: rates, memory, eviction beside a reader, writers beside readers, kills.
+"""The support store: rates, memory, eviction beside a reader, writers beside readers, kills, Redis.
 
 Rows are of 64 floats with three labels, a task has 20. Every number of a row follows from its task,
 time and a salt, so that a reader sees a torn row. All goes through the ops, called from Python, and
 into files. Rates of one thread are by its processor time, as the machine may be busy. A call that
 meets a lock gives up its core, which the system counts; one that is merely interrupted does not.
+Those of a Redis on loopback are by the clock, as it is the Redis that works.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from typing import Any
 
 import common
 import numpy as np
+
+sys.path.append(str(common.ROOT / "tests"))
+import redis_servers
 
 from qianmo.ops.support_store import METRICS, SupportStore
 
@@ -103,6 +107,14 @@ def puts(store: SupportStore, tasks: np.ndarray) -> Iterator[Callable[[], object
             some = tasks[i : i + PUT]
             rows = batch(some, np.full_like(some, when), some % 8)
             yield lambda rows=rows: store.put(*rows)
+
+
+def one_by_one(store: SupportStore, tasks: np.ndarray) -> Iterator[Callable[[], object]]:
+    """Writes the last row of each task anew."""
+    for i in range(len(tasks)):
+        one = tasks[i : i + 1]
+        rows = batch(one, np.full_like(one, ROWS), one % 8)
+        yield lambda rows=rows: store.put(*rows)
 
 
 def gets(store: SupportStore, tasks: np.ndarray, size: int) -> Iterator[Callable[[], object]]:
@@ -265,6 +277,38 @@ def killed(folder: pathlib.Path, seconds: float) -> tuple[float, int]:
     return (end - stored[lost[0]] if len(lost) else 0.0), int(found.count.numpy().sum())
 
 
+def in_redis(folder: pathlib.Path, number: int) -> tuple[list[Any], dict[str, Any]]:
+    """Fills a Redis with tasks of 20 rows, and reads them."""
+    tasks = np.random.default_rng(0).permutation(number).astype(np.int64) * 977
+    table = []
+
+    def line(what: str, unit: str, per_call: int, calls: Iterator[Callable[[], object]]) -> None:
+        took, _, _ = timed(calls)
+        row: dict[str, Any] = {"what": f"Redis: {what}"}
+        row["rate"] = f"{per_call * len(took) / took.sum() * 1e3:,.0f} {unit}/s"
+        for name, share in (("p50 ms", 50), ("p99 ms", 99), ("max ms", 100)):
+            row[name] = float(np.percentile(took, share))
+        print(row, flush=True)
+        table.append(row)
+
+    with redis_servers.server(folder) as server:
+        store = SupportStore("bench", DIM, LABELS, ROWS, path=server.url())
+        before = server.client().info()["used_memory_rss"]
+        line(f"write, {PUT} rows a call", "rows", PUT, puts(store, tasks))
+        memory = server.client().info()["used_memory_rss"] - before
+        line("write, 1 row", "rows", 1, itertools.islice(one_by_one(store, tasks), 2000))
+        some = itertools.islice(gets(store, tasks, GET), 2000)
+        line(f"read, {GET} tasks of {ROWS} rows a call", "tasks", GET, some)
+        line("read, 1 task", "tasks", 1, itertools.islice(gets(store, tasks, 1), 5000))
+        found = store.get(tasks, 1)
+        assert torn(tasks, found) == 0
+        assert int(found.count.numpy().sum()) == number * ROWS
+        store.close()
+    ratio = memory / (number * ROWS * RAW_ROW)
+    name = f"Redis, {number:,} tasks x {ROWS} rows x {DIM} floats: its memory / raw vectors"
+    return table, {name: common.target(ratio, 1.3, at_most=True)}
+
+
 def run(*, quick: bool) -> dict[str, Any]:
     """All of it; the full size takes 7 GB of memory and 20 GB of disk."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -278,4 +322,7 @@ def run(*, quick: bool) -> dict[str, Any]:
         targets[f"{len(kills)} kills: age of the oldest rows lost, s"] = common.target(
             oldest, 1, at_most=True
         )
+        more = in_redis(folder, 2_000 if quick else 20_000)
+        table += more[0]
+        targets |= more[1]
     return {"rows": table, "targets": targets}
