@@ -1,8 +1,9 @@
 """Amazon's departments in pairs: retrieval models of two domains fused into one two-tower model.
 
-Users are the same in both domains and share a table; each item belongs to one. Variants
-`<pair>-<model>`, with a pair such as cloth_sport and a model of `MODELS`, or single_0 or single_1:
-a plain model of one domain alone.
+Users are the same in both domains and share a table; each item belongs to one. What a user bought
+in either domain, in the table of the items, is known in both. Variants `<pair>-<model>`, with a
+pair such as cloth_sport and a model of `MODELS`, or single_0 or single_1: a plain model of one
+domain alone, which knows nothing of the other.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ def get_config(variant: str = "cloth_sport-fused") -> ConfigDict:
         {"name": "domain", "side": "item", "num_ids": 2},
         {"name": "item_id", "side": "item", "num_ids": num_items},
     ]
+    for domain in (int(model[-1]),) if alone else (0, 1):
+        bought = {"name": f"bought_{domain}", "side": "user", "table": "item_id"}
+        features.append({**bought, "num_ids": num_items, "max_length": 20})
     config.schema = {
         "features": [{**f, "dim": DIM} for f in features],
         "labels": ("label",),
@@ -57,12 +61,16 @@ def get_config(variant: str = "cloth_sport-fused") -> ConfigDict:
         "dim": DIM,
         "seam_dim": 0,
         "temperature": 0.1,
+        "embedding_stddev": 0.1,
+        # A user has some eight rows in a domain, an item four: both are soon known by heart.
+        "embedding_l2": 1.0,
+        "dropout": 0.3,
         **(SIDES if alone else MODELS[model]),
     }
     for part in ("train", "valid", "test", "items"):
         config.data[part] = f"runs/amazon_{pair}/{part}.parquet"
     config.train.batch_size = 512
-    config.train.epochs = 20
-    config.train.patience = 2
+    config.train.epochs = 40
+    config.train.patience = 3
     config.train.monitor = "ndcg_10"
     return config

@@ -352,6 +352,9 @@ def amazon_cdr(
     publisher holds one row out, which is in test if training knows its item; another one, drawn at
     random, is in valid on the same condition. items.parquet has a row for each item of train.
 
+    `bought_0` and `bought_1` hold what else the user bought in each domain: at most 20 items of
+    train, as drawn at random, never the row's own.
+
     Args:
       source: folder with interactions.parquet: pair, domain, user_id, item_id and split, which is
         train, test, or something else for what is left out.
@@ -389,11 +392,24 @@ def amazon_cdr(
     is_valid = np.zeros(len(train), bool)
     is_valid[order[np.unique(task[order], return_index=True)[1]]] = True
     is_valid &= np.isin(item, item[~is_valid])
+    known = train.take(order[~is_valid[order]])
+    bought: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
+    for row in known.to_pylist():
+        bought[row["user_id"], row["domain"]].append(row["item_id"])
+
+    def with_bought(rows: pa.Table) -> pa.Table:
+        pairs = [*zip(rows["user_id"].to_pylist(), rows["item_id"].to_pylist(), strict=True)]
+        for place in (0, 1):
+            lists = [[i for i in bought[user, place] if i != own] for user, own in pairs]
+            values = pa.array([each[:HISTORY_LENGTH] for each in lists], pa.list_(pa.int64()))
+            rows = rows.append_column(f"bought_{place}", values)
+        return rows
+
     _, first = np.unique(item, return_index=True)
     parts = {
-        "train": train.filter(~is_valid),
-        "valid": train.filter(is_valid),
-        "test": test.filter(np.isin(test["item_id"].to_numpy(), item)),
+        "train": with_bought(train.filter(~is_valid)),
+        "valid": with_bought(train.filter(is_valid)),
+        "test": with_bought(test.filter(np.isin(test["item_id"].to_numpy(), item))),
         "items": train.select(["item_id", "domain"]).take(first),
     }
     return _write(output, f"amazon_cdr, {pair}", parts, overwrite)

@@ -55,10 +55,12 @@ def trained(
     data: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TwoTower, Recipe, float]:
     config = amazon_fused.get_config("cloth_sport-fused")
-    for feature, count in zip(config.schema.features, (USERS, 2, 2 * ITEMS + 1), strict=True):
-        feature["num_ids"] = count
+    counts = {"user_id": USERS, "domain": 2}
+    for feature in config.schema.features:
+        feature["num_ids"] = counts.get(feature["name"], 2 * ITEMS + 1)
     for part in ("train", "valid", "test", "items"):
         config.data[part] = str(data / f"{part}.parquet")
+    config.model.embedding_l2, config.model.dropout = 0.0, 0.0  # some 1,000 rows are few enough
     config.train.batch_size, config.train.epochs, config.train.patience = 64, 8, 8
     for name in ("optimizer", "table_optimizer"):
         config.train[name].learning_rate = 0.01
@@ -82,6 +84,13 @@ def test_rows_are_of_one_pair_and_ids_of_one_domain(data: pathlib.Path) -> None:
         np.testing.assert_array_equal(part["item_id"] > ITEMS, part["domain"] == 1)
         assert np.isin(part["item_id"], items["item_id"]).all()
     assert np.isin(valid["item_id"], train["item_id"]).all()
+    had = {(user, item) for user, item in zip(train["user_id"], train["item_id"], strict=True)}
+    for part in (train, valid, test):
+        columns = (part[name] for name in ("user_id", "item_id", "bought_0", "bought_1"))
+        for user, item, *lists in zip(*columns, strict=True):
+            for domain, bought in enumerate(lists):
+                own = {i for u, i in had if u == user and (i > ITEMS) == domain}
+                assert {*bought} == own - {item}
 
 
 def test_it_learns_what_users_like_in_each_domain(trained: tuple[TwoTower, Recipe, float]) -> None:
@@ -99,7 +108,8 @@ def test_the_export_recommends_items_of_the_user_s_domain(
     assert worst <= 1e-6
     assert export_in_graph(model, tmp_path / "scores", rows)[1] <= 1e-6
     assert not {op for op in op_types(folder) if ">" in op}
-    user = {"user_id": np.arange(USERS), "domain": np.arange(USERS) % 3}  # 2 is unknown
+    user = {name: column[:USERS] for name, column in rows.items() if name != "item_id"}
+    user["domain"] = np.arange(USERS) % 3  # 2 is unknown
     with session(folder) as run:
         u, v = run("user", user)["vector"], run("item", items)["vector"]
         found = run("recommend", user)
@@ -121,7 +131,9 @@ def test_an_unknown_domain_has_the_shared_parts_alone(
     def vectors(domain: int) -> tuple[np.ndarray, np.ndarray]:
         ids = tf.range(5, dtype=tf.int64)
         features = {"domain": tf.fill([5], tf.constant(domain, tf.int64))}
-        u = model.user_vectors({**features, "user_id": ids})[0]
+        lists = {name: tf.zeros([5, 1], tf.int64) for name in ("bought_0", "bought_1")}
+        lists |= {f"{name}_length": tf.ones([5], tf.int64) for name in [*lists]}
+        u = model.user_vectors({**features, **lists, "user_id": ids})[0]
         return u.numpy(), model.item_vectors({**features, "item_id": ids})[0].numpy()
 
     before = {domain: vectors(domain) for domain in (0, 7)}
