@@ -311,6 +311,8 @@ def in_redis(folder: pathlib.Path, number: int) -> tuple[list[Any], dict[str, An
 
 def run(*, quick: bool) -> dict[str, Any]:
     """All of it; the full size takes 7 GB of memory and 20 GB of disk."""
+    if redis_servers.MISSING:  # better now than after all the rest
+        raise SystemExit(redis_servers.REASON)
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         table, targets = filled(folder, 20_000 if quick else 1_000_000)
