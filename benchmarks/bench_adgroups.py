@@ -26,7 +26,7 @@ from qianmo.configs import movielens_1m_meta
 from qianmo.export.personal_towers import export_personal, fine_tune
 from qianmo.export.saved_model import STATUS, session
 from qianmo.layers.inner_loop import InnerLoop
-from qianmo.pipelines import run_dir, runtime, statistics
+from qianmo.pipelines import cost, run_dir, runtime, statistics
 from qianmo.pipelines.export import columns
 from qianmo.pipelines.recipe import Recipe
 
@@ -127,7 +127,7 @@ def run(*, quick: bool) -> dict[str, Any]:
                     made = requests(number, asked)
                     assert not any(direct("serving_default", x)[STATUS].any() for x in made)
                     calls[number, asked] = asking(direct, made)
-        found = common.times(calls, 2 if quick else 100)
+        found = cost.times(calls, 2 if quick else 100)
     for row in table:
         for asked in ASKED:
             if (row["adgroups"], asked) in found:

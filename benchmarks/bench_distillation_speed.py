@@ -20,7 +20,7 @@ import numpy as np
 from qianmo.configs import movielens_1m_distillation as recipes
 from qianmo.export.saved_model import STATUS, export_fed, export_in_graph, session
 from qianmo.models.ranker import Ranker
-from qianmo.pipelines import readers, run_dir, runtime, statistics
+from qianmo.pipelines import cost, readers, run_dir, runtime, statistics
 from qianmo.pipelines.recipe import Recipe
 
 STUDENT, BI, CIN = "student MLP(16)", "teacher MLP + bi-interaction + FM", "teacher MLP + CIN"
@@ -75,9 +75,7 @@ def run(*, quick: bool) -> dict[str, Any]:
                         "serving_default", rows
                     )
         found = {
-            key: {
-                name: float(np.median(took)) for name, took in common.times(group, repeats).items()
-            }
+            key: {name: float(np.median(took)) for name, took in cost.times(group, repeats).items()}
             for key, group in calls.items()
         }
 

@@ -102,7 +102,7 @@ def with_domains(recipe: Recipe, count: int) -> tuple[Recipe, Any]:
 def seconds(trainings: dict[Any, cost.Training], repeats: int) -> dict[Any, float]:
     """Median seconds of a step of each, which take turns."""
     calls = {name: one.step for name, one in trainings.items()}
-    return {k: float(np.median(v)) for k, v in common.times(calls, repeats).items()}
+    return {k: float(np.median(v)) for k, v in cost.times(calls, repeats).items()}
 
 
 def memory(rows: dict[str, np.ndarray], small: pathlib.Path, folders: Sequence[Any]) -> float:

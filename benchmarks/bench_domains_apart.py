@@ -20,7 +20,9 @@ import pyarrow.parquet as pq
 import tf_keras
 
 from qianmo.configs import kuairand_apart as recipes
+from qianmo.layers import metrics
 from qianmo.pipelines import runtime
+from qianmo.pipelines.paired import RESAMPLES
 
 SPLIT = "apart"
 SINGLE, ASSEMBLY = "one model per tab, its own features", "shared + own experts, gate, star tower"
@@ -69,12 +71,12 @@ def aucs(test: dict[str, Any], found: domains.Floats) -> domains.Floats:
     """[label, tab, 1 + resample], NaN where a tab has no such label; the first of all rows."""
     users, code = np.unique(test["user_id"], return_inverse=True)
     drawn = domains.draws(users)
-    values = np.full((len(tabs.LABELS), len(tabs.TABS), domains.RESAMPLES + 1), np.nan)
+    values = np.full((len(tabs.LABELS), len(tabs.TABS), RESAMPLES + 1), np.nan)
     for t, tab in enumerate(tabs.TABS):
         rows = test["tab"] == tab
         for k, label in enumerate(tabs.LABELS):
             if has(label, tab):
-                values[k, t] = domains.resampled_aucs(
+                values[k, t] = metrics.resampled_auc(
                     test[label][rows], found[rows, k], drawn[:, code[rows]]
                 )
     return values

@@ -24,18 +24,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from domains import (
-    RESAMPLES,
     Floats,
     Trainer,
     difference,
     draws,
-    resampled_aucs,
     thousandths,
 )
 
 from qianmo.configs import kuairand_domains as recipes
 from qianmo.layers import metrics
 from qianmo.pipelines import run_dir, runtime
+from qianmo.pipelines.paired import RESAMPLES
 
 TABS = recipes.TABS
 SMALL = TABS[1:]
@@ -178,7 +177,7 @@ def tab_aucs(runs: Runs, design: str, split: str, seeds: Sequence[int]) -> tuple
                 weights = drawn[:, code[rows]]
                 for k, label in enumerate(LABELS):
                     y, p = test[label][rows], one["scores"][rows, k]
-                    aucs[k, t] += resampled_aucs(y, p, weights)
+                    aucs[k, t] += metrics.resampled_auc(y, p, weights)
                     if tab == TABS[0]:
                         gaucs[k] += metrics.gauc(y, p, code[rows])
     count = len(tests) * len(seeds)

@@ -15,9 +15,10 @@ from typing import Any
 import common
 import numpy as np
 import pyarrow.parquet as pq
-from domains import Floats, Trainer, difference, draws, resampled_aucs, thousandths
+from domains import Floats, Trainer, difference, draws, thousandths
 
 from qianmo.configs import movielens_1m_domains as recipes
+from qianmo.layers import metrics
 from qianmo.pipelines import runtime
 
 SINGLE = "one model per domain"
@@ -61,7 +62,7 @@ def measured(name: str, seed: int, most_passes: int) -> dict[str, Any]:
     aucs = []
     for d in of_model:
         own = domain == d
-        aucs.append(resampled_aucs(label[own], scores[own], drawn[:, code[own]]).tolist())
+        aucs.append(metrics.resampled_auc(label[own], scores[own], drawn[:, code[own]]).tolist())
     return {"aucs": aucs, "passes": passes, "parameters": train.parameters()}
 
 

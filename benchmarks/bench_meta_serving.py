@@ -22,7 +22,7 @@ from qianmo.configs import movielens_1m_meta
 from qianmo.export.adapted import ADAPT, COUNT, export_adapted, support_name
 from qianmo.export.saved_model import STATUS, session
 from qianmo.layers.features import Schema
-from qianmo.pipelines import run_dir, runtime, statistics
+from qianmo.pipelines import cost, run_dir, runtime, statistics
 from qianmo.pipelines.export import columns
 from qianmo.pipelines.predict import Client
 from qianmo.pipelines.recipe import Recipe
@@ -111,7 +111,7 @@ def run(*, quick: bool) -> dict[str, Any]:
                 for (tasks, source), (signature, rows) in asked.items():
                     assert not ask(signature, rows)[STATUS].any()
                     calls[way, steps, tasks, source] = functools.partial(ask, signature, rows)
-        found = common.times(calls, 2 if quick else 12)
+        found = cost.times(calls, 2 if quick else 12)
     table = []
     for (way, steps, tasks, source), took in found.items():
         plain = found[way, STEPS[0], 0, ""]

@@ -30,7 +30,7 @@ from qianmo.layers.features import Schema
 from qianmo.layers.inner_loop import Support, elementwise
 from qianmo.models.ranker import Ranker
 from qianmo.models.road import Road
-from qianmo.pipelines import readers, run_dir, runtime, statistics
+from qianmo.pipelines import cost, readers, run_dir, runtime, statistics
 from qianmo.pipelines.export import columns
 from qianmo.pipelines.recipe import Recipe, optimizer
 
@@ -172,8 +172,8 @@ def steps_and_loops(
             for ours, theirs in zip(alone(h, labels, task)[1], one_by_one(*shaped)[1], strict=True):
                 np.testing.assert_allclose(ours, tf.reshape(theirs, ours.shape), atol=1e-5)
     repeats = 2 if quick else 15
-    alone_took = {**common.times(parts, repeats), **common.times(eager, 1)}
-    return common.times(whole, repeats), alone_took, common.sha256(folder)
+    alone_took = {**cost.times(parts, repeats), **cost.times(eager, 1)}
+    return cost.times(whole, repeats), alone_took, common.sha256(folder)
 
 
 class MeLU(Road):
@@ -239,7 +239,7 @@ def melu(quick: bool) -> dict[str, float]:
         ][-1].numpy(),
     }
     # Of one thread the processor's time tells, whoever else wants the processor.
-    took = common.times(calls, 2 if quick else 8, clock=time.process_time)
+    took = cost.times(calls, 2 if quick else 8, clock=time.process_time)
     return {
         name: MELU_BATCHES * MELU_TASKS / float(np.median(seconds))
         for name, seconds in took.items()

@@ -15,7 +15,6 @@ import tf_keras
 from ml_collections import ConfigDict
 
 from qianmo.pipelines import prepare, readers
-from qianmo.pipelines.cost import times as times  # read as common.times
 from qianmo.pipelines.recipe import Recipe
 from qianmo.pipelines.train import train
 

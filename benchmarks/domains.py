@@ -19,10 +19,9 @@ from qianmo.layers import metrics
 from qianmo.layers.features import Schema
 from qianmo.layers.partitioned_norm import PartitionedNorm
 from qianmo.models.ranker import Ranker
-from qianmo.pipelines import readers, run_dir, statistics
+from qianmo.pipelines import cost, readers, run_dir, statistics
+from qianmo.pipelines.paired import RESAMPLES
 from qianmo.pipelines.recipe import Recipe, optimizer
-
-RESAMPLES = 200
 
 Floats = Any
 
@@ -98,10 +97,7 @@ class Trainer:
 
     def parameters(self) -> int:
         """Number of weights that are no embeddings."""
-        tables = {v.ref() for v in self.model.embed.variables}
-        return int(
-            sum(np.prod(v.shape) for v in self.model.trainable_variables if v.ref() not in tables)
-        )
+        return cost.parameters(self.model)["dense"]
 
     def __call__(self, seed: int) -> tuple[Floats, int, float]:
         """Test scores after the pass that is best on validation rows, its number, seconds each."""
@@ -134,19 +130,6 @@ class Trainer:
                 break
             best, found, passes = value, scores(model, self.rows.test[0]), number + 1
         return found, passes, float(np.min(seconds))
-
-
-def resampled_aucs(labels: Floats, found: Floats, weights: Floats) -> Floats:
-    """AUC under each set of row weights: [N], [N], [R, N] -> [R]. Ties count half."""
-    order = np.argsort(found)
-    labels, found = labels[order].astype(np.float32), found[order]
-    weights = weights[:, order]
-    ties = np.flatnonzero(np.r_[True, found[1:] != found[:-1]])
-    positive = np.add.reduceat(weights * labels, ties, axis=1).astype(np.float64)
-    negative = np.add.reduceat(weights * (1 - labels), ties, axis=1).astype(np.float64)
-    below = np.cumsum(negative, 1) - negative / 2
-    pairs = positive.sum(1) * negative.sum(1)
-    return (positive * below).sum(1) / np.where(pairs > 0, pairs, np.nan)
 
 
 def draws(users: Floats) -> Floats:

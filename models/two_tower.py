@@ -40,7 +40,7 @@ class TwoTower(Ranker):
     training sees the item (log-Q correction), and a row's own item elsewhere is no candidate. Item
     features are those of the side "item", all others are the user's. If the domain is a feature of
     the side "item", each item belongs to one: the user's side reads it too, and only the items of a
-    row's own domain are its candidates and negatives.
+    row's own domain are its candidates and negatives; a row of an unknown one has all.
 
     The logit is z of `ProductTower`, so `meta` adapts the user's last layers. Its support is, for a
     task, rows of the batch; or with `support_feature`, for each row, the items in a list of its
@@ -60,7 +60,7 @@ class TwoTower(Ranker):
       **kwargs: arguments of `Ranker`.
 
     Raises:
-      ValueError: several labels, a side without features, or features that do not fit.
+      ValueError: several labels, a side without features, or features or a tower that do not fit.
 
     References: Yi et al. 2019, Sampling-Bias-Corrected Neural Modeling for Large Corpus Item
     Recommendations. The loss is tensorflow-recommenders' `Retrieval`.
@@ -235,7 +235,7 @@ class TwoTower(Ranker):
             rows["v"],
             candidate_sampling_probability=queue.probability(rows["item"]),
             candidate_ids=rows["item"],
-            score_mask=None if domain is None else domain[:, None] == domain[None],
+            score_mask=None if domain is None else _of_own_domain(domain),
         )
         queue.push(rows["item"], rows["v"], domain)
         total = tf.reduce_sum(rows["weight"] * tf.cast(loss, tf.float32))
@@ -287,6 +287,11 @@ class TwoTower(Ranker):
         names = ("user_bottom", "item_bottom", "tower", "item_tower")
         parts = {k: tf_keras.layers.deserialize(config[k], custom_objects) for k in names}
         return cls(**{**config, **parts})
+
+
+def _of_own_domain(domain: tf.Tensor) -> tf.Tensor:
+    """Which rows' items [B] are candidates of which rows [B], by the rows' domains."""
+    return (domain[:, None] == domain[None]) | (domain[:, None] == 0)
 
 
 def sides(schema: Schema) -> tuple[list[str], list[str]]:

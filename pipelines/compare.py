@@ -337,7 +337,9 @@ def verdict(entries: Sequence[Mapping[str, Any]]) -> str:
     """What to take from the differences."""
     worse = paired.seesaw(entries)
     lines = [f"SEESAW: {sentence}." for sentence in worse]
-    if not worse:
+    if not any("single" in (e[name] or {}) for e in entries for name in paired.METRICS):
+        lines.append("No domain that has a single model has rows of enough users to compare.")
+    elif not worse:
         lines.append("No domain is below its single model by more than two standard errors.")
     if without := [f"{e['domain']} ({e['label']})" for e in entries if not e["single"]]:
         lines.append(f"No single model was given for domains {', '.join(without)}.")
@@ -402,9 +404,12 @@ def body(found: Mapping[str, Any]) -> list[str]:
     entries = found["domains"]
     colour = COLOURS["worse" if paired.seesaw(entries) else "alike"]
     said = html.escape(verdict(entries)).replace("\n", "<br>")
+    pictures = []
+    if any(entry[name] for entry in entries for name in paired.METRICS):
+        pictures.append(report.picture(figure(entries), "differences, with standard errors"))
     return [
         f'<p style="color: {colour}; font-weight: bold">{said}</p>',
-        report.picture(figure(entries), "differences by domain, with standard errors"),
+        *pictures,
         _html_table(HEADER, [_cells(entry) for entry in entries]),
         "<h2>Cost</h2>",
         _html_table(*_cost_rows(found["costs"])),
