@@ -45,7 +45,7 @@ from qianmo.pipelines.recipe import Recipe
 COLOURS = {"worse": "#c0392b", "alike": "#777777", "better": "#0b6e99"}
 _POOL = 2**18  # test rows that batches are drawn from, to count keys
 _BATCHES = 20  # of each model, to count keys and to take steps on
-_TURNS = 12
+_TURNS = 6
 _REPLAYED = 100  # rows, before an export's size is taken
 
 
@@ -343,6 +343,8 @@ def verdict(entries: Sequence[Mapping[str, Any]]) -> str:
         lines.append("No domain is below its single model by more than two standard errors.")
     if without := [f"{e['domain']} ({e['label']})" for e in entries if not e["single"]]:
         lines.append(f"No single model was given for domains {', '.join(without)}.")
+    if any(entry[name] is None for entry in entries for name in paired.METRICS):
+        lines.append(f"Metrics of fewer than {paired.FEWEST_USERS} users are left out.")
     return "\n".join(lines)
 
 

@@ -39,11 +39,13 @@ def score(model: Ranker, path: str, batch_size: int = 8192, *, progress: bool = 
     probabilities: dict[str, list[np.ndarray]] = {name: [] for name in model.head_names}
     columns: dict[str, list[np.ndarray]] = {}
     data = readers.dataset(model.schema, path, batch_size=batch_size)
+    # One graph for all batch sizes, made before it is called.
+    predict = model.probabilities.get_concrete_function(readers.signature(model.schema)[0])
     total = readers.count_rows(model.schema, path)
     bar = tqdm(total=total, unit=" rows", disable=not progress, desc="evaluate")
     with bar, readers.own_errors():
         for features, targets in data:
-            for name, value in model.probabilities(features).items():
+            for name, value in predict(features).items():
                 probabilities[name].append(value.numpy())
             for name, value in targets.items():
                 columns.setdefault(name, []).append(value.numpy())

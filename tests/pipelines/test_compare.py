@@ -16,7 +16,7 @@ import tensorflow as tf
 from qianmo.configs.base import base_config
 from qianmo.layers import metrics
 from qianmo.pipelines import compare, cost, paired, run_dir
-from qianmo.pipelines.evaluate import Scored, evaluate, table
+from qianmo.pipelines.evaluate import Scored, evaluate, score, table
 from qianmo.pipelines.recipe import Recipe
 from qianmo.pipelines.report import head_function
 from qianmo.pipelines.train import completed
@@ -289,7 +289,10 @@ def test_few_rows_have_no_line_and_a_graph_serves_all_batch_sizes(data: pathlib.
     assert text.count("domain 1") == 2
     assert "domain 4" not in text
     assert text.endswith("(2 lines of fewer than 100 rows left out.)")
-    predict = head_function(run_dir.build(one), "model")
+    model = run_dir.build(one)
+    assert len(score(model, str(data / "test.parquet"), 500).labels) == ROWS
+    assert model.probabilities.experimental_get_tracing_count() == 1
+    predict = head_function(model, "model")
     for rows in (1, 3, 5):
         batch = {name: tf.zeros(rows, tf.int64) for name in ("user", "scene", "query")}
         batch |= {"seen": tf.zeros((rows, 3), tf.int64), "seen_length": tf.ones(rows, tf.int64)}
