@@ -267,7 +267,7 @@ def run(*, quick: bool) -> dict[str, Any]:
         row(f"meta tower, {own} steps", seeds_of("meta", f"mean {own}"), bar),
         *(
             row(
-                f"the same weights, {k} steps{', as trained' * (k == trained)}",
+                f"the same weights, {k} step{'s' * (k != 1)}{', as trained' * (k == trained)}",
                 seeds_of("meta", f"mean {k}"),
                 bar,
             )
