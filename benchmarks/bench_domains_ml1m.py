@@ -37,7 +37,7 @@ DESIGNS = {
 }
 AGES = ("< 25", "25-34", ">= 35")
 SEEDS = (1, 2, 3)
-MOST_PASSES = 8
+MOST_PASSES = 10
 
 
 @functools.lru_cache(maxsize=1)

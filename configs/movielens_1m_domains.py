@@ -45,6 +45,8 @@ def get_config(variant: str = "cross_domain") -> ConfigDict:
     for part in ("train", "valid", "test"):
         config.data[part] = f"runs/movielens_1m_ages/{part}.parquet"
     config.data.shuffle_rows = 2**20  # all of them, which lie in the file by time
-    config.train.batch_size = 2048
-    config.train.epochs = 8
+    config.train.batch_size = 4096
+    config.train.epochs = 10
+    for optimizer in (config.train.optimizer, config.train.table_optimizer):
+        optimizer.learning_rate = 3e-3
     return config
