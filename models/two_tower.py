@@ -242,7 +242,11 @@ class TwoTower(Ranker):
         return {"softmax": tf.math.divide_no_nan(total, tf.reduce_sum(rows["weight"]))}
 
     def meta_loss(self, h: tf.Tensor, targets: Targets, step: tf.Tensor) -> tf.Tensor:
-        """What `meta` adds to the loss."""
+        """What `meta` adds to the loss; it moves users, and no item's vector."""
+        # The queue's vectors take no gradient: without any against it, an item's own would move
+        # towards all who had it, and away from no one.
+        state, item = h[:, : -self.tower.dim], h[:, -self.tower.dim :]
+        h = tf.concat([state, tf.stop_gradient(item)], 1)
         if not self.support_feature:
             return super().meta_loss(h, targets, step)
         assert self.meta is not None

@@ -296,6 +296,26 @@ def test_a_list_is_the_support_of_its_row() -> None:
 
 
 @pytest.mark.parametrize(
+    ("schema", "changes"),
+    [(SCHEMA, {}), (LISTED, {"support_feature": "seen"})],
+    ids=["tasks", "lists"],
+)
+def test_the_meta_loss_moves_no_item(schema: Schema, changes: Any) -> None:
+    model = built(schema, **changes, meta=META)
+    features, targets = rows()
+    with tf.GradientTape(persistent=True) as tape:
+        encoded = model.encode({k: features[k] for k in schema.input_names})
+        output = model.heads(model.embed(encoded), ("model",))["model"]
+        loss = model.meta_loss(output.h, model.targets_of(encoded, targets), tf.constant(0))
+    items = [*model.item_bottom.trainable_variables, *model.item_tower.trainable_variables]
+    gradients = [tape.gradient(loss, weight) for weight in items]
+    assert len(items) == 4
+    assert all(found is None or not np.any(found) for found in gradients)
+    kernel = tape.gradient(loss, model.user_bottom.trainable_variables[0])
+    assert np.abs(kernel).max() > 0
+
+
+@pytest.mark.parametrize(
     ("schema", "changes", "message"),
     [
         (SCHEMA, {"item_id": "user"}, 'of the side "item"'),
