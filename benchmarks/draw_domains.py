@@ -14,9 +14,9 @@ from matplotlib import pyplot as plt
 from tables import RESULTS, ROOT
 
 SPLITS = {
-    "k5": "known users, five days, one model",
+    "k5": "later days",
     "kf": "new users",
-    "rolling": "known users, a new model each day",
+    "rolling": "a new model each day",
 }
 MODELS = {
     "one model, tab as a feature": "tab as a feature",
@@ -50,6 +50,7 @@ def main() -> None:
                     [y + 0.13 * (i - 2.5) for y in range(len(TABS))],
                     xerr=[2 * float(error) for _, error in cells],
                     fmt="o",
+                    color=f"C{i}",
                     markersize=3,
                     linewidth=1,
                     label=name,
