@@ -18,6 +18,7 @@ from qianmo.layers.meta import Meta
 from qianmo.layers.tower import TowerOutput
 
 Targets = Mapping[str, tf.Tensor]
+MEANS = 16  # more than any model has terms of its loss
 
 
 class Weight(NamedTuple):
@@ -168,6 +169,9 @@ class Ranker(tf_keras.Model):
         self.table_optimizer = table_optimizer
         self.meta_optimizer = meta_optimizer
         self._means: dict[str, tf_keras.metrics.Mean] = {}
+        # Made ahead: a function that makes variables while it is traced is traced once more.
+        spare = [tf_keras.metrics.Mean() for _ in range(MEANS)]
+        self._spare_mean: Callable[[], tf_keras.metrics.Mean] = spare.pop
 
     def train_step(self, data: tuple[Mapping[str, tf.Tensor], Targets]) -> dict[str, tf.Tensor]:
         """One step; notes in `first_bad_step` the first step whose loss was not finite."""
@@ -246,7 +250,7 @@ class Ranker(tf_keras.Model):
 
     def _mean(self, name: str) -> tf_keras.metrics.Mean:
         if name not in self._means:
-            self._means[name] = tf_keras.metrics.Mean(name=name)
+            self._means[name] = self._spare_mean()
         return self._means[name]
 
     @property

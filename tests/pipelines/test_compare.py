@@ -279,6 +279,19 @@ def test_bytes_moved_are_those_of_the_optimisers(data: pathlib.Path) -> None:
     assert moved == {"adam": 24 * (dense + 15 * 4), "adagrad": 16 * dense + 24 * 15 * 4}
 
 
+def test_a_step_is_traced_once(data: pathlib.Path) -> None:
+    one = completed(recipe(data, 1))
+    batches = cost.first_batches(one, 3)
+    assert [len(targets["labels"]) for _, targets in batches] == [100] * 3
+    training = cost.Training(run_dir.build(one), one, batches)
+    before = [v.numpy() for v in training.model.trainable_variables]
+    for _ in range(4):
+        training.step()
+    assert training._step.experimental_get_tracing_count() == 1
+    pairs = zip(training.model.trainable_variables, before, strict=True)
+    assert all((v.numpy() != was).any() for v, was in pairs)
+
+
 def test_few_rows_have_no_line_and_a_graph_serves_all_batch_sizes(data: pathlib.Path) -> None:
     one = completed(recipe(data))
     domain = np.repeat([1, 4], [200, 20])
