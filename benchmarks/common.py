@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import pathlib
 import tempfile
@@ -14,7 +14,7 @@ import numpy as np
 import tf_keras
 from ml_collections import ConfigDict
 
-from qianmo.pipelines import prepare, readers
+from qianmo.pipelines import prepare, readers, run_dir
 from qianmo.pipelines.recipe import Recipe
 from qianmo.pipelines.train import train
 
@@ -23,13 +23,20 @@ CACHE = ROOT / "runs" / "benchmarks"
 
 
 def kept(name: str, key: str, make: Callable[[], Any]) -> Any:
-    """What an interrupted run of a benchmark left under that key; else `make()`, which is kept."""
+    """What an interrupted run of a benchmark left under that key; else `make()`, which is kept.
+
+    What was left is forgotten when the benchmark or a recipe has changed since.
+    """
+    sources = [ROOT / "benchmarks" / f"bench_{name}.py", *sorted((ROOT / "configs").glob("*.py"))]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     path = CACHE / f"{name}.partial.json"
-    done = json.loads(path.read_text()) if path.exists() else {}
+    done = run_dir.read_json(path, {})
+    if done.get("sources") != digest:
+        done = {"sources": digest}
     if key not in done:
         done[key] = make()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(done, indent=1))
+        run_dir.write_json(path, done)
     return done[key]
 
 
