@@ -187,18 +187,10 @@ std::shared_ptr<EmbeddingStore> EmbeddingStore::Open(const std::string& path,
   store.reset(new EmbeddingStore(where, accepted, std::move(source)));
   store->Refresh();
   if (store->Snapshot(error) == nullptr) return nullptr;
-  store->follower_ = std::thread(&EmbeddingStore::Follow, store.get());
+  store->follower_ = std::make_unique<Repeated>(
+      kPoll, [opened = store.get()] { opened->Follow(); });
   known = store;
   return store;
-}
-
-EmbeddingStore::~EmbeddingStore() {
-  {
-    std::lock_guard<std::mutex> lock(stop_mutex_);
-    stop_ = true;
-  }
-  stopped_.notify_all();
-  if (follower_.joinable()) follower_.join();
 }
 
 std::shared_ptr<const EmbeddingVersion> EmbeddingStore::Snapshot(
@@ -209,21 +201,15 @@ std::shared_ptr<const EmbeddingVersion> EmbeddingStore::Snapshot(
 }
 
 void EmbeddingStore::Follow() {
-  int polls = 0;
-  std::unique_lock<std::mutex> lock(stop_mutex_);
-  while (!stopped_.wait_for(lock, kPoll, [this] { return stop_; })) {
-    lock.unlock();
-    bool failed;
-    {
-      std::lock_guard<std::mutex> state(mutex_);
-      failed = !error_.empty();
-    }
-    polls = failed ? polls + 1 : 0;
-    if (source_->Changed() || polls >= kPollsBeforeRetry) {
-      Refresh();
-      polls = 0;
-    }
-    lock.lock();
+  bool failed;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    failed = !error_.empty();
+  }
+  polls_ = failed ? polls_ + 1 : 0;
+  if (source_->Changed() || polls_ >= kPollsBeforeRetry) {
+    Refresh();
+    polls_ = 0;
   }
 }
 

@@ -4,17 +4,16 @@
 #ifndef QIANMO_OPS_CC_EMBEDDING_STORE_H_
 #define QIANMO_OPS_CC_EMBEDDING_STORE_H_
 
-#include <condition_variable>
 #include <cstdint>
 #include <memory>
 #include <mutex>
 #include <string>
-#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "ops/cc/embedding_table.h"
+#include "ops/cc/repeated.h"
 
 namespace qianmo {
 
@@ -66,7 +65,6 @@ class EmbeddingStore {
                                               bool verify, std::string* error);
   EmbeddingStore(const EmbeddingStore&) = delete;
   EmbeddingStore& operator=(const EmbeddingStore&) = delete;
-  ~EmbeddingStore();
 
   // The version to read: who takes it once for a request reads one version.
   // Null and an error while CURRENT names a version that is not accepted and
@@ -97,10 +95,8 @@ class EmbeddingStore {
   std::shared_ptr<const EmbeddingVersion> current_;
   std::string error_;
 
-  std::mutex stop_mutex_;
-  std::condition_variable stopped_;
-  bool stop_ = false;
-  std::thread follower_;
+  int polls_ = 0;  // since the last try, while there is an error
+  std::unique_ptr<Repeated> follower_;  // last, as it uses the others
 };
 
 }  // namespace qianmo

@@ -1,6 +1,5 @@
 #include "ops/cc/local_support.h"
 
-#include <dirent.h>
 #include <fcntl.h>
 #include <sys/file.h>
 #include <sys/stat.h>

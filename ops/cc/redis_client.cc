@@ -261,6 +261,7 @@ void RedisClient::SendKeys(const std::vector<RedisKey>& keys,
   }
   for (size_t begin = 0; begin < count; begin += kKeysOfCommand) {
     const size_t end = std::min(begin + kKeysOfCommand, count);
+    if (batch->asking) batch->connection->Add({"ASKING"});
     batch->connection->AddCommand(1 + end - begin);
     batch->connection->AddWord("MGET");
     for (size_t i = begin; i < end; ++i) {

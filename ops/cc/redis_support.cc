@@ -17,6 +17,7 @@ namespace {
 constexpr std::chrono::milliseconds kPoll{100};
 // Of a round trip: a row to put costs Redis more than a task to read.
 constexpr size_t kRowsAtOnce = 256, kTasksAtOnce = 1024;
+constexpr size_t kBytesAtOnce = size_t{8} << 20;  // to read
 constexpr size_t kIdChars = 20;
 
 // KEYS: of the task. ARGV: bytes of a row, rows of a task at most, the time
@@ -61,14 +62,15 @@ for i = 4, #ARGV do
   else
     status[i - 3] = '\8'
   end
-  last = math.max(last, written(row))
+  if status[i - 3] == '\0' then last = math.max(last, written(row)) end
 end
 local value = table.concat(rows)
 if past < 0 then
   redis.call('SET', KEYS[1], value)
 else
-  local left = string.format('%.0f', math.ceil((last - past) / 1000))
-  redis.call('SET', KEYS[1], value, 'PX', left)
+  -- A row that is imported may have passed its time on the way.
+  local left = math.max(1, math.ceil((last - past) / 1000))
+  redis.call('SET', KEYS[1], value, 'PX', string.format('%.0f', left))
 end
 return table.concat(status)
 )lua";
@@ -143,6 +145,9 @@ RedisSupport::RedisSupport(const SupportOptions& options,
             std::to_string(shape().num_labels) + ":"),
       keys_hash_(RedisHash(keys_)),
       row_bytes_(shape().row_bytes()),
+      tasks_at_once_(std::clamp<size_t>(
+          kBytesAtOnce / (row_bytes_ * static_cast<size_t>(shape().max_rows)),
+          1, kTasksAtOnce)),
       ttl_micros_(options.limits.ttl_micros),
       maintenance_(kPoll, [client = client_] { client->Maintain(); }) {}
 
@@ -231,8 +236,8 @@ void RedisSupport::Get(const int64_t* tasks, size_t num_tasks, int64_t version,
   const size_t dim = shape().dim, num_labels = shape().num_labels;
   const int64_t until = ExpiredUntil();
   int64_t refused = 0;
-  for (size_t begin = 0; begin < num_tasks; begin += kTasksAtOnce) {
-    const size_t end = std::min(begin + kTasksAtOnce, num_tasks);
+  for (size_t begin = 0; begin < num_tasks; begin += tasks_at_once_) {
+    const size_t end = std::min(begin + tasks_at_once_, num_tasks);
     TaskKeys keys(keys_, keys_hash_, end - begin);
     for (size_t i = begin; i < end; ++i) keys.Add(tasks[i]);
     const auto answers = client_->Get(keys.keys());
@@ -277,13 +282,15 @@ SupportStats RedisSupport::Stats() {
   return stats;
 }
 
-bool RedisSupport::AppendTasks(const std::vector<std::string>& keys,
+bool RedisSupport::AppendTasks(const std::string* keys, size_t num_keys,
                                std::vector<char>* records, std::string* error) {
   std::vector<RedisKey> asked;
-  for (const std::string& key : keys) asked.push_back({key, RedisHash(key)});
+  for (size_t i = 0; i < num_keys; ++i) {
+    asked.push_back({keys[i], RedisHash(keys[i])});
+  }
   const auto answers = client_->Get(asked);
   const int64_t until = ExpiredUntil();
-  for (size_t i = 0; i < keys.size(); ++i) {
+  for (size_t i = 0; i < num_keys; ++i) {
     const RedisValue& value = answers.values[i];
     if (value.size == RedisValue::kNone) continue;  // expired just now
     int64_t task;
@@ -312,8 +319,15 @@ bool RedisSupport::Export(const std::string& path, std::string* error) {
   const auto fill = [this](LogFile* file, std::string* fault) {
     std::vector<char> records;
     const auto take = [&](const std::vector<std::string>& keys) {
-      records.clear();
-      return AppendTasks(keys, &records, fault) && file->Append(records);
+      for (size_t begin = 0; begin < keys.size(); begin += tasks_at_once_) {
+        const size_t n = std::min(tasks_at_once_, keys.size() - begin);
+        records.clear();
+        if (!AppendTasks(keys.data() + begin, n, &records, fault) ||
+            !file->Append(records)) {
+          return false;
+        }
+      }
+      return true;
     };
     return client_->Scan(keys_ + "*", take, fault);
   };

@@ -7,7 +7,9 @@
 //
 // Rows are those of support_row.h. Each write is a script of one key, which
 // Redis runs alone: it puts rows where they belong, lets go of those past their
-// time, and sets when the key expires. Stores of other sizes have other keys.
+// time, and sets when the key expires. Stores of another dim or num_labels have
+// other keys. All that share a key should name the same max_rows: one of fewer
+// trims a task when it writes.
 
 #ifndef QIANMO_OPS_CC_REDIS_SUPPORT_H_
 #define QIANMO_OPS_CC_REDIS_SUPPORT_H_
@@ -56,13 +58,14 @@ class RedisSupport : public SupportStore {
   // Stores rows of tasks that stand together, and sets the status of each.
   // Returns why some were not stored, if any.
   std::string Write(Row* rows, size_t num_rows);
-  bool AppendTasks(const std::vector<std::string>& keys,
+  bool AppendTasks(const std::string* keys, size_t num_keys,
                    std::vector<char>* records, std::string* error);
 
   const std::shared_ptr<RedisClient> client_;
   const std::string keys_;  // what they begin with
   const uint16_t keys_hash_;
   const size_t row_bytes_;
+  const size_t tasks_at_once_;  // to read in a round trip
   std::atomic<int64_t> ttl_micros_;
   std::atomic<int64_t> hits_{0}, misses_{0}, refused_{0};
   std::atomic<int64_t> write_errors_{0}, read_errors_{0};

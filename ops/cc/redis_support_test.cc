@@ -258,6 +258,43 @@ void RowsAreReadAndBadValuesAreNot() {
   CHECK(stats.refused == 4 && stats.read_errors == 2);
 }
 
+void LargeTasksAreReadFewAtATime() {
+  FakeRedis redis([](const Words& words) -> std::string {
+    std::string reply = "*" + std::to_string(words.size() - 1) + "\r\n";
+    for (size_t i = 1; i < words.size(); ++i) reply += "$-1\r\n";
+    return reply;
+  });
+  auto options = Options(redis.url());
+  options.shape.max_rows = 4096;
+  const auto store = Open(options);
+  redis.Commands();
+  const size_t most = (8 << 20) / (4096 * kShape.row_bytes());
+  Get(store.get(), std::vector<int64_t>(2 * most + 1, 6));
+  const auto commands = redis.Commands();
+  CHECK(commands.size() == 3);
+  CHECK(commands[0].size() == 1 + most && commands[2].size() == 2);
+}
+
+// As one node of a cluster says, though the URL names no cluster.
+void TasksThatMoveAreAskedFor() {
+  const std::string row = Row(3, 5, kNow);
+  bool asking = false;
+  FakeRedis to([&](const Words& words) -> std::string {
+    if (words[0] == "ASKING") {
+      asking = true;
+      return "+OK\r\n";
+    }
+    CHECK(std::exchange(asking, false));
+    return "*1\r\n" + Bulk(row);
+  });
+  const std::string url = to.url();
+  const size_t begin = url.find("//") + 2, end = url.rfind('/');
+  const std::string ask = "-ASK 7 " + url.substr(begin, end - begin) + "\r\n";
+  FakeRedis from([&](const Words&) { return ask; });
+  const auto store = Open(Options(from.url()));
+  CHECK((Get(store.get(), {1}) == std::vector<std::vector<int64_t>>{{3}}));
+}
+
 void RowsArePutTaskByTask() {
   FakeRedis redis([&](const Words& words) -> std::string {
     if (words[0] == "INFO") return "-NOPERM\r\n";
@@ -343,7 +380,7 @@ void ExportsAreThoseOfALocalStore() {
   CHECK(unlink(path.c_str()) == 0 && rmdir(made) == 0);  // and nothing else
 }
 
-void ADeadRedisCostsNoTime() {
+void ADeadRedisIsCounted() {
   std::unique_ptr<SupportStore> store;
   {
     FakeRedis redis([](const Words&) { return "*1\r\n$-1\r\n"; });
@@ -379,8 +416,10 @@ void StatsAreThoseOfTheRedis() {
 int main() {
   qianmo::WhatCannotBeOpened();
   qianmo::RowsAreReadAndBadValuesAreNot();
+  qianmo::LargeTasksAreReadFewAtATime();
+  qianmo::TasksThatMoveAreAskedFor();
   qianmo::RowsArePutTaskByTask();
   qianmo::ExportsAreThoseOfALocalStore();
-  qianmo::ADeadRedisCostsNoTime();
+  qianmo::ADeadRedisIsCounted();
   qianmo::StatsAreThoseOfTheRedis();
 }

@@ -95,9 +95,11 @@ class StoreOp : public AsyncOpKernel {
     std::shared_ptr<SupportStore> store;
     OP_REQUIRES_OK_ASYNC(ctx, StoreOf(ctx, &store), done);
     const bool waits = store->is_remote();
-    auto run = [this, ctx, store = std::move(store), done = std::move(done)] {
+    auto run = [this, ctx, store = std::move(store),
+                done = std::move(done)]() mutable {
       const absl::Status status = Run(ctx, store.get());
       if (!status.ok()) ctx->SetStatus(status);
+      store.reset();  // who awaits this may open its path anew
       done();
     };
     if (waits) {
@@ -216,18 +218,17 @@ class StatsOp : public StoreOp {
 
 // Export or import.
 template <bool (SupportStore::*kWork)(const std::string&, std::string*)>
-class FileOp : public OpKernel {
+class FileOp : public StoreOp {
  public:
-  using OpKernel::OpKernel;
+  using StoreOp::StoreOp;
 
-  void Compute(OpKernelContext* ctx) override {
-    std::shared_ptr<SupportStore> store;
-    OP_REQUIRES_OK(ctx, StoreOf(ctx, &store));
-    OP_REQUIRES_OK(ctx, CheckShape(ctx, 1, "filename", {}));
+ private:
+  absl::Status Run(OpKernelContext* ctx, SupportStore* store) override {
+    TF_RETURN_IF_ERROR(CheckShape(ctx, 1, "filename", {}));
     const std::string path = ctx->input(1).scalar<tensorflow::tstring>()();
     std::string error;
-    OP_REQUIRES(ctx, (store.get()->*kWork)(path, &error),
-                absl::FailedPreconditionError(absl::StrCat(error, ".")));
+    if ((store->*kWork)(path, &error)) return absl::OkStatus();
+    return absl::FailedPreconditionError(absl::StrCat(error, "."));
   }
 };
 
