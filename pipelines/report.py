@@ -57,16 +57,16 @@ def epoch_line(entry: Mapping[str, Any]) -> str:
 
 
 def head_function(model: Ranker, head: str) -> Any:
-    """A tf.function from raw features to one head's probabilities; nothing else is computed.
+    """A graph from raw features to one head's probabilities; nothing else is computed.
 
-    It is one graph for all batch sizes.
+    It is one for all batch sizes.
     """
 
     @tf.function(input_signature=[raw_specs(model.schema)])
     def predict(features: Mapping[str, tf.Tensor]) -> tf.Tensor:
         return tf.sigmoid(model.one_head(features, head)[0].logits)
 
-    return predict
+    return predict.get_concrete_function()
 
 
 def parameters(model: Ranker) -> dict[str, dict[str, int]]:
@@ -74,7 +74,7 @@ def parameters(model: Ranker) -> dict[str, dict[str, int]]:
     tables = {v.ref() for v in model.embed.variables}
     found = {}
     for head in model.head_names:
-        graph = head_function(model, head).get_concrete_function().graph
+        graph = head_function(model, head).graph
         sizes = {v.ref(): int(np.prod(v.shape)) for v in graph.variables}
         found[head] = {
             "tables": sum(n for ref, n in sizes.items() if ref in tables),
