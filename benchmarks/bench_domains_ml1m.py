@@ -26,12 +26,8 @@ DOMAIN_ID, WIDER = "one model, domain as a feature", "the same, wider (capacity 
 ASSEMBLY = "shared + own experts, gate, plain tower"
 DESIGNS = {
     SINGLE: "single",
-    "one model, domain unknown to it": "no_domain_id",
     DOMAIN_ID: "domain_id",
     WIDER: "wider",
-    "shared-bottom": "shared_bottom",
-    "MMoE": "mmoe",
-    "PLE": "ple",
     "STAR": "star",
     ASSEMBLY: "cross_domain",
 }
