@@ -10,20 +10,15 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 import common
 import numpy as np
-import tf_keras
 
 from qianmo.configs import kuairand_meta, movielens_1m_meta
-from qianmo.layers import metrics
 from qianmo.pipelines import adapted, evaluate
-from qianmo.pipelines.recipe import Recipe
 from qianmo.pipelines.task_rows import support_rows
-from qianmo.pipelines.train import Run
 
 SEEDS = (1, 2, 3)
 SIZES = (1, 2, 5, 10, 20)
@@ -53,39 +48,26 @@ def folder(protocol: str) -> pathlib.Path:
     return common.movielens_1m(protocol, support_history=True)
 
 
-def measured(labels: Any, probabilities: Any, users: Any) -> dict[str, float]:
-    """AUC and GAUC."""
-    return {
-        "auc": metrics.auc(labels, probabilities),
-        "gauc": metrics.gauc(labels, probabilities, users),
-    }
-
-
 def unit(protocol: str, method: str, seed: int, *, quick: bool) -> dict[str, Any]:
     """Trains one model; returns "plain" and, for each k, "adapted" metrics on the test rows."""
     data = folder(protocol)
     recipes = kuairand_meta if protocol.startswith("kuairand") else movielens_1m_meta
     config = recipes.get_config(f"{protocol}-{method}")
     common.point(config, data, valid=protocol.startswith("kuairand"))
-    config.data.test = ""
     config.train.seed = seed
     if quick:
         config.train.epochs = 1
-    tf_keras.backend.clear_session()
-    with tempfile.TemporaryDirectory() as temporary:
-        run = Run(Recipe.from_config(config.to_dict()), pathlib.Path(temporary) / "model")
-        run.train()
-    model, test = run.model, str(data / "test.parquet")
+    model, test = common.trained_model(config), str(data / "test.parquet")
     if model.meta is None:
         scored = evaluate.score(model, test)
         found = scored.probabilities[model.serving_head][:, 0]
-        return {"plain": measured(scored.labels[:, 0], found, scored.columns["task_id"])}
+        return {"plain": common.auc_and_gauc(scored.labels[:, 0], found, scored.columns["task_id"])}
     support = support_rows(model, str(data / "test_support.parquet"))
     # History features hold the last 20 rows, whatever k is.
     sizes = SIZES if method in ("plain", "meta") else SIZES[-1:]
     scored = adapted.score(model, test, support, sizes)
     return {
-        name: measured(scored.labels[:, 0], values[:, 0], scored.columns["task_id"])
+        name: common.auc_and_gauc(scored.labels[:, 0], values[:, 0], scored.columns["task_id"])
         for name, values in scored.probabilities.items()
     }
 

@@ -8,20 +8,14 @@ from __future__ import annotations
 
 import functools
 import json
-import pathlib
-import tempfile
 from typing import Any
 
 import common
 import numpy as np
-import tf_keras
 
 from qianmo.configs import kuairand_mmoe_meta
-from qianmo.layers import metrics
 from qianmo.pipelines import adapted
-from qianmo.pipelines.recipe import Recipe
 from qianmo.pipelines.task_rows import support_rows
-from qianmo.pipelines.train import Run
 
 NAME = "meta_ranking"
 SEEDS = (1, 2, 3)
@@ -35,23 +29,18 @@ def unit(method: str, seed: int, *, quick: bool) -> dict[str, dict[str, dict[str
     data = common.kuairand(support_history=True)
     config = kuairand_mmoe_meta.get_config(method)
     common.point(config, data, valid=True)
-    config.data.test = ""
     config.train.seed = seed
     if quick:
         config.train.epochs = 1
-    tf_keras.backend.clear_session()
-    with tempfile.TemporaryDirectory() as temporary:
-        run = Run(Recipe.from_config(config.to_dict()), pathlib.Path(temporary) / "model")
-        run.train()
-    support = support_rows(run.model, str(data / "test_support.parquet"))
-    scored = adapted.score(run.model, str(data / "test.parquet"), support, SIZES)
+    model = common.trained_model(config)
+    support = support_rows(model, str(data / "test_support.parquet"))
+    scored = adapted.score(model, str(data / "test.parquet"), support, SIZES)
     users = scored.columns["task_id"]
     found: dict[str, dict[str, dict[str, float]]] = {}
     for column, label in enumerate(config.schema.labels):
         y = scored.labels[:, column]
         found[label] = {
-            k: {"auc": metrics.auc(y, p[:, column]), "gauc": metrics.gauc(y, p[:, column], users)}
-            for k, p in scored.probabilities.items()
+            k: common.auc_and_gauc(y, p[:, column], users) for k, p in scored.probabilities.items()
         }
     print(method, seed, json.dumps(found), flush=True)
     return found

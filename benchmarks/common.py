@@ -14,9 +14,11 @@ import numpy as np
 import tf_keras
 from ml_collections import ConfigDict
 
+from qianmo.layers import metrics
+from qianmo.models.ranker import Ranker
 from qianmo.pipelines import prepare, readers, run_dir
 from qianmo.pipelines.recipe import Recipe
-from qianmo.pipelines.train import train
+from qianmo.pipelines.train import Run, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 CACHE = ROOT / "runs" / "benchmarks"
@@ -86,6 +88,24 @@ def point(config: ConfigDict, folder: pathlib.Path, *, valid: bool) -> ConfigDic
     if not valid:
         config.data.valid = ""
     return config
+
+
+def trained_model(config: ConfigDict) -> Ranker:
+    """Trains a recipe without a report of test rows; returns the model."""
+    config.data.test = ""
+    tf_keras.backend.clear_session()
+    with model_dir() as temporary:
+        run = Run(Recipe.from_config(config.to_dict()), temporary)
+        run.train()
+    return run.model
+
+
+def auc_and_gauc(labels: Any, probabilities: Any, users: Any) -> dict[str, float]:
+    """Of one label's rows."""
+    return {
+        "auc": metrics.auc(labels, probabilities),
+        "gauc": metrics.gauc(labels, probabilities, users),
+    }
 
 
 def trained(config: ConfigDict, folder: pathlib.Path | None = None) -> dict[str, Any]:

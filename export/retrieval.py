@@ -20,10 +20,10 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
-from tensorflow_recommenders.layers.factorized_top_k import BruteForce
 
 from qianmo.export.adapted import BAD_SUPPORT, COUNT, support_name
 from qianmo.export.saved_model import (
@@ -114,41 +114,48 @@ def _vector(of: OfInputs) -> Signature:
     return vector
 
 
-def _indexes(model: TwoTower, items: Rows, vectors: tf.Tensor, best: int) -> list[BruteForce]:
-    """The index of the whole catalogue, then one for each domain that items belong to.
+class _Catalogue(NamedTuple):
+    """What `recommend` searches: the items, and how many of them it gives."""
+
+    ids: tf.Variable
+    vectors: tf.Variable
+    domain: tf.Variable
+    best: int
+
+
+def _catalogue(model: TwoTower, items: Rows, vectors: tf.Tensor, best: int) -> _Catalogue:
+    """Puts the items into variables, which a graph may have more of than of constants.
 
     Raises:
       ExportError: a domain without items.
     """
     domain = np.zeros(len(vectors), np.int64)
-    rows = [np.full(len(vectors), True)]
+    sizes = [len(domain)]
     if model.items_have_domains:
         domain = model.encode.domain(tensors(items)).numpy()
-        rows += [domain == place for place in range(1, model.schema.num_domains + 1)]
-    sizes = [int(own.sum()) for own in rows]
+        sizes = np.bincount(domain, minlength=model.schema.num_domains + 1)[1:].tolist()
     if not min(sizes):
-        raise ExportError(f"`items`: domain number {sizes.index(0)} has no item there. Add some.")
-    indexes = []
-    for own in rows:
-        # tensorflow-recommenders' other indexes need ops that a stock server lacks, or approximate.
-        index = BruteForce(k=min(best, *sizes))
-        index.index(tf.boolean_mask(vectors, own), tf.constant(items[model.item.name][own]))
-        indexes.append(index)
-    return indexes
+        place = 1 + sizes.index(0)
+        raise ExportError(f"`items`: domain number {place} has no item there. Add some.")
+    columns = (items[model.item.name], vectors, domain)
+    ids, vectors, domain = (tf.Variable(column, trainable=False) for column in columns)
+    return _Catalogue(ids, vectors, domain, min([best, *sizes]))
 
 
-def _recommend(of: OfInputs, indexes: list[BruteForce], model: TwoTower) -> Signature:
+def _recommend(of: OfInputs, catalogue: _Catalogue, model: TwoTower) -> Signature:
     def recommend(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
         found = _answer(*of(inputs))
-        answers = [index(found[VECTOR]) for index in indexes]
-        score, ids = answers[0]
-        if len(answers) > 1:
-            domain = model.encode.domain(inputs)
-            score, ids = (
-                tf.gather(tf.stack(each, 1), domain, batch_dims=1)
-                for each in zip(*answers, strict=True)
-            )
-        return {model.item.name: ids, SCORE: score, STATUS: found[STATUS]}
+        # tensorflow-recommenders' indexes know no domains, or need ops that a stock server lacks.
+        scores = tf.matmul(found[VECTOR], catalogue.vectors, transpose_b=True)
+        if model.items_have_domains:
+            domain = model.encode.domain(inputs)[:, None]
+            scores = tf.where((domain == catalogue.domain) | (domain == 0), scores, -np.inf)
+        score, at = tf.math.top_k(scores, catalogue.best)
+        return {
+            model.item.name: tf.gather(catalogue.ids, at),
+            SCORE: score,
+            STATUS: found[STATUS],
+        }
 
     return recommend
 
@@ -180,17 +187,17 @@ def export_retrieval(
         exists. Nothing is left behind.
     """
     user, item = side_specs(model, item=False), side_specs(model, item=True)
-    catalogue = cast(items, item)
-    vectors, status = model.item_vectors(tensors(catalogue))
+    columns = cast(items, item)
+    vectors, status = model.item_vectors(tensors(columns))
     bad = np.flatnonzero((status.numpy() != OK) | ~np.isfinite(vectors.numpy()).all(1))
     if len(bad):
         raise ExportError(f"`items`: row {bad[0]} cannot be read: status {status.numpy()[bad[0]]}.")
-    indexes = _indexes(model, catalogue, vectors, best)
+    catalogue = _catalogue(model, columns, vectors, best)
     functions: dict[str, Signature] = {
         "serving_default": _vector(model.user_vectors),
         "user": _vector(model.user_vectors),
         "item": _vector(model.item_vectors),
-        "recommend": _recommend(model.user_vectors, indexes, model),
+        "recommend": _recommend(model.user_vectors, catalogue, model),
     }
     users = cast(rows, user)
     specs: dict[str, Specs] = {**dict.fromkeys(functions, user), "item": item}
@@ -204,7 +211,7 @@ def export_retrieval(
             own = {support_name(name): inputs["item"][name][:, None] for name in item}
             given = cast({**users, **own, COUNT: np.ones(len(users[next(iter(user))]))}, spec)
         functions["adapted_user"] = _vector(adapted)
-        functions["adapted_recommend"] = _recommend(adapted, indexes, model)
+        functions["adapted_recommend"] = _recommend(adapted, catalogue, model)
         for name in ("adapted_user", "adapted_recommend"):
             specs[name], inputs[name] = spec, given
     base = pathlib.Path(base_path)

@@ -18,7 +18,7 @@ from qianmo.layers.meta import Meta
 from qianmo.layers.tower import TowerOutput
 
 Targets = Mapping[str, tf.Tensor]
-MEANS = 16  # more than any model has terms of its loss
+MEANS = 16  # of the loss and its terms; few models have as many
 
 
 class Weight(NamedTuple):
@@ -171,7 +171,9 @@ class Ranker(tf_keras.Model):
         self._means: dict[str, tf_keras.metrics.Mean] = {}
         # Made ahead: a function that makes variables while it is traced is traced once more.
         spare = [tf_keras.metrics.Mean() for _ in range(MEANS)]
-        self._spare_mean: Callable[[], tf_keras.metrics.Mean] = spare.pop
+        self._spare_mean: Callable[[], tf_keras.metrics.Mean] = lambda: (
+            spare.pop() if spare else tf_keras.metrics.Mean()
+        )
 
     def train_step(self, data: tuple[Mapping[str, tf.Tensor], Targets]) -> dict[str, tf.Tensor]:
         """One step; notes in `first_bad_step` the first step whose loss was not finite."""

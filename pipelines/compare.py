@@ -321,12 +321,12 @@ def _cost_rows(costs: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def _text(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+def _text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [list(header), *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
+            cell.rjust(width) if i else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
@@ -353,9 +353,9 @@ def table(found: Mapping[str, Any]) -> str:
     header, rows = _cost_rows(found["costs"])
     return "\n\n".join(
         [
-            _text(HEADER, [_cells(entry) for entry in found["domains"]], 1),
+            _text(HEADER, [_cells(entry) for entry in found["domains"]]),
             verdict(found["domains"]),
-            _text(header, rows, 1),
+            _text(header, rows),
         ]
     )
 

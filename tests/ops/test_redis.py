@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -27,18 +27,6 @@ RNG = np.random.default_rng(0)
 ROWS = RNG.normal(size=(1000, 7)).astype(np.float32)
 IDS = np.unique(RNG.integers(-(2**63), 2**63 - 1, 1100, dtype=np.int64))[:1000]
 IDS[:4] = [0, -1, -(2**63), 2**63 - 1]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with redis_servers.server(tmp_path_factory.mktemp("redis")) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with redis_servers.cluster(tmp_path_factory.mktemp("cluster")) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

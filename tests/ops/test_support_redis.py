@@ -33,18 +33,6 @@ Open = Callable[..., SupportStore]
 TASKS = list(range(60))
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with redis_servers.server(tmp_path_factory.mktemp("redis")) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with redis_servers.cluster(tmp_path_factory.mktemp("cluster")) as started:
-        yield started
-
-
 @pytest.fixture
 def opened(request: pytest.FixtureRequest) -> Iterator[Open]:
     """Opens stores of the test's own names, and closes those that it left open."""
