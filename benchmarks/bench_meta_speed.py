@@ -6,8 +6,9 @@ does the episodes' part of one step, loss and gradients, one task after the othe
 
 MeLU: 8 vectors of 32, all three dense layers 256-64-64-1 adapted by 5 steps, 32 users of 13 to 100
 ratings in a batch, padded to the longest, three quarters of the rows support. Meta-training is the
-whole step, from ids to the optimisers' updates of net and tables; adaptation is ids to the adapted
-scores of the query rows.
+whole step, from ids to the optimisers' updates of net and tables, of users as they are drawn;
+adaptation is ids to the adapted scores of the query rows, of the same users, by size: what a user
+gets does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import common
@@ -211,18 +212,22 @@ def melu(quick: bool) -> dict[str, float]:
     warm = rows[schema.task_id] < 10_000  # the first of the four states
     rows = {name: column[warm] for name, column in rows.items()}
     tasks = by_task(rows[schema.task_id])
-    drawn = np.random.default_rng(1).permutation(len(tasks))
-    batches, asked = [], []
-    for number in range(MELU_BATCHES):
-        own = [tasks[i] for i in drawn[MELU_TASKS * number :][:MELU_TASKS]]
-        data = batch(schema, rows, np.concatenate(own))
-        batches.append(data)
-        counts = np.array([len(x) for x in own])
-        used = (0.75 * counts).astype(np.int64)
-        first = np.cumsum(counts) - counts
-        asked.append(
-            [tf.constant(x) for x in (*padded(first, used), padded(first + used, counts - used)[0])]
-        )
+    drawn = np.random.default_rng(1).permutation(len(tasks))[: MELU_TASKS * MELU_BATCHES]
+    by_size = sorted(drawn, key=lambda task: len(tasks[task]))
+
+    def asked(order: Sequence[int]) -> list[tuple[Batch, list[tf.Tensor]]]:
+        """Batches, each with its users' support rows, their weights and query rows."""
+        found = []
+        for i in range(0, len(order), MELU_TASKS):
+            own = [tasks[task] for task in order[i : i + MELU_TASKS]]
+            counts = np.array([len(x) for x in own])
+            used = (0.75 * counts).astype(np.int64)
+            first = np.cumsum(counts) - counts
+            numbers = (*padded(first, used), padded(first + used, counts - used)[0])
+            data = batch(schema, rows, np.concatenate(own))
+            found.append((data, [tf.constant(x) for x in numbers]))
+        return found
+
     train = tf.function(model.train_step, reduce_retracing=True)
 
     @tf.function(reduce_retracing=True)
@@ -232,11 +237,13 @@ def melu(quick: bool) -> dict[str, float]:
         correction = model.meta.inner.adapt(model.tower, own)
         return model.tower(tf.gather(h, query), correction=correction).logits
 
+    as_drawn, alike = asked(drawn), asked(by_size)
     calls = {
-        "training": lambda: [train(data)["loss"] for data in batches][-1].numpy(),
-        "adaptation": lambda: [
-            adapt(data, *numbers) for data, numbers in zip(batches, asked, strict=True)
-        ][-1].numpy(),
+        "training": lambda: [train(data)["loss"] for data, _ in as_drawn][-1].numpy(),
+        "adaptation": lambda: [adapt(data, *numbers) for data, numbers in alike][-1].numpy(),
+        "adaptation, users as drawn": lambda: [adapt(data, *numbers) for data, numbers in as_drawn][
+            -1
+        ].numpy(),
     }
     # Of one thread the processor's time tells, whoever else wants the processor.
     took = cost.times(calls, 2 if quick else 8, clock=time.process_time)

@@ -140,17 +140,18 @@ def fine_tune(
     ids, starts, counts = np.unique(
         rows[schema.task_id][order], return_index=True, return_counts=True
     )
-    most = inner.max_support
     found = np.empty((len(ids), tower_size(shapes)), np.float32)
+    by_size = np.argsort(counts, kind="stable")  # a batch is padded to its longest
     batches = range(0, len(ids), tasks_per_batch)
     for first in tqdm(batches, disable=not progress, desc="fine-tune", unit=" batches"):
-        stop = slice(first, first + tasks_per_batch)
-        used = np.minimum(counts[stop], most)
-        places = np.arange(most) + (starts[stop] + counts[stop] - used)[:, None]
-        inside = np.arange(most) < used[:, None]
+        own = by_size[first : first + tasks_per_batch]
+        used = np.minimum(counts[own], inner.max_support)
+        place = np.arange(used.max())
+        places = place + (starts[own] + counts[own] - used)[:, None]
+        inside = place < used[:, None]
         index = order[np.where(inside, places, 0)]
         weights = np.repeat(inside[:, :, None], labels.shape[1], 2).astype(np.float32)
-        found[stop] = tune(
+        found[own] = tune(
             tf.constant(h[index]), tf.constant(labels[index]), tf.constant(weights)
         ).numpy()
     return ids.astype(np.int64), found

@@ -101,7 +101,7 @@ class GatedTower(tf_keras.layers.Layer):
         c = tf.concat([u, tf.stop_gradient(a)], -1) if self.reads_input else u
 
         def at(index: int) -> Correction | None:
-            return None if correction is None else lambda _, x: correction(index, x)
+            return correction and (lambda _, x, layer: correction(index, x, layer))
 
         outputs = []
         parts = zip(self._hidden, self._gates, self._scales, strict=True)

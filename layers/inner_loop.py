@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 import tensorflow as tf
 import tf_keras
 
-from qianmo.layers.mlp import Correction
+from qianmo.layers.mlp import Correction, Layer
 from qianmo.layers.tower import DenseShape, TowerOutput
 
 Rates = Literal["fixed", "rank_one", "per_weight"]
@@ -25,7 +25,7 @@ class AdaptableTower(Protocol):
         """Its dense layers, in the order in which a correction counts them."""
 
     def __call__(self, h: tf.Tensor, *, correction: Correction | None = None) -> TowerOutput:
-        """Logits of h, [..., H], with the correction added to each dense layer's output."""
+        """Logits of h, [..., H], by the dense layers as the correction makes them."""
 
 
 class Support(NamedTuple):
@@ -53,7 +53,8 @@ class _Change(NamedTuple):
     kernel: tf.Tensor | None  # [T, in, out]
     bias: tf.Tensor  # [T, 1, out]
 
-    def correction(self, a: tf.Tensor) -> tf.Tensor:
+    def of(self, a: tf.Tensor) -> tf.Tensor:
+        """What it adds to the layer's output."""
         if self.kernel is not None:
             return tf.matmul(a, self.kernel) + self.bias
         return self.bias - tf.matmul(tf.matmul(a, self.x, transpose_b=True), self.d)
@@ -71,10 +72,10 @@ class Adaptation:
     changes: tuple[_Change | None, ...]
     losses: tuple[tf.Tensor, ...]
 
-    def __call__(self, layer: int, a: tf.Tensor) -> tf.Tensor:
-        """The correction of one dense layer: [T, N, in] -> [T, N, out]."""
-        change = self.changes[layer]
-        return tf.zeros([], a.dtype) if change is None else change.correction(a)
+    def __call__(self, number: int, a: tf.Tensor, layer: Layer) -> tf.Tensor:
+        """The corrected output of one dense layer: [T, N, in] -> [T, N, out]."""
+        change = self.changes[number]
+        return layer(a) if change is None else layer(a) + change.of(a)
 
     def rows(self, task: tf.Tensor) -> Adaptation:
         """The same for rows in any order: row i belongs to task[i]; inputs are [N, 1, in]."""
@@ -303,6 +304,8 @@ class InnerLoop(tf_keras.layers.Layer):
         mean_share = tf.math.divide_no_nan(weights, n)
         labels = tf.cast(support.labels, share.dtype)
         changes: list[_Change | None] = [None] * len(shapes)
+        # Of the layers that h enters, the same at each step: W h + b, and the products of rows.
+        firsts: dict[int, tf.Tensor] = {}
         grams: dict[int, tf.Tensor] = {}
         losses = []
         for _ in range(self.steps):
@@ -313,24 +316,29 @@ class InnerLoop(tf_keras.layers.Layer):
                 def correction(
                     number: int,
                     a: tf.Tensor,
+                    layer: Layer,
                     entered: dict[int, tf.Tensor] = entered,
                     probes: dict[int, tf.Tensor] = probes,
                     tape: tf.GradientTape = tape,
                 ) -> tf.Tensor:
                     shape, change = shapes[number], changes[number]
+                    if number not in firsts and shape.is_first:
+                        firsts[number] = layer(a)
+                    z = firsts[number] if shape.is_first else layer(a)
                     if not self._adapts(shape):
-                        return tf.zeros([], a.dtype)
+                        return z
                     # D is the gradient at a zero that is added to the layer's output.
-                    probe = tf.zeros([*tf.unstack(tf.shape(a))[:-1], shape.num_outputs], a.dtype)
+                    probe = tf.zeros_like(z)
                     tape.watch(probe)
                     entered[number], probes[number] = a, probe
+                    z += probe
                     if change is None:
-                        return probe
+                        return z
                     if change.x is not None and shape.is_first:
                         if number not in grams:
                             grams[number] = tf.matmul(a, change.x, transpose_b=True)
-                        return probe + change.bias - tf.matmul(grams[number], change.d)
-                    return probe + change.correction(a)
+                        return z + change.bias - tf.matmul(grams[number], change.d)
+                    return z + change.of(a)
 
                 logits = tower(h, correction=correction).logits
                 loss = elementwise(self.loss, labels, logits)

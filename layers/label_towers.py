@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
-from qianmo.layers.mlp import Correction
+from qianmo.layers.mlp import Correction, Layer
 from qianmo.layers.seeding import derive_seed, pick_seed
 from qianmo.layers.tower import DenseShape, Tower, TowerOutput
 
@@ -89,8 +89,8 @@ class LabelTowers(tf_keras.layers.Layer):
             if correction is not None:
                 first = k * (len(self.units) + 1)
 
-                def own(number: int, a: tf.Tensor, first: int = first) -> tf.Tensor:
-                    return correction(first + number, a)
+                def own(number: int, a: tf.Tensor, layer: Layer, first: int = first) -> tf.Tensor:
+                    return correction(first + number, a, layer)
 
             found.append(tower(state, training=training, correction=own))
         hidden = [

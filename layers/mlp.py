@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ import tf_keras
 
 from qianmo.layers.seeding import derive_seed, pick_seed
 
-# (number of a dense layer, what enters it) -> what is added to its output before the activation.
-Correction = Callable[[int, tf.Tensor], tf.Tensor]
+Layer = Callable[[tf.Tensor], tf.Tensor]
+# (number of a dense layer, what enters it, the layer) -> its corrected output, before activation.
+Correction = Callable[[int, tf.Tensor, Layer], tf.Tensor]
 
 
 def dense(layer: tf_keras.layers.Dense, x: tf.Tensor) -> tf.Tensor:
@@ -23,6 +25,15 @@ def dense(layer: tf_keras.layers.Dense, x: tf.Tensor) -> tf.Tensor:
         return layer(x)
     z = layer(tf.reshape(x, [-1, x.shape[-1]]))
     return tf.reshape(z, [*tf.unstack(tf.shape(x))[:-1], layer.units])
+
+
+def corrected(
+    correction: Correction | None, number: int, layer: tf_keras.layers.Dense, x: tf.Tensor
+) -> tf.Tensor:
+    """A dense layer on [..., in], as a task sees it."""
+    if correction is None:
+        return dense(layer, x)
+    return correction(number, x, functools.partial(dense, layer))
 
 
 @tf_keras.utils.register_keras_serializable(package="qianmo")
@@ -126,8 +137,7 @@ class MLP(tf_keras.layers.Layer):
             self._calls.assign_add(1)
         outputs = []
         for index, layer in enumerate(self._layers):
-            z = dense(layer, x)
-            x = self._act(z if correction is None else z + correction(index, x))
+            x = self._act(corrected(correction, index, layer, x))
             if drops:
                 # Paths of one number are the kernels' seeds, so masks take two.
                 seed = tf.stack([tf.constant(derive_seed(self.seed, index, 1), tf.int64), call])

@@ -76,7 +76,7 @@ class ProductTower(tf_keras.layers.Layer):
         Args:
           h: what crosses the tower seam.
           training: whether dropout acts.
-          correction: what a task adds to each dense layer's output, see `InnerLoop`.
+          correction: what a task makes of each dense layer, see `InnerLoop`.
         """
         width = h.shape[-1] - self.dim
         user, item = tf.split(h, [width, self.dim], -1)

@@ -9,7 +9,7 @@ import tensorflow as tf
 import tf_keras
 
 from qianmo.layers.domain_column import read_domain
-from qianmo.layers.mlp import Correction
+from qianmo.layers.mlp import Correction, Layer
 from qianmo.layers.partitioned_norm import PartitionedNorm
 from qianmo.layers.star import StarLeaves
 from qianmo.layers.tower import DenseShape, Tower, TowerOutput
@@ -87,15 +87,18 @@ class StarTower(Tower):
         if self.norm is not None:
             x = self.norm((x, domain), training=training)
 
-        def leaf(number: int, a: tf.Tensor) -> tf.Tensor:
-            leaves = self.leaves[number]
-            is_last = number == len(self.mlp.units)
-            kernel = self.head.kernel if is_last else self.mlp.kernels[number]
-            kernel = tf.cast(kernel, leaves.compute_dtype)
-            added = leaves((tf.cast(a, leaves.compute_dtype), kernel, domain))
-            return added if correction is None else added + correction(number, a)
+        def star(number: int, a: tf.Tensor, centre: Layer) -> tf.Tensor:
+            def layer(a: tf.Tensor) -> tf.Tensor:
+                z = centre(a)
+                leaves = self.leaves[number]
+                is_last = number == len(self.mlp.units)
+                kernel = self.head.kernel if is_last else self.mlp.kernels[number]
+                kernel = tf.cast(kernel, leaves.compute_dtype)
+                return z + leaves((tf.cast(a, leaves.compute_dtype), kernel, domain))
 
-        found = super().call(x, training, leaf)
+            return layer(a) if correction is None else correction(number, a, layer)
+
+        found = super().call(x, training, star)
         logits = found.logits
         if self.auxiliary:
             logits += tf.cast(extra, logits.dtype)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 import tf_keras
 
-from qianmo.layers.mlp import MLP, Correction, dense
+from qianmo.layers.mlp import MLP, Correction, corrected
 from qianmo.layers.seeding import derive_seed, pick_seed
 
 
@@ -88,13 +88,11 @@ class Tower(tf_keras.layers.Layer):
         Args:
           h: what crosses the tower seam.
           training: whether dropout acts.
-          correction: what a task adds to each dense layer's output, see `InnerLoop`.
+          correction: what a task makes of each dense layer, see `InnerLoop`.
         """
         hidden = self.mlp.hidden(h, training=training, correction=correction)
         a = hidden[-1] if hidden else h
-        logits = dense(self.head, a)
-        if correction is not None:
-            logits += correction(len(hidden), a)
+        logits = corrected(correction, len(hidden), self.head, a)
         return TowerOutput(logits, hidden, h)
 
     def get_config(self) -> dict[str, Any]:

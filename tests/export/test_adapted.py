@@ -263,13 +263,14 @@ def test_rows_that_are_put_count_at_once_and_only_once(served):
         assert first[STATUS].tolist() == [0]
         assert np.abs(probabilities(first) - plain).max() > 1e-4
         twice = {k: np.concatenate([v, v[:1], v[:1]]) for k, v in put.items()}
-        run("put_support", twice)  # as batching repeats rows
-        np.testing.assert_array_equal(probabilities(run("adapted", mine)), probabilities(first))
+        run("put_support", twice)  # as batching repeats rows; of five rows, a last bit may differ
+        stored = probabilities(run("adapted", mine))
+        np.testing.assert_allclose(stored, probabilities(first), atol=1e-6)
         assert (run("stats", {"user": np.array([user])})["stats"] == before + 1).all()
         bad = {k: v.copy() for k, v in put.items()}
         bad["time"][0], bad["price"][1], bad["click"][2] = 0, np.nan, np.nan
         assert run("put_support", bad)[STATUS].tolist() == [BAD_TIME, BAD_VECTOR, BAD_LABEL]
-        np.testing.assert_array_equal(probabilities(run("adapted", mine)), probabilities(first))
+        np.testing.assert_array_equal(probabilities(run("adapted", mine)), stored)
 
 
 def test_support_that_is_too_old_is_not_used(model, tmp_path):

@@ -21,7 +21,7 @@ from qianmo.layers.extended import Extended
 from qianmo.layers.features import Categorical, Dense, Schema
 from qianmo.layers.gated_tower import GatedTower
 from qianmo.layers.label_towers import LabelTowers
-from qianmo.layers.mlp import MLP
+from qianmo.layers.mlp import MLP, Layer
 from qianmo.layers.mmoe import MMoE
 from qianmo.layers.partitioned_norm import PartitionedNorm
 from qianmo.layers.personal_gate import PersonalGate
@@ -116,8 +116,8 @@ def test_star_tower_adds_the_auxiliary_logits_and_counts_its_own_columns() -> No
     assert star.dense_shapes(8) == plain.dense_shapes(5)
     np.testing.assert_array_equal(star(h).h, h)
 
-    def correction(number: int, a: tf.Tensor) -> tf.Tensor:
-        return tf.fill(tf.concat([tf.shape(a)[:-1], [[4, 2][number]]], 0), 1.0 + number)
+    def correction(number: int, a: tf.Tensor, layer: Layer) -> tf.Tensor:
+        return layer(a) + 1.0 + number
 
     found = star(h, correction=correction).logits
     np.testing.assert_allclose(found, plain(x, correction=correction).logits + s, rtol=1e-6)
@@ -344,9 +344,11 @@ def test_label_towers() -> None:
         assert [s.is_last for s in layer.dense_shapes(6)] == [False, True] * 2
         calls: list[int] = []
 
-        def correction(number: int, a: tf.Tensor, calls: list[int] = calls) -> tf.Tensor:
+        def correction(
+            number: int, a: tf.Tensor, layer: Layer, calls: list[int] = calls
+        ) -> tf.Tensor:
             calls.append(number)
-            return tf.zeros([])
+            return layer(a)
 
         layer(h, correction=correction)
         assert calls == [0, 1, 2, 3]
