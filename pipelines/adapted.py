@@ -1,18 +1,28 @@
-"""Scores rows by towers adapted on their tasks' support rows, beside the plain scores."""
+"""Metrics of towers adapted on their tasks' support rows, beside the plain ones.
+
+    qianmo-adapt --model_dir=runs/meta --inner_steps=16 --min_support=3
+
+What suits the rows of a later day is then given to `qianmo-export --form=adapted`, by the same two
+flags.
+"""
 
 from __future__ import annotations
 
+import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
+from absl import flags
 
 from qianmo.layers.inner_loop import Support
 from qianmo.models.ranker import Ranker
-from qianmo.pipelines import readers
-from qianmo.pipelines.evaluate import Scored, evaluate
+from qianmo.models.two_tower import TwoTower
+from qianmo.pipelines import program, readers, run_dir
+from qianmo.pipelines.evaluate import Scored, evaluate, table
 from qianmo.pipelines.task_rows import TaskRows, support_rows
 
 SIZES = (1, 2, 5, 10, 20)
@@ -116,3 +126,80 @@ def measure(model: Ranker, path: str, support_path: str) -> dict[str, Any]:
         for k in sizes
     }
     return {"test": {"plain": report["plain"], "adapted": report[str(most)]}, "curve": curve}
+
+
+def define_serving_flags() -> None:
+    """Defines the flags that `as_served` reads."""
+    flags.DEFINE_integer(
+        "inner_steps", None, "Steps by which a tower adapts. Default: the recipe's.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "min_support",
+        None,
+        "Tasks with fewer support rows get the plain score. Default: the recipe's.",
+        lower_bound=1,
+    )
+
+
+def as_served(model: Ranker) -> Ranker:
+    """The model, with a tower that adapts as the flags say.
+
+    Raises:
+      ValueError: they say how, and the model has no `meta`.
+    """
+    steps, least = flags.FLAGS.inner_steps, flags.FLAGS.min_support
+    if model.meta is None:
+        if steps or least:
+            raise ValueError("--inner_steps and --min_support need a model trained with `meta`.")
+        return model
+    model.meta.inner.steps = steps or model.meta.inner.steps
+    model.meta.min_support = least or model.meta.min_support
+    return model
+
+
+def define_flags() -> None:
+    """Defines this program's flags."""
+    flags.DEFINE_string("model_dir", None, "Directory of a trained model.", required=True)
+    flags.DEFINE_string("data", None, "Rows to score. Default: the recipe's test rows.")
+    flags.DEFINE_string(
+        "support",
+        None,
+        "Support rows of their tasks, all older, those of a task in order of time. Default: the "
+        "recipe's, of its test rows.",
+    )
+    define_serving_flags()
+    flags.DEFINE_string("output", None, "Where to write the metrics as JSON.")
+
+
+def run(_: list[str]) -> None:
+    """Prints metrics by tasks' support rows and by how many are used; writes the JSON if asked."""
+    values = flags.FLAGS
+    try:
+        model, recipe = run_dir.load(values.model_dir)
+        model = as_served(model)
+        if model.meta is None or isinstance(model, TwoTower):
+            raise ValueError(
+                "This is for rankers trained with `meta`; qianmo-evaluate measures the others, "
+                "adapted two-tower models too."
+            )
+        path = values.data or recipe.data.test
+        support = values.support or ("" if values.data else recipe.data.test_support)
+        if not path or not support:
+            raise ValueError("The recipe names no test rows with support; give --data, --support.")
+        found = measure(model, path, support)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if values.output:
+        run_dir.write_json(pathlib.Path(values.output), found)
+    print(table(found["test"]))
+    for label in model.schema.labels:
+        print(f"\n{label}\n{curve_table(found['curve'], label)}")
+
+
+def main() -> None:
+    """Entry of `qianmo-adapt`."""
+    program.start(define_flags, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -23,7 +23,7 @@ from qianmo.export.store import export_fed_store, export_store
 from qianmo.export.support_rows import Keep
 from qianmo.layers.features import Schema
 from qianmo.models.two_tower import TwoTower
-from qianmo.pipelines import program, readers, retrieval, run_dir
+from qianmo.pipelines import adapted, program, readers, retrieval, run_dir
 
 FORMS = {"in_graph": export_in_graph, "fed": export_fed, "store": export_store}
 
@@ -87,6 +87,7 @@ def define_flags() -> None:
         "Form `adapted`, what a support row holds. hidden: the tower's input; fast. features: what "
         "the tower's input is made of anew in each request.",
     )
+    adapted.define_serving_flags()
     flags.DEFINE_float(
         "support_ttl_seconds", 0.0, "Older support is not used; 0: for ever.", lower_bound=0.0
     )
@@ -146,6 +147,7 @@ def run(_: list[str]) -> None:
     values = flags.FLAGS
     try:
         model, recipe = run_dir.load(values.model_dir)
+        model = adapted.as_served(model)
         data = recipe.data
         path = values.data or data.test or data.valid or data.train
         if values.form == "adapted":
