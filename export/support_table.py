@@ -85,6 +85,7 @@ class SupportTable(tf.Module):
             return tf.where(tf.reduce_all(tf.reshape(good, [tf.shape(time)[0], -1]), 1), 0, flag)
 
         finite = tf.math.is_finite
+        labels = tf.where(weights == 0, 0.0, labels)  # undefined there
         status = (
             bit(time > 0, BAD_TIME)
             | bit(finite(h), BAD_VECTOR)

@@ -62,6 +62,17 @@ def test_bad_rows_are_refused_alone():
     assert table.get(int64([1]), 0).time.numpy().tolist() == [[1, 0, 0]]
 
 
+def test_a_label_of_weight_zero_may_be_anything():
+    table = SupportTable(1, 2, 3)
+    labels = tf.constant([[float("nan"), 3.0], [4.0, float("nan")]])
+    weights = tf.constant([[0.0, 1.0], [0.0, 1.0]])
+    status = table.put(
+        int64([1, 1]), tf.ones([2, 1]), labels, weights, int64([1, 2]), int64([0] * 2)
+    )
+    assert status.numpy().tolist() == [0, BAD_LABEL]
+    assert table.get(int64([1]), 0).labels[0, 0].numpy().tolist() == [0, 3]
+
+
 def test_fewer_rows_are_the_newest():
     table = SupportTable(2, 1, 4)
     put(table, [3] * 4, [1, 2, 3, 4], [1, 2, 3, 4])
