@@ -379,7 +379,7 @@ def train(recipe: Recipe, model_dir: str | pathlib.Path) -> dict[str, Any]:
 def define_flags() -> None:
     """Defines this program's flags."""
     flags.DEFINE_string(
-        "model_dir", None, "Where the run lives; the same words continue it.", required=True
+        "model_dir", None, "Where the run lives; the same command continues it.", required=True
     )
     flags.DEFINE_bool(
         "dry_run",
