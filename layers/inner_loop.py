@@ -66,7 +66,8 @@ class Adaptation:
 
     Attributes:
       changes: for each dense layer of the tower, None where it stays as it is.
-      losses: mean inner loss of each task before each step, [T] each.
+      losses: what the steps descend, before the first and after each: the mean inner loss of each
+        task, with num_t for the number of rows, [T] each.
     """
 
     changes: tuple[_Change | None, ...]
@@ -75,7 +76,8 @@ class Adaptation:
     def __call__(self, number: int, a: tf.Tensor, layer: Layer) -> tf.Tensor:
         """The corrected output of one dense layer: [T, N, in] -> [T, N, out]."""
         change = self.changes[number]
-        return layer(a) if change is None else layer(a) + change.of(a)
+        z = layer(a)
+        return z if change is None else z + change.of(tf.cast(a, z.dtype))
 
     def rows(self, task: tf.Tensor) -> Adaptation:
         """The same for rows in any order: row i belongs to task[i]; inputs are [N, 1, in]."""
@@ -107,7 +109,7 @@ def flat(adaptation: Adaptation, shapes: Sequence[DenseShape]) -> tf.Tensor:
         if kernel is None:
             kernel = -tf.matmul(change.x, change.d, transpose_a=True)
         parts += [tf.reshape(kernel, [-1, size]), change.bias[:, 0]]
-    return tf.concat(parts, 1)
+    return tf.concat([tf.cast(part, tf.float32) for part in parts], 1)
 
 
 def of_flat(vectors: tf.Tensor, shapes: Sequence[DenseShape]) -> Adaptation:
@@ -301,14 +303,13 @@ class InnerLoop(tf_keras.layers.Layer):
         weights = tf.cast(support.weights, tf.float32 if h.dtype != tf.float64 else h.dtype)
         n = tf.reduce_sum(weights, 1, keepdims=True)
         share = tf.math.divide_no_nan(weights, n + tf.cast(self.c, n.dtype))
-        mean_share = tf.math.divide_no_nan(weights, n)
         labels = tf.cast(support.labels, share.dtype)
         changes: list[_Change | None] = [None] * len(shapes)
         # Of the layers that h enters, the same at each step: W h + b, and the products of rows.
         firsts: dict[int, tf.Tensor] = {}
         grams: dict[int, tf.Tensor] = {}
         losses = []
-        for _ in range(self.steps):
+        for step in range(self.steps + 1):
             entered: dict[int, tf.Tensor] = {}
             probes: dict[int, tf.Tensor] = {}
             with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -330,6 +331,7 @@ class InnerLoop(tf_keras.layers.Layer):
                     # D is the gradient at a zero that is added to the layer's output.
                     probe = tf.zeros_like(z)
                     tape.watch(probe)
+                    a = tf.cast(a, z.dtype)
                     entered[number], probes[number] = a, probe
                     z += probe
                     if change is None:
@@ -342,10 +344,11 @@ class InnerLoop(tf_keras.layers.Layer):
 
                 logits = tower(h, correction=correction).logits
                 loss = elementwise(self.loss, labels, logits)
-                total = tf.reduce_sum(share * loss)
+                losses.append(tf.reduce_sum(share * loss, [1, 2]))
+            if step == self.steps:
+                break
             numbers = list(probes)
-            gradients = tape.gradient(total, [probes[number] for number in numbers])
-            losses.append(tf.reduce_sum(mean_share * loss, [1, 2]))
+            gradients = tape.gradient(losses[-1], [probes[number] for number in numbers])
             for number, d in zip(numbers, gradients, strict=True):
                 x = entered[number]
                 if self.first_order:

@@ -14,7 +14,8 @@ from qianmo.layers.seeding import pick_seed
 from qianmo.layers.tower import TowerOutput
 
 NO_SUPPORT = 8  # the task has too few support rows; the row got the plain score
-DIVERGED = 16  # its adapted score was not finite; the row got the plain score
+DIVERGED = 16  # the steps led away, or nowhere finite; the row got the plain score
+ROUNDING = 1e-3  # of losses near 0, which may double by chance
 
 GradientTo = Literal["tower", "bottom", "embeddings"]
 Split = Literal["time", "random"]
@@ -30,7 +31,7 @@ class Meta(tf_keras.layers.Layer):
     all it needs; the tower's weights stay what they are.
 
     With `reptile`, all rows of a task are support, and the outer gradient is the mean of its inner
-    gradients along the way, which moves phi towards the mean of the phi_t.
+    gradients along the way, which moves phi towards the mean of the phi_t, and nothing else.
 
     Args:
       inner: the inner loop, as a layer or its config.
@@ -41,7 +42,7 @@ class Meta(tf_keras.layers.Layer):
       max_query: most query rows of a task in a batch.
       gradient_to: how far the gradient of L_meta flows: the "tower" alone, down through the
         "bottom", or into the "embeddings". `Ranker` stops it at the tables.
-      min_support: in serving, tasks with fewer support rows get the plain score.
+      min_support: in serving, labels of which a task has fewer support rows get the plain score.
       reptile: whether to learn by Reptile.
       seed: of random splits and sizes. None draws one.
 
@@ -151,7 +152,7 @@ class Meta(tf_keras.layers.Layer):
             query = query._replace(h=tf.stop_gradient(query.h))
         if self.reptile:
             everything = Support(*(tf.concat(pair, 1) for pair in zip(support, query, strict=True)))
-            losses = tf.add_n(self.inner.adapt(tower, everything).losses)
+            losses = tf.add_n(self.inner.adapt(tower, everything).losses[:-1])
             mean = tf.math.divide_no_nan(
                 tf.reduce_sum(losses), tf.cast(tf.size(losses), losses.dtype)
             )
@@ -167,8 +168,9 @@ class Meta(tf_keras.layers.Layer):
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Scores rows by the towers of their tasks, which are then forgotten.
 
-        A row whose task has fewer than `min_support` support rows, or whose adapted score is not
-        finite, gets the plain score, exactly; no row depends on other tasks.
+        A label of which a row's task has fewer than `min_support` support rows gets the plain
+        score, exactly; so does a row whose adapted score is not finite, or for whose task the steps
+        more than doubled the loss of the support rows. No row depends on other tasks.
 
         Args:
           tower: phi.
@@ -190,15 +192,16 @@ class Meta(tf_keras.layers.Layer):
         part: Callable[[TowerOutput], tf.Tensor],
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """The same for any part of what a tower makes, [..., N] of h [..., H]."""
-        correction = self.inner.adapt(tower, support).rows(task)
-        adapted = part(tower(plain.h[:, None], correction=correction))[:, 0]
-        has_label = tf.reduce_max(tf.cast(support.weights, tf.float32), 2)
-        count = tf.gather(tf.reduce_sum(has_label, 1), task)
-        finite = tf.reduce_all(tf.math.is_finite(adapted), 1)
-        enough = count >= self.min_support
-        found = tf.where(tf.logical_and(enough, finite)[:, None], adapted, part(plain))
-        diverged = tf.where(finite, 0, DIVERGED)
-        return found, tf.where(enough, diverged, NO_SUPPORT)
+        adaptation = self.inner.adapt(tower, support)
+        adapted = part(tower(plain.h[:, None], correction=adaptation.rows(task)))[:, 0]
+        before, after = adaptation.losses[0], adaptation.losses[-1]
+        good = tf.gather(after <= 2 * before + ROUNDING, task)
+        good &= tf.reduce_all(tf.math.is_finite(adapted), 1)
+        count = tf.reduce_sum(tf.cast(support.weights, tf.float32), 1)
+        enough = tf.gather(count >= self.min_support, task)
+        found = tf.where(enough & good[:, None], adapted, part(plain))
+        how = tf.where(good, 0, DIVERGED)
+        return found, tf.where(tf.reduce_any(enough, 1), how, NO_SUPPORT)
 
     def get_config(self) -> dict[str, Any]:
         """The layer's arguments."""

@@ -252,6 +252,25 @@ def test_forms_agree_in_float32():
     )
 
 
+@pytest.mark.parametrize("rates", ["fixed", "rank_one", "per_weight"])
+def test_hidden_layers_of_bfloat16_adapt(rates):
+    found = []
+    for policy in ("float32", "mixed_bfloat16"):
+        phi = Tower(2, UNITS, seed=3, dtype=policy)
+        loop = InnerLoop(steps=3, step_size=0.1, shrinkage=2.0, rates=rates)
+        task = Support(*(tf.constant(x, tf.float32) for x in (SUPPORT_H, LABELS, WEIGHTS)))
+        if policy != "float32":
+            task = task._replace(h=tf.cast(task.h, tf.bfloat16))
+        query = tf.cast(QUERY_H, task.h.dtype)
+        adaptation = loop.adapt(phi, task)
+        found.append(phi(query, correction=adaptation).logits - phi(query).logits)
+        shapes = phi.dense_shapes(SUPPORT_H.shape[-1])
+        assert flat(adaptation, shapes).dtype == tf.float32
+    assert found[1].dtype == tf.float32
+    assert np.abs(found[0]).max() > 0.05
+    np.testing.assert_allclose(found[1], found[0], atol=0.02)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

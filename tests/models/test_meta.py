@@ -7,7 +7,9 @@ import tf_keras
 
 from qianmo.layers.features import Categorical, Dense, Schema
 from qianmo.layers.inner_loop import Support
+from qianmo.layers.meta import DIVERGED, NO_SUPPORT, Meta
 from qianmo.layers.sparse_adam import SparseAdam
+from qianmo.layers.tower import Tower
 from qianmo.models import zoo
 from qianmo.pipelines import runtime
 from qianmo.pipelines.task_rows import TaskRows
@@ -150,6 +152,35 @@ def test_each_label_s_tower_has_support_of_its_own():
     alone, _ = model.meta.score(model.tower, plain, place, support)
     np.testing.assert_allclose(found[~first, 1], alone.numpy()[~first, 1], atol=1e-6)
     assert np.abs(found[~first] - plain.logits.numpy()[~first]).max(0).min() > 1e-3
+
+    # Five rows are too few for that label, and enough for none of the other's ten.
+    model.meta.min_support = 6
+    gated, status = score(few)
+    assert (status == 0).all()
+    np.testing.assert_array_equal(gated[:, 0], found[:, 0])
+    np.testing.assert_array_equal(gated[:, 1], plain.logits.numpy()[:, 1])
+    model.meta.min_support = 11
+    gated, status = score(few)
+    assert (status == NO_SUPPORT).all()
+    np.testing.assert_array_equal(gated, plain.logits)
+
+
+@pytest.mark.parametrize("step_size", [10.0, 100.0])
+def test_a_task_that_steps_too_far_gets_the_plain_score(step_size):
+    tf_keras.utils.set_random_seed(3)
+    tower = Tower(1, (8,), seed=1)
+    h = np.random.default_rng(2).normal(size=(3, 10, 4)).astype(np.float32)
+    h[[0, 2]] = 0  # as many of either label: the gradient is zero, however long the step
+    labels = np.tile([[1.0], [0.0]], (3, 5, 1)).astype(np.float32)
+    support = Support(*(tf.constant(x) for x in (h, labels, np.ones_like(labels))))
+    plain = tower(tf.constant(h[:, 0]))
+    meta = Meta({"steps": 3, "step_size": step_size}, seed=1)
+    adapted = tower(h[:, :1], correction=meta.inner.adapt(tower, support)).logits[:, 0]
+    assert np.isfinite(adapted).all()
+    found, status = meta.score(tower, plain, tf.range(3), support)
+    assert status.numpy().tolist() == [0, DIVERGED, 0]
+    np.testing.assert_array_equal(found[1], plain.logits[1])
+    np.testing.assert_allclose(found[::2], adapted[::2], atol=1e-6)
 
 
 def original_off(targets):
