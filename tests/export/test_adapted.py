@@ -7,6 +7,7 @@ import pytest
 import redis_servers
 import tensorflow as tf
 import tf_keras
+from tensorflow_serving.apis import prediction_log_pb2
 
 from qianmo.export.adapted import (
     ADAPT,
@@ -318,6 +319,26 @@ def test_a_store_outlives_a_version_and_knows_its_bottom(model, tmp_path):
     kernel.assign(was)
     with session(third) as run:  # rows of another bottom are not used
         assert run("adapted", mine)[STATUS].tolist() == [NO_SUPPORT]
+    store.close()
+
+
+def test_loading_a_version_leaves_the_store_as_it_was(model, tmp_path):
+    store = SupportStore("test_adapted_warm_up", 16, 2, MOST)
+    support = {k: v[-20:] for k, v in SUPPORT.items()}
+    folder, _ = export_adapted(model, tmp_path / "ranker", ROWS, support, store=store)
+    store.export_rows(tmp_path / "before")  # with their times of writing
+    path = folder / "assets.extra" / "tf_serving_warmup_requests"
+    statuses = {}
+    with session(folder) as run:
+        for record in tf.compat.v1.io.tf_record_iterator(str(path)):
+            log = prediction_log_pb2.PredictionLog.FromString(record)
+            request = log.predict_log.request
+            signature = request.model_spec.signature_name
+            rows = {name: tf.make_ndarray(value) for name, value in request.inputs.items()}
+            statuses[signature] = run(signature, rows).get(STATUS)
+    assert statuses["put_support"].tolist() == [BAD_TIME]
+    store.export_rows(tmp_path / "after")
+    assert (tmp_path / "after").read_bytes() == (tmp_path / "before").read_bytes()
     store.close()
 
 
