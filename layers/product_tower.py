@@ -26,7 +26,8 @@ class ProductTower(tf_keras.layers.Layer):
         -log sigmoid(z) = -log [ exp(<u, v> / tau) / (exp(<u, v> / tau) + sum_j exp s_j) ],
 
     so that the binary cross-entropy of a positive is the sampled softmax loss. An item's vector is
-    a constant here: what adapts are the layers W, to support rows that are one item each.
+    a constant here: what adapts are the layers W, to support rows that are one item each. An item
+    that also stands in the queue is among its own negatives, as any of its rows' items may be.
 
     Args:
       tower: W, [..., H] -> logits [..., D].

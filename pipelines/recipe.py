@@ -140,6 +140,9 @@ class Recipe:
             raise ValueError("`data.items` needs the model two_tower, which ranks items.")
         if recipe.data.items and not recipe.schema.task_id:
             raise ValueError("`data.items` needs `schema.task_id`, whose known items are left out.")
+        if recipe.model.get("name") == "two_tower" and recipe.train.dtype_policy != "float32":
+            # The softmax's mask of accidental hits, of tensorflow-recommenders, knows no other.
+            raise ValueError("The model two_tower needs `train.dtype_policy` float32.")
         if recipe.data.test_support:
             if not recipe.data.test:
                 raise ValueError("`data.test_support` needs `data.test`, whose tasks it supports.")

@@ -1,5 +1,7 @@
 """Meta towers of any model: what the objective is, and whom its gradient reaches."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -163,6 +165,52 @@ def test_each_label_s_tower_has_support_of_its_own():
     gated, status = score(few)
     assert (status == NO_SUPPORT).all()
     np.testing.assert_array_equal(gated, plain.logits)
+
+
+# What each needs beside a name; two_tower, which has no scores of labels, has tests of its own.
+ZOO = {
+    **{name: {} for name in ("lr", "mlp", "wdl", "deepfm", "dcn", "xdeepfm", "star")},
+    **{name: {"tower_units": (4,)} for name in ("cross_domain", "shared_bottom", "mmoe", "ple")},
+    **{name: {"gate_features": ("scene",)} for name in ("ppnet", "poso", "epnet")},
+    "dual_dnn": {"interactions": {"fm": {}}, "student_units": (4,)},
+    "teacher_alone": {"interactions": {"fm": {}}},
+    "distilled": {"teacher": {"name": "mlp"}, "student": {"name": "mlp", "tower_units": (4,)}},
+}
+
+
+@pytest.mark.parametrize("name", zoo.MODELS.keys() - {"two_tower"})
+def test_any_model_s_tower_learns_to_adapt_and_does(name):
+    scene = Categorical(name="scene", num_ids=2, dim=8)
+    schema = dataclasses.replace(SCHEMA, features=(*SCHEMA.features, scene), domain="scene")
+    tf_keras.utils.set_random_seed(3)
+    model = zoo.build(schema, {"name": name, **ZOO[name], "meta": {"inner": INNER}})
+    model.build()
+    features, targets = next(batches(1))
+    rows = {k: tf.constant(v) for k, v in {**features, "scene": targets["task_id"] % 2}.items()}
+    head = model.serving_head
+    tower = model.tower_of(head)
+    with tf.GradientTape() as tape:
+        plain, _ = model.one_head(rows, head)
+        loss = model.meta_loss(
+            plain.h, {k: tf.constant(v) for k, v in targets.items()}, tf.constant(0)
+        )
+    moved = [g for g in tape.gradient(loss, tower.trainable_variables) if g is not None]
+    assert any(np.abs(tf.convert_to_tensor(g)).max() > 0 for g in moved)
+    users = np.unique(targets["task_id"])
+    order = np.argsort(targets["task_id"], kind="stable")
+    own = [order[targets["task_id"][order] == user][:3] for user in users]
+    held = TaskRows(
+        users,
+        np.stack([plain.h.numpy()[rows] for rows in own]),
+        np.stack([targets["labels"][rows] for rows in own]),
+        np.full(len(users), 3),
+    )
+    place, support = held.of(targets["task_id"])
+    found, status = model.meta.score(tower, plain, place, support)
+    assert (status.numpy() == 0).all()
+    assert (found != plain.logits).numpy().all()
+    before, *_, after = model.meta.inner.adapt(tower, support).losses
+    assert (after < before).numpy().all()
 
 
 @pytest.mark.parametrize("step_size", [10.0, 100.0])
