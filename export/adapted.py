@@ -102,7 +102,7 @@ def put_specs(schema: Any) -> dict[str, tf.TensorSpec]:
     return {**specs, **{label: _column(label, tf.float32) for label in schema.labels}}
 
 
-def _labels(columns: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+def read_labels(columns: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Labels and their weights [..., K], and whether all labels of a row can be read [...]."""
     labels = tf.stack(columns, -1)
     defined = labels != UNDEFINED
@@ -138,7 +138,7 @@ def _adapted(model: Ranker, store: Store, rows_of: HiddenRows | FeatureRows) -> 
     return adapted
 
 
-def _distinct(columns: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+def distinct(columns: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
     """First row of each distinct content [U], and each row's place among those [B]."""
     prints = [tf.fingerprint(column) for column in columns]
     whole = tf.bitcast(tf.fingerprint(tf.concat(prints, 1)), tf.int64)
@@ -154,7 +154,7 @@ def _adapted_by_request(model: Ranker) -> Signature:
 
     def adapted_by_request(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
         columns = {name: inputs[support_name(name)] for name in names}
-        first, place = _distinct([*columns.values(), inputs[COUNT]])
+        first, place = distinct([*columns.values(), inputs[COUNT]])
         columns = {name: tf.gather(column, first) for name, column in columns.items()}
         shape = tf.shape(columns[schema.labels[0]])
         width = tf.cast(shape[1], tf.int64)
@@ -176,7 +176,7 @@ def _adapted_by_request(model: Ranker) -> Signature:
         output, read = model.one_head(features, model.serving_head)
         h = output.h
         readable = tf.reduce_all(tf.math.is_finite(h), 1) & (read == 0)
-        labels, weights, good = _labels([columns[label] for label in schema.labels])
+        labels, weights, good = read_labels([columns[label] for label in schema.labels])
         readable = tf.reshape(readable, tf.shape(good)) & good
         inside = tf.range(most) < kept[:, None]
         width_h = h.shape[-1]
@@ -195,7 +195,7 @@ def _put(model: Ranker, store: Store, rows_of: HiddenRows | FeatureRows) -> Sign
 
     def put_support(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
         rows, read = rows_of.pack(inputs)
-        labels, weights, good = _labels([inputs[label] for label in schema.labels])
+        labels, weights, good = read_labels([inputs[label] for label in schema.labels])
         # What cannot be read is not stored: a value that is not finite says so to the store.
         nan = float("nan")
         rows = tf.where((read == 0)[:, None], rows, nan)

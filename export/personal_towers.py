@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
+from qianmo.export.adapted import UNDEFINED, read_labels
 from qianmo.export.saved_model import (
     STATUS,
     ExportError,
@@ -111,7 +112,8 @@ def fine_tune(
     Args:
       model: a trained model; its serving head's tower is the shared one.
       inner: steps, step size and shrinkage; the last `max_support` rows of an adgroup are used.
-      rows: features, the task's column and the labels, in order of time.
+      rows: features, the task's column and the labels, in order of time. A label of -1 or NaN is
+        undefined; a row with one outside [0, 1] is left out.
       tasks_per_batch: adgroups that are fine-tuned together.
       progress: whether to show a bar.
 
@@ -131,7 +133,10 @@ def fine_tune(
             for i in range(0, size, 8192)
         ]
     )
-    labels = np.stack([rows[label] for label in schema.labels], 1).astype(np.float32)
+    columns = [rows[label].astype(np.float32) for label in schema.labels]
+    columns = [np.where(np.isnan(column), UNDEFINED, column) for column in columns]
+    labels, defined, good = (part.numpy() for part in read_labels(columns))
+    label_weights = defined * good[:, None]
     shapes = tower.dense_shapes(h.shape[1])
     tune = tf.function(
         lambda *support: flat(inner.adapt(tower, Support(*support)), shapes), reduce_retracing=True
@@ -150,7 +155,7 @@ def fine_tune(
         places = place + (starts[own] + counts[own] - used)[:, None]
         inside = place < used[:, None]
         index = order[np.where(inside, places, 0)]
-        weights = np.repeat(inside[:, :, None], labels.shape[1], 2).astype(np.float32)
+        weights = label_weights[index] * inside[:, :, None]
         found[own] = tune(
             tf.constant(h[index]), tf.constant(labels[index]), tf.constant(weights)
         ).numpy()
@@ -190,7 +195,8 @@ def export_personal(
       base_path: folder of the versions.
       rows: real rows: features and the task's column.
       task_id: adgroups, int64 [A].
-      towers: what their towers differ by from the shared one, [A, `tower_size`].
+      towers: what their towers differ by from the shared one, [A, `tower_size`]. One that is not
+        finite is left out, and its adgroup keeps the shared tower; a log line says how many.
       version: default: one above the highest.
 
     Returns:
@@ -202,14 +208,19 @@ def export_personal(
     schema = model.schema
     if not schema.task_id:
         raise ExportError("Personal towers need `schema.task_id`, which tells the adgroup.")
+    finite = np.isfinite(towers).all(1)
+    if not finite.all():
+        tf.get_logger().warning(
+            "%d of %d towers are not finite and left out, the first that of adgroup %d.",
+            np.sum(~finite),
+            len(finite),
+            task_id[np.argmin(finite)],
+        )
+        task_id, towers = task_id[finite], towers[finite]
     table = TowerTable(towers.shape[1])
     for first in range(0, len(task_id), 1024):
         part = slice(first, first + 1024)
-        status = table.put(tf.constant(task_id[part]), tf.constant(towers[part]))
-        if np.any(status):
-            raise ExportError(
-                f"The tower of adgroup {task_id[part][np.argmax(status)]} is not finite."
-            )
+        table.put(tf.constant(task_id[part]), tf.constant(towers[part]))
     task = tf.TensorSpec([None], tf.int64, schema.task_id)
     weights = tf.TensorSpec([None, table.size], tf.float32, WEIGHTS)
     raw = raw_specs(schema)

@@ -135,5 +135,34 @@ def test_towers_come_and_go_without_a_new_trunk(towers, served):
     assert ids.dtype == np.int64
 
 
+def test_labels_that_are_not_there_teach_nothing(model, towers):
+    """Rows before and between an adgroup's own, all without a label that can be read."""
+    size = len(ROWS["click"])
+    without = {name: np.repeat(column, 2) for name, column in ROWS.items()}
+    without["click"][::2] = np.resize(np.float32([-1.0, np.nan, 7.0]), size)
+    without["click"][1::2] = ROWS["click"]
+    inner = InnerLoop(**{**INNER, "max_support": 2 * INNER["max_support"]})
+    ids, found = fine_tune(model, inner, without)
+    np.testing.assert_array_equal(ids, towers[0])
+    np.testing.assert_allclose(found, towers[1], atol=1e-6)
+    none = {**ROWS, "click": np.full(size, np.nan, np.float32)}
+    assert not fine_tune(model, inner, none)[1].any()
+
+
+def test_a_tower_that_is_not_finite_leaves_its_adgroup_the_shared_one(
+    model, towers, tmp_path, caplog
+):
+    ids, weights = towers
+    broken = weights.copy()
+    broken[0, 2], broken[2, 0] = np.nan, np.inf
+    folder, _ = export_personal(model, tmp_path / "ads", ASKED, ids, broken)
+    assert "2 of 4 towers are not finite" in caplog.text
+    with session(folder) as run:
+        answer = run("serving_default", ASKED)
+        assert run("stats", {"adgroup": np.array([1])})["towers"].tolist() == [2]
+    shared = ~np.isin(ASKED["adgroup"], ids[[1, 3]])
+    np.testing.assert_array_equal(answer[STATUS], np.where(shared, SHARED_TOWER, 0))
+
+
 def test_it_is_made_of_stock_ops(served):
     assert not [op for op in op_types(served) if ">" in op]
