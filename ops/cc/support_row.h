@@ -11,11 +11,13 @@
 
 namespace qianmo {
 
+constexpr int32_t kMaxTaskRows = 4096;
+
 // What all rows of a store have in common.
 struct SupportShape {
   int32_t dim;         // of h
   int32_t num_labels;  // and of label weights
-  int32_t max_rows;    // of a task
+  int32_t max_rows;    // of a task, up to kMaxTaskRows
 
   size_t row_bytes() const;
 };

@@ -48,7 +48,7 @@ bool Valid(const SupportOptions& options, std::string* error) {
   constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
   return in("dim", shape.dim, 1, 65536) &&
          in("num_labels", shape.num_labels, 1, 65536) &&
-         in("max_rows", shape.max_rows, 1, 4096) &&
+         in("max_rows", shape.max_rows, 1, kMaxTaskRows) &&
          in("ttl", limits.ttl_micros, 0, kAny) &&
          in("max_tasks", limits.max_tasks, 0, kAny) &&
          in("max_bytes", limits.max_bytes, 0, kAny);

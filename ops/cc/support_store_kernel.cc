@@ -147,6 +147,10 @@ class GetOp : public StoreOp {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("dim", &dim_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("num_labels", &num_labels_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("max_rows", &max_rows_));
+    OP_REQUIRES(ctx, 1 <= max_rows_ && max_rows_ <= kMaxTaskRows,
+                absl::InvalidArgumentError(
+                    absl::StrCat("`max_rows` should be in [1, ", kMaxTaskRows,
+                                 "]. Received: ", max_rows_)));
   }
 
  private:

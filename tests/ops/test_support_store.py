@@ -105,6 +105,10 @@ def test_the_last_rows_are_returned_when_fewer_are_asked_for(opened: Open) -> No
     found = store.get([1, 2], 1, max_rows=2)
     assert found.time.numpy().tolist() == [[20, 30], [0, 0]]
     assert found.count.numpy().tolist() == [2, 0]
+    assert store.get([1], 1, max_rows=4096).count.numpy().tolist() == [3]
+    for bad in (4097, 2**31, 2**62, -1):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=rf"max_rows.*{bad}"):
+            store.get([1], 1, max_rows=bad)
 
 
 def test_a_bad_row_leaves_its_neighbours_alone(opened: Open) -> None:
