@@ -140,7 +140,7 @@ bool LocalSupport::ReadFiles(std::string* error) {
   }
   for (const fs::path& path : files) fs::remove(path, failed);
   log_ = LogFile::Open(FileOf(generation_, ".log"), shape(), keep, error);
-  return log_ != nullptr && SyncFolder(options_.path);
+  return log_ != nullptr && SyncFolder(options_.path, error);
 }
 
 void LocalSupport::Put(const SupportBatch& rows, int32_t* status) {
@@ -243,7 +243,7 @@ bool LocalSupport::Compact(std::string* error) {
   const int64_t next = generation_ + 1;
   next_compaction_ = options_.clock() + kRetryMicros;
   auto log = LogFile::Open(FileOf(next, ".log"), shape(), 0, error);
-  if (!log || !SyncFolder(options_.path)) {
+  if (!log || !SyncFolder(options_.path, error)) {
     ++write_errors_;
     return false;
   }

@@ -329,6 +329,23 @@ void ALogThatFailsIsMadeGoodByASnapshot() {
   for (const Moments& times : Reopened(path, 100)) CHECK(times == Moments{1});
 }
 
+// Here for want of a descriptor: the lock and the log take the last two.
+void AFolderThatCannotBeSyncedIsNamed() {
+  Folder folder;
+  const std::string path = folder / "store";
+  rlimit before;
+  CHECK(getrlimit(RLIMIT_NOFILE, &before) == 0);
+  const int next = dup(0);
+  CHECK(next >= 0 && close(next) == 0);
+  rlimit two = before;
+  two.rlim_cur = next + 2;
+  CHECK(setrlimit(RLIMIT_NOFILE, &two) == 0);
+  std::string error;
+  CHECK(!LocalSupport::Open(Options(path), &error));
+  CHECK(setrlimit(RLIMIT_NOFILE, &before) == 0);
+  CHECK(error.find("Cannot sync `" + path + "`: ") == 0);
+}
+
 void AKilledProcessKeepsWhatWasFlushed() {
   Folder folder;
   const std::string path = folder / "store";
@@ -446,6 +463,7 @@ int main() {
   qianmo::SnapshotsAreTakenWhileWritersWrite();
   qianmo::ASnapshotThatFailsLosesNothing();
   qianmo::ALogThatFailsIsMadeGoodByASnapshot();
+  qianmo::AFolderThatCannotBeSyncedIsNamed();
   qianmo::AStoreClosesWithItsLastHolder();
   qianmo::EveryoneAtOnce();
 }

@@ -195,11 +195,11 @@ bool LogFile::Append(const std::vector<char>& data) {
 
 bool LogFile::Sync() { return fdatasync(fd_) == 0; }
 
-bool SyncFolder(const std::string& path) {
+bool SyncFolder(const std::string& path, std::string* error) {
   const int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (fd < 0) return false;
-  const bool synced = fsync(fd) == 0;
-  close(fd);
+  const bool synced = fd >= 0 && fsync(fd) == 0;
+  if (!synced) *error = FileError("Cannot sync", path);
+  if (fd >= 0) close(fd);
   return synced;
 }
 
@@ -213,7 +213,7 @@ bool WriteWhole(const std::string& path, const SupportShape& shape,
   const std::string folder = std::filesystem::path(path).parent_path();
   if (fill(file.get(), error) && file->Sync() &&
       rename(writing.c_str(), path.c_str()) == 0 &&
-      SyncFolder(folder.empty() ? "." : folder)) {
+      SyncFolder(folder.empty() ? "." : folder, error)) {
     *bytes = file->bytes();
     return true;
   }

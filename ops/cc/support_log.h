@@ -80,8 +80,9 @@ bool WriteWhole(const std::string& path, const SupportShape& shape,
                 const std::function<bool(LogFile*, std::string*)>& fill,
                 uint64_t* bytes, std::string* error);
 
-// Waits until the names in a folder would outlast a power failure.
-bool SyncFolder(const std::string& path);
+// Waits until the names in a folder would outlast a power failure. Returns
+// false and an error when that fails.
+bool SyncFolder(const std::string& path, std::string* error);
 
 // "what `path`: reason", from errno.
 std::string FileError(const std::string& what, const std::string& path);
