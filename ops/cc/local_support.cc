@@ -223,13 +223,17 @@ void LocalSupport::Flush() {
   });
 }
 
+void LocalSupport::SyncLog() {
+  if (!log_->Sync()) ++write_errors_;
+}
+
 void LocalSupport::Keep() {
   Evict();
   if (options_.path.empty()) return;
   bool due;
   {
     std::lock_guard<std::mutex> lock(compact_mutex_);
-    if (!log_->Sync()) ++write_errors_;
+    SyncLog();
     due = options_.clock() >= next_compaction_ &&
           (snapshot_due_ || log_->bytes() > std::max(kMinLog, snapshot_bytes_));
   }
@@ -253,9 +257,11 @@ bool LocalSupport::Compact(std::string* error) {
     std::lock_guard<std::mutex> lock(log_mutex_);
     log_.swap(log);
   }
+  if (!log->Sync()) ++write_errors_;  // the snapshot is yet to come
   const int64_t before = generation_;
   generation_ = next;
-  if (!WriteSnapshot(FileOf(next, ".snapshot"), &snapshot_bytes_, error)) {
+  if (!WriteSnapshot(FileOf(next, ".snapshot"), /*sync_log=*/true,
+                     &snapshot_bytes_, error)) {
     ++write_errors_;
     snapshot_due_ = true;
     return false;
@@ -270,10 +276,12 @@ bool LocalSupport::Compact(std::string* error) {
   return true;
 }
 
-bool LocalSupport::WriteSnapshot(const std::string& path, uint64_t* bytes,
-                                 std::string* error) {
-  const auto fill = [this](LogFile* file, std::string*) {
+bool LocalSupport::WriteSnapshot(const std::string& path, bool sync_log,
+                                 uint64_t* bytes, std::string* error) {
+  using Clock = std::chrono::steady_clock;
+  const auto fill = [this, sync_log](LogFile* file, std::string*) {
     uint64_t synced = 0;
+    auto log_synced = Clock::now();
     std::vector<char> records;
     constexpr size_t kTasks = SupportTable::kTasksAtOnce;
     for (size_t shard = 0; shard < SupportTable::kShards; ++shard) {
@@ -290,6 +298,10 @@ bool LocalSupport::WriteSnapshot(const std::string& path, uint64_t* bytes,
           if (!file->Sync()) return false;
           synced = file->bytes();
         }
+        if (sync_log && Clock::now() - log_synced >= kKeep) {
+          SyncLog();
+          log_synced = Clock::now();
+        }
       }
     }
     return file->Append(records);
@@ -299,7 +311,7 @@ bool LocalSupport::WriteSnapshot(const std::string& path, uint64_t* bytes,
 
 bool LocalSupport::Export(const std::string& path, std::string* error) {
   uint64_t bytes;
-  return WriteSnapshot(path, &bytes, error);
+  return WriteSnapshot(path, /*sync_log=*/false, &bytes, error);
 }
 
 bool LocalSupport::Import(const std::string& path, std::string* error) {

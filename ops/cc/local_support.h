@@ -59,8 +59,11 @@ class LocalSupport : public SupportStore {
   // Writes the log if much of what was put waits.
   void FlushIfMuch();
   std::string FileOf(int64_t generation, const char* kind) const;
-  bool WriteSnapshot(const std::string& path, uint64_t* bytes,
+  // Writes all rows; if asked, syncs the log each second meanwhile.
+  bool WriteSnapshot(const std::string& path, bool sync_log, uint64_t* bytes,
                      std::string* error);
+  // Needs compact_mutex_, as the log may not be swapped.
+  void SyncLog();
   void Keep();
 
   SupportTable table_;
