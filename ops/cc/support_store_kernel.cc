@@ -94,7 +94,7 @@ class StoreOp : public AsyncOpKernel {
   void ComputeAsync(OpKernelContext* ctx, DoneCallback done) final {
     std::shared_ptr<SupportStore> store;
     OP_REQUIRES_OK_ASYNC(ctx, StoreOf(ctx, &store), done);
-    const bool waits = store->is_remote();
+    const bool waits = Waits(*store);
     auto run = [this, ctx, store = std::move(store),
                 done = std::move(done)]() mutable {
       const absl::Status status = Run(ctx, store.get());
@@ -110,6 +110,9 @@ class StoreOp : public AsyncOpKernel {
   }
 
  private:
+  virtual bool Waits(const SupportStore& store) const {
+    return store.is_remote();
+  }
   virtual absl::Status Run(OpKernelContext* ctx, SupportStore* store) = 0;
 };
 
@@ -227,6 +230,8 @@ class FileOp : public StoreOp {
   using StoreOp::StoreOp;
 
  private:
+  bool Waits(const SupportStore&) const override { return true; }
+
   absl::Status Run(OpKernelContext* ctx, SupportStore* store) override {
     TF_RETURN_IF_ERROR(CheckShape(ctx, 1, "filename", {}));
     const std::string path = ctx->input(1).scalar<tensorflow::tstring>()();
