@@ -36,6 +36,7 @@ struct SupportStats {
   int64_t write_errors = 0;   // of the files since then; rows, of a Redis
   int64_t read_errors = 0;    // tasks that a Redis did not let read
 };
+constexpr int64_t kNumSupportStats = sizeof(SupportStats) / sizeof(int64_t);
 
 // Rows to put: of each array the part of row i.
 struct SupportBatch {

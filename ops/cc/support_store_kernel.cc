@@ -213,7 +213,8 @@ class StatsOp : public StoreOp {
     const int64_t values[] = {
         s.tasks,   s.rows,    s.bytes,         s.hits,         s.misses,
         s.refused, s.evicted, s.damaged_bytes, s.write_errors, s.read_errors};
-    const int64_t m = std::size(values);
+    constexpr int64_t m = kNumSupportStats;
+    static_assert(std::size(values) == m);
     Tensor* stats = nullptr;
     TF_RETURN_IF_ERROR(ctx->allocate_output(0, {b, m}, &stats));
     for (int64_t i = 0; i < b; ++i) {

@@ -1,3 +1,4 @@
+#include "ops/cc/support_store.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
@@ -44,7 +45,7 @@ absl::Status GetShape(InferenceContext* c) {
 absl::Status StatsShape(InferenceContext* c) {
   ShapeHandle rows;
   TF_RETURN_IF_ERROR(c->WithRank(c->input(1), 1, &rows));
-  c->set_output(0, c->MakeShape({c->Dim(rows, 0), 10}));
+  c->set_output(0, c->MakeShape({c->Dim(rows, 0), kNumSupportStats}));
   return absl::OkStatus();
 }
 
