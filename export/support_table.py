@@ -13,7 +13,12 @@ from qianmo.ops.support_store import (
     SupportRows,
 )
 
-METRICS = ("tasks",)
+# The columns of `SupportTable.stats`.
+METRICS = (
+    "tasks",  # now
+    "hits",  # tasks that a read found rows of
+    "misses",  # tasks that it found none of
+)
 
 
 class SupportTable(tf.Module):
@@ -23,6 +28,7 @@ class SupportTable(tf.Module):
     wrote is lost with the version, so what should last is put in at export. It is not replicated.
     Rows are never of another bottom, since its own graph wrote them: versions are not kept. Two
     calls of `put` that write the same task at the same time may lose one of the rows, and no other.
+    It has no bound but `max_rows`, frees nothing, and does not count rows, which would read all.
 
     Args:
       dim: width of h.
@@ -47,6 +53,7 @@ class SupportTable(tf.Module):
         table = tf.lookup.experimental.MutableHashTable
         self._rows = table(tf.int64, tf.float32, [0.0] * (max_rows * self._width))
         self._times = table(tf.int64, tf.int64, [0] * (max_rows + 1))
+        self._reads = tf.Variable(tf.zeros([2], tf.int64), trainable=False)  # hits and misses
 
     def _read(self, task_id: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Rows [U, S, width] and times [U, S]; rows stand at the end, the newest last."""
@@ -61,6 +68,8 @@ class SupportTable(tf.Module):
         """Returns the last rows of tasks, see `SupportStore.get`."""
         rows, time = self._read(task_id)
         count = tf.reduce_sum(tf.cast(time > 0, tf.int32), 1)
+        hits = tf.math.count_nonzero(count)
+        self._reads.assign_add([hits, tf.size(count, tf.int64) - hits])
         kept = tf.minimum(count, max_rows or self.max_rows)
         places = tf.range(max_rows or self.max_rows)
         inside = places < kept[:, None]
@@ -143,7 +152,8 @@ class SupportTable(tf.Module):
 
     def stats(self, task_id: tf.Tensor) -> tf.Tensor:
         """Returns int64 [B, len(METRICS)], every row the same, for any int64 [B]."""
-        return tf.fill([tf.shape(task_id)[0], 1], self._times.size())
+        counts = tf.concat([[self._times.size()], self._reads], 0)
+        return tf.repeat(counts[None], tf.shape(task_id)[0], 0)
 
 
 def _now() -> tf.Tensor:

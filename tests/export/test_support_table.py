@@ -1,9 +1,11 @@
 """Support rows in the graph's hash table, against a Python model of it."""
 
+import concurrent.futures
+
 import numpy as np
 import tensorflow as tf
 
-from qianmo.export.support_table import SupportTable
+from qianmo.export.support_table import METRICS, SupportTable
 from qianmo.ops.support_store import BAD_LABEL, BAD_TIME, BAD_VECTOR, TOO_OLD
 
 
@@ -44,7 +46,19 @@ def test_the_last_rows_stay_and_each_event_stands_once():
     assert content(table, 8) == {5: 3}
     assert put(table, [7], [19], [1]) == [TOO_OLD]
     assert content(table, 9) == {}
-    assert table.stats(int64([1, 2])).numpy().tolist() == [[2], [2]]
+    # Read above: task 7 twice and task 8, and task 9, of which there is nothing.
+    assert table.stats(int64([1, 2])).numpy().tolist() == [[2, 3, 1], [2, 3, 1]]
+    assert table.stats(int64([])).shape == [0, len(METRICS)]
+
+
+def test_reads_are_counted_however_many_there_are_at_once():
+    table = SupportTable(2, 1, 3)
+    put(table, [7], [20], [1])
+    get = tf.function(lambda tasks: table.get(tasks, 0).count)
+    get(int64([7, 8, 9]))
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(get, [int64([7, 8, 9])] * 400))
+    assert table.stats(int64([1])).numpy().tolist() == [[1, 401, 802]]
 
 
 def test_bad_rows_are_refused_alone():
