@@ -20,8 +20,14 @@ from qianmo.configs.base import base_config
 PROTOCOLS = ("new_users", "all_users")
 METHODS = ("plain", "ppnet", "poso", "meta", "rate", "history", "history_meta")
 SUPPORT_SIZES = (1, 2, 3, 5, 8, 12, 20)
-# Fine-tuning at serving: the steps with which the plain model does best on held-out rows.
-FINE_TUNED = {"inner": {"steps": 5, "step_size": 0.1, "shrinkage": 3.0}, "weight": 0.0}
+# Passes over the rows, those that were best on rows of the training users, cut off as the test rows
+# are. A model that is told a user's rate learns the user's id slowly.
+PASSES = {
+    "new_users": dict(plain=2, ppnet=3, poso=3, meta=3, rate=2, history=2, history_meta=3),
+    "all_users": dict(plain=3, ppnet=6, poso=6, meta=3, rate=6, history=6, history_meta=5),
+}
+# How an ordinary model is fine-tuned in serving, found there too: steps, their size, least support.
+FINE_TUNED = {"new_users": (5, 0.1, 5), "all_users": (3, 0.03, 5)}
 META: dict[str, Any] = {
     "inner": {"steps": 3, "step_size": 0.1, "rates": "rank_one", "shrinkage": 3.0},
     "support_sizes": SUPPORT_SIZES,
@@ -47,6 +53,7 @@ def method(
     *,
     stop_at_seam: bool,
     personal: tuple[str, ...],
+    fine_tuned: tuple[int, float, int],
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Features and model of a method, whatever the data.
 
@@ -56,6 +63,7 @@ def method(
       item: feature of the item.
       stop_at_seam: whether the meta gradient stops at the tower seam.
       personal: features that the gates of PPNet and POSO read.
+      fine_tuned: how the plain model adapts in serving: steps, their size, least support.
     """
     items = next(f for f in features if f["name"] == item)
     features = list(features)
@@ -63,11 +71,14 @@ def method(
         features += history.features(items, lists=name != "rate")
     if name in ("ppnet", "poso"):
         return features, {"name": name, "units": (256, 128, 64), "gate_features": personal}
-    meta = FINE_TUNED
-    if name.endswith("meta"):
-        meta = {**META, "gradient_to": "tower" if stop_at_seam else "bottom"}
     model = {"name": "mlp", "units": (256, 128), "seam_dim": 64, "tower_units": (64,)}
-    return features, {**model, "meta": meta}
+    if name.endswith("meta"):
+        model["meta"] = {**META, "gradient_to": "tower" if stop_at_seam else "bottom"}
+    elif name == "plain":
+        steps, size, least = fine_tuned
+        inner = {"steps": steps, "step_size": size, "shrinkage": 3.0}
+        model["meta"] = {"inner": inner, "weight": 0.0, "min_support": least}
+    return features, model
 
 
 def get_config(variant: str = "new_users-meta") -> ConfigDict:
@@ -85,13 +96,14 @@ def get_config(variant: str = "new_users-meta") -> ConfigDict:
         "movie_id",
         stop_at_seam=not is_new,
         personal=users if is_new else ("user_id",),
+        fine_tuned=FINE_TUNED[protocol],
     )
     config.schema = schema
     config.model = {**model, "embedding_l2": 1e-2}
     for part in ("train", "test"):
         config.data[part] = f"runs/movielens_1m_{protocol}/{part}.parquet"
     config.train.batch_size = 1024
-    config.train.epochs = 2
+    config.train.epochs = PASSES[protocol][name]
     if name.endswith("meta"):
         config.data.chunk_rows, config.data.chunk_tasks = 40, 100
         config.data.chunks_beside = not is_new
