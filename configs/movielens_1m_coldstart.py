@@ -15,8 +15,7 @@ from qianmo.configs import movielens_1m_melu
 from qianmo.configs.base import base_config
 
 METHODS = ("meta", "plain")
-# Serving should take more steps than training (set `meta.inner.steps` before the export): what a
-# known user rated has shaped the vectors, so that in training small steps look right.
+# What a known user rated has shaped the vectors, so that in training small steps look right.
 STEPS, SERVING_STEPS = 8, 16
 SUPPORT_SIZES = (1, 2, 3, 5, 8, 12, 20, 30, 50, 80)
 
@@ -44,6 +43,7 @@ def get_config(method: str = "meta") -> ConfigDict:
         "split": "random",
         "support_sizes": SUPPORT_SIZES,
         "weight": 0.0,
+        "serving_steps": SERVING_STEPS,
     }
     if method == "meta":
         # A user's taste is linear in the vectors, which learn from episodes what to be alike in.

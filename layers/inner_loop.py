@@ -289,13 +289,17 @@ class InnerLoop(tf_keras.layers.Layer):
             kernel *= rates["kernel"]
         return _Change(None, None, kernel if before is None else before.kernel + kernel, bias)
 
-    def adapt(self, tower: AdaptableTower, support: Support) -> Adaptation:
+    def adapt(
+        self, tower: AdaptableTower, support: Support, steps: int | None = None
+    ) -> Adaptation:
         """Runs the inner loop.
 
         Args:
           tower: its weights are phi.
           support: rows of T tasks. A task without rows, or with all weights 0, does not adapt.
+          steps: gradient steps; None for those of the layer.
         """
+        steps = self.steps if steps is None else steps
         shapes = tower.dense_shapes(support.h.shape[-1])
         if not self.built:
             self.build(shapes)
@@ -309,7 +313,7 @@ class InnerLoop(tf_keras.layers.Layer):
         firsts: dict[int, tf.Tensor] = {}
         grams: dict[int, tf.Tensor] = {}
         losses = []
-        for step in range(self.steps + 1):
+        for step in range(steps + 1):
             entered: dict[int, tf.Tensor] = {}
             probes: dict[int, tf.Tensor] = {}
             with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -345,7 +349,7 @@ class InnerLoop(tf_keras.layers.Layer):
                 logits = tower(h, correction=correction).logits
                 loss = elementwise(self.loss, labels, logits)
                 losses.append(tf.reduce_sum(share * loss, [1, 2]))
-            if step == self.steps:
+            if step == steps:
                 break
             numbers = list(probes)
             gradients = tape.gradient(losses[-1], [probes[number] for number in numbers])

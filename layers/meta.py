@@ -43,6 +43,8 @@ class Meta(tf_keras.layers.Layer):
       gradient_to: how far the gradient of L_meta flows: the "tower" alone, down through the
         "bottom", or into the "embeddings". `Ranker` stops it at the tables.
       min_support: in serving, labels of which a task has fewer support rows get the plain score.
+      serving_steps: steps in serving. A model that learned its known tasks by heart takes steps that
+        are short for new rows, so more may suit them; None for those of `inner`.
       reptile: whether to learn by Reptile.
       seed: of random splits and sizes. None draws one.
 
@@ -60,6 +62,7 @@ class Meta(tf_keras.layers.Layer):
         max_query: int = 40,
         gradient_to: GradientTo = "bottom",
         min_support: int = 1,
+        serving_steps: int | None = None,
         reptile: bool = False,
         seed: int | None = None,
         **kwargs: Any,
@@ -75,8 +78,9 @@ class Meta(tf_keras.layers.Layer):
                 )
         if weight < 0:
             raise ValueError(f"`weight` should be >= 0. Received: {weight}")
-        if min_support < 1:
-            raise ValueError(f"`min_support` should be >= 1. Received: {min_support}")
+        for key, number in (("min_support", min_support), ("serving_steps", serving_steps)):
+            if number is not None and number < 1:
+                raise ValueError(f"`{key}` should be >= 1. Received: {number}")
         self.inner = inner if isinstance(inner, InnerLoop) else InnerLoop(**inner, name="inner")
         if reptile and not (self.inner.first_order and self.inner.rates == "fixed"):
             raise ValueError("`reptile` needs an inner loop with first_order and fixed rates.")
@@ -87,6 +91,7 @@ class Meta(tf_keras.layers.Layer):
         self.max_query = max_query
         self.gradient_to = gradient_to
         self.min_support = min_support
+        self.serving_steps = serving_steps
         self.reptile = reptile
         self.seed = pick_seed(seed)
 
@@ -192,7 +197,7 @@ class Meta(tf_keras.layers.Layer):
         part: Callable[[TowerOutput], tf.Tensor],
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """The same for any part of what a tower makes, [..., N] of h [..., H]."""
-        adaptation = self.inner.adapt(tower, support)
+        adaptation = self.inner.adapt(tower, support, self.serving_steps)
         adapted = part(tower(plain.h[:, None], correction=adaptation.rows(task)))[:, 0]
         before, after = adaptation.losses[0], adaptation.losses[-1]
         good = tf.gather(after <= 2 * before + ROUNDING, task)
@@ -207,7 +212,7 @@ class Meta(tf_keras.layers.Layer):
         """The layer's arguments."""
         names = (
             *("weight", "split", "support_share", "support_sizes", "max_query", "gradient_to"),
-            *("min_support", "reptile", "seed"),
+            *("min_support", "serving_steps", "reptile", "seed"),
         )
         inner = self.inner.get_config()
         for key in ("name", "trainable", "dtype"):

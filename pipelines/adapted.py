@@ -152,7 +152,7 @@ def as_served(model: Ranker) -> Ranker:
         if steps or least:
             raise ValueError("--inner_steps and --min_support need a model trained with `meta`.")
         return model
-    model.meta.inner.steps = steps or model.meta.inner.steps
+    model.meta.serving_steps = steps or model.meta.serving_steps
     model.meta.min_support = least or model.meta.min_support
     return model
 

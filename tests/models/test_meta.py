@@ -346,6 +346,7 @@ def test_reptile_moves_towards_the_mean_of_the_adapted_towers():
         ({}, {"gradient_to": "user"}, "`gradient_to` should be one of"),
         ({}, {"reptile": True}, "`reptile` needs"),
         ({}, {"min_support": 0}, "`min_support`"),
+        ({}, {"serving_steps": 0}, "`serving_steps`"),
         ({}, {"speed": 2}, "speed"),
         ({}, {"inner": {"stops": 2}}, "stops"),
     ],
