@@ -138,7 +138,7 @@ def _adapted(model: Ranker, store: Store, rows_of: HiddenRows | FeatureRows) -> 
     return adapted
 
 
-def distinct(columns: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+def _distinct(columns: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
     """First row of each distinct content [U], and each row's place among those [B]."""
     prints = [tf.fingerprint(column) for column in columns]
     whole = tf.bitcast(tf.fingerprint(tf.concat(prints, 1)), tf.int64)
@@ -154,7 +154,7 @@ def _adapted_by_request(model: Ranker) -> Signature:
 
     def adapted_by_request(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
         columns = {name: inputs[support_name(name)] for name in names}
-        first, place = distinct([*columns.values(), inputs[COUNT]])
+        first, place = _distinct([*columns.values(), inputs[COUNT]])
         columns = {name: tf.gather(column, first) for name, column in columns.items()}
         shape = tf.shape(columns[schema.labels[0]])
         width = tf.cast(shape[1], tf.int64)

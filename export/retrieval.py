@@ -5,14 +5,15 @@ Signatures of stock ops, all [B, ...] and row-independent. Each answers `status`
     serving_default, user   the user's features -> `vector` [B, D]
     item                    the item's features -> `vector` [B, D]
     recommend               the user's features -> `<item id>` and `score`, [B, k], the best first
-    adapted_user            with `meta`: also the user's support -> `vector`
+    adapted_user            with `meta`: also the user's support, and `adapt` -> `vector`
     adapted_recommend       the same -> items
 
 An index outside takes the vectors; their inner product ranks. Where items belong to domains, the
 domain is an input of both sides, and what is found are items of the user's domain, or of any where
 it is unknown; an index outside needs a part for each domain. Support is the list that the model
 names, which is among the features, or comes in the request: `support_<column>` [B, S] for each item
-feature, oldest first, `support_count` of them valid.
+feature, oldest first, `support_count` of them valid. `adapt`, bool [B], is a switch for each row:
+off gives the plain vector.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from qianmo.export.adapted import BAD_SUPPORT, COUNT, support_name
+from qianmo.export.adapted import ADAPT, BAD_SUPPORT, COUNT, support_name
 from qianmo.export.saved_model import (
     BAD_SCORE,
     STATUS,
@@ -97,6 +98,22 @@ def _by_request(model: TwoTower) -> OfInputs:
         found, status = model.adapted_user_vectors(features, items, inside & readable)
         bad = tf.reduce_any(inside & ~readable, 1) | (count != valid)
         return found, status | tf.where(bad, BAD_SUPPORT, 0)
+
+    return vectors
+
+
+def _switched(model: TwoTower, adapted: OfInputs) -> OfInputs:
+    """Adapted vectors where `adapt` is on, else plain ones.
+
+    Equal rows are each adapted, unlike a ranker's, whose requests hold many rows of one task: here
+    a user is one row, and looking for equal ones would cost more than it saves.
+    """
+
+    def vectors(inputs: Mapping[str, tf.Tensor]) -> Vectors:
+        found, status = adapted(inputs)
+        plain, read = model.user_vectors(inputs)
+        adapt = inputs[ADAPT]
+        return tf.where(adapt[:, None], found, plain), tf.where(adapt, status, read)
 
     return vectors
 
@@ -203,13 +220,17 @@ def export_retrieval(
     specs: dict[str, Specs] = {**dict.fromkeys(functions, user), "item": item}
     inputs: dict[str, Rows] = {**dict.fromkeys(functions, users), "item": cast(rows, item)}
     if model.meta is not None:
+        size = len(next(iter(users.values())))
         adapted: OfInputs = model.adapted_user_vectors
         spec, given = user, users
         if not model.support_feature:
             spec, adapted = by_request_specs(model), _by_request(model)
             # Each row's own item stands for its support.
             own = {support_name(name): inputs["item"][name][:, None] for name in item}
-            given = cast({**users, **own, COUNT: np.ones(len(users[next(iter(user))]))}, spec)
+            given = cast({**users, **own, COUNT: np.ones(size)}, spec)
+        spec = {**spec, ADAPT: tf.TensorSpec([None], tf.bool, ADAPT)}
+        given = {**given, ADAPT: np.ones(size, bool)}
+        adapted = _switched(model, adapted)
         functions["adapted_user"] = _vector(adapted)
         functions["adapted_recommend"] = _recommend(adapted, catalogue, model)
         for name in ("adapted_user", "adapted_recommend"):

@@ -189,15 +189,13 @@ def test_the_export_answers_as_keras_by_stock_ops(trained: Trained, tmp_path: pa
         adapted = run("adapted_user", given)
         best = run("adapted_recommend", given)
         off = run("adapted_user", {**given, ADAPT: np.zeros(20, bool)})
-        # Users who stand in a request again and again, some of them not to be adapted.
-        again = np.arange(60) % 7
-        on = np.arange(60) % 3 > 0
-        mixed = run("adapted_user", {**{k: v[again] for k, v in given.items()}, ADAPT: on})
+        on = np.arange(20) % 3 > 0
+        mixed = run("adapted_user", {**given, ADAPT: on})
     np.testing.assert_array_equal(off["vector"], u)
     assert not off["status"].any()
-    expected = np.where(on[:, None], adapted["vector"][again], u[again])
-    np.testing.assert_allclose(mixed["vector"], expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(mixed["status"], np.where(on, adapted["status"][again], 0))
+    expected = np.where(on[:, None], adapted["vector"], u)
+    np.testing.assert_array_equal(mixed["vector"], expected)
+    np.testing.assert_array_equal(mixed["status"], np.where(on, adapted["status"], 0))
     np.testing.assert_allclose(np.linalg.norm(u, axis=1), 1, rtol=1e-5)
     order = np.argsort(-(u @ v.T), 1, kind="stable")[:, :5]
     np.testing.assert_allclose(
@@ -235,7 +233,7 @@ def test_refusals(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
         Recipe.from_config({**good, "train": {**good["train"], "monitor": "auc"}})
     with pytest.raises(ValueError, match="needs the model two_tower"):
         Recipe.from_config({**good, "model": {"name": "mlp", "meta": good["model"]["meta"]}})
-    with pytest.raises(ValueError, match="two_tower needs `train.dtype_policy` float32"):
+    with pytest.raises(ValueError, match=r"two_tower needs `train.dtype_policy` float32"):
         Recipe.from_config({**good, "train": {**good["train"], "dtype_policy": "mixed_bfloat16"}})
     rows = pq.read_table(data / "items.parquet")
     pq.write_table(pa.concat_tables([rows, rows.slice(3, 1)]), tmp_path / "twice.parquet")
