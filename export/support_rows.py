@@ -110,6 +110,7 @@ def kept(model: Ranker, keep: Keep) -> HiddenRows | FeatureRows:
 
 def _version(model: Ranker, *weights: np.ndarray) -> int:
     digest = hashlib.sha256(json.dumps(model.schema.to_config(), sort_keys=True).encode())
-    for weight in weights:
-        digest.update(np.ascontiguousarray(weight).data)
+    # Sorted: a graph tells its variables in another order in each process.
+    for part in sorted(hashlib.sha256(np.ascontiguousarray(w).data).digest() for w in weights):
+        digest.update(part)
     return int.from_bytes(digest.digest()[:8], "little", signed=True)
