@@ -8,11 +8,13 @@ compared with the Keras model, and only then published by a rename.
 
 from __future__ import annotations
 
+import os
 import pathlib
 import sys
 from typing import Any, get_args
 
 import numpy as np
+import tensorflow as tf
 from absl import flags
 
 from qianmo.export.adapted import UNDEFINED, export_adapted
@@ -20,9 +22,11 @@ from qianmo.export.embedding_shards import DType
 from qianmo.export.retrieval import export_retrieval
 from qianmo.export.saved_model import TOLERANCE, ExportError, export_fed, export_in_graph
 from qianmo.export.store import export_fed_store, export_store
-from qianmo.export.support_rows import Keep
+from qianmo.export.support_rows import Keep, kept
 from qianmo.layers.features import Schema
+from qianmo.models.ranker import Ranker
 from qianmo.models.two_tower import TwoTower
+from qianmo.ops.support_store import SupportStore
 from qianmo.pipelines import adapted, program, readers, retrieval, run_dir
 
 FORMS = {"in_graph": export_in_graph, "fed": export_fed, "store": export_store}
@@ -51,6 +55,29 @@ def columns(schema: Schema, path: str, count: int | None = None) -> dict[str, np
     return found
 
 
+def _support_store(model: Ranker) -> SupportStore | None:
+    """The store that --support_store names, for rows of the model.
+
+    Raises:
+      ValueError: it cannot be opened.
+    """
+    values = flags.FLAGS
+    where = values.support_store
+    if not where or model.meta is None:  # without `meta` the export is refused
+        return None
+    try:
+        return SupportStore(
+            pathlib.Path(values.model_base_path).name,
+            kept(model, values.support_keep).dim,
+            len(model.schema.labels),
+            model.meta.inner.max_support,
+            path=where if "://" in where else os.path.abspath(where),
+            ttl_seconds=values.support_ttl_seconds,
+        )
+    except tf.errors.FailedPreconditionError as error:
+        raise ValueError(f"--support_store={where}: {error.message}") from error
+
+
 def define_flags() -> None:
     """Defines this program's flags."""
     flags.DEFINE_string("model_dir", None, "Directory of a trained model.", required=True)
@@ -67,8 +94,9 @@ def define_flags() -> None:
         "in_graph: everything in one SavedModel. fed: the graph takes vectors as inputs, and a "
         "second SavedModel, <model_base_path>_lookup, makes them. adapted: in_graph with a tower "
         "that adapts to each task in the graph. retrieval: vectors of a two-tower model's users "
-        "and items, and the items found for a user. Stock ops in all four. store: the graph reads "
-        "vectors from files by an op that the server must have linked in.",
+        "and items, and the items found for a user. Stock ops in all four, but for that of "
+        "--support_store. store: the graph reads vectors from files by an op that the server must "
+        "have linked in.",
     )
     flags.DEFINE_list(
         "heads", [], "Heads to ship, the default one first. Default: the model's serving head."
@@ -78,7 +106,16 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "support",
         None,
-        "Support rows that the table of the form `adapted` starts with. Default: the recipe's.",
+        "Form `adapted`: support rows that its table starts with, or that the store gets besides "
+        "what it has. Default: the recipe's.",
+    )
+    flags.DEFINE_string(
+        "support_store",
+        "",
+        "Form `adapted`: where support lives beyond a version, instead of a table in the graph. A "
+        "folder of the machine that serves, which one process at a time has open: export while no "
+        "server does; or the URL of a Redis, redis://HOST:PORT/PREFIX for one, which all servers "
+        "share. The server must have the store's op linked in.",
     )
     flags.DEFINE_enum(
         "support_keep",
@@ -154,15 +191,19 @@ def run(_: list[str]) -> None:
             support = values.support or data.test_support
             if not support:
                 raise ValueError("The recipe names no support rows; give --support.")
+            store = _support_store(model)
             folder, worst = export_adapted(
                 model,
                 values.model_base_path,
                 columns(model.schema, path, values.rows),
                 columns(model.schema, support),
+                store=store,
                 keep=values.support_keep,
                 ttl_seconds=values.support_ttl_seconds,
                 version=values.version,
             )
+            if store is not None:
+                store.close()
         elif values.form == "retrieval":
             items = values.items or data.items
             if not isinstance(model, TwoTower) or not items:

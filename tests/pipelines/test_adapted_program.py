@@ -16,6 +16,7 @@ from qianmo.configs.base import base_config
 from qianmo.export.adapted import ADAPT, adapted_specs
 from qianmo.export.saved_model import STATUS, cast, session
 from qianmo.layers.meta import NO_SUPPORT
+from qianmo.ops.library import library
 from qianmo.pipelines import adapted, run_dir
 from qianmo.pipelines.export import columns
 from qianmo.pipelines.recipe import Recipe
@@ -110,3 +111,36 @@ def test_steps_and_least_support_are_tried_and_then_served(
     np.testing.assert_allclose(answer["like"], expected.probabilities["20"][:, 0], atol=1e-6)
     few = rows["user"] % 7 < 3
     np.testing.assert_array_equal(answer[STATUS] == NO_SUPPORT, few)
+
+
+def test_what_one_version_puts_into_the_store_the_next_one_finds(
+    trained: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    library()  # as a server has the op linked in
+    words = [
+        f"--model_dir={trained / 'model'}",
+        f"--model_base_path={tmp_path / 'served'}",
+        f"--data={trained / 'test.parquet'}",
+        f"--support={trained / 'support.parquet'}",
+        "--form=adapted",
+        f"--support_store={tmp_path / 'store'}",
+        "--support_ttl_seconds=3600",
+    ]
+    asked = {"user": np.zeros(4, np.int64), "item": np.arange(4), ADAPT: np.ones(4, bool)}
+    put = {
+        "user": np.zeros(4, np.int64),  # who has no support yet
+        "item": np.arange(4),
+        "like": np.float32([1, 0, 1, 0]),
+        "time": np.arange(1, 5),
+    }
+    assert "largest difference" in program("export", *words)
+    with session(tmp_path / "served" / "1") as run:
+        assert (run("adapted", asked)[STATUS] == NO_SUPPORT).all()
+        assert not run("put_support", put)[STATUS].any()
+        first = run("adapted", asked)
+        assert not first[STATUS].any()
+        # A folder is one process's.
+        assert "error: --support_store" in program("export", *words)
+    assert "largest difference" in program("export", *words)
+    with session(tmp_path / "served" / "2") as run:
+        np.testing.assert_array_equal(run("adapted", asked)["like"], first["like"])
