@@ -24,10 +24,12 @@ SUPPORT_SIZES = (1, 2, 3, 5, 8, 12, 20)
 # are. A model that is told a user's rate learns the user's id slowly.
 PASSES = {
     "new_users": dict(plain=2, ppnet=3, poso=3, meta=3, rate=2, history=2, history_meta=3),
-    "all_users": dict(plain=3, ppnet=6, poso=6, meta=3, rate=6, history=6, history_meta=5),
+    "all_users": dict(plain=3, ppnet=6, poso=6, meta=3, rate=6, history=6, history_meta=3),
 }
 # How an ordinary model is fine-tuned in serving, found there too: steps, their size, least support.
 FINE_TUNED = {"new_users": (5, 0.1, 5), "all_users": (3, 0.03, 5)}
+# Steps of a meta tower in serving, found there too.
+SERVING_STEPS = {"new_users": 3, "all_users": 12}
 META: dict[str, Any] = {
     "inner": {"steps": 3, "step_size": 0.1, "rates": "rank_one", "shrinkage": 3.0},
     "support_sizes": SUPPORT_SIZES,
@@ -54,6 +56,7 @@ def method(
     stop_at_seam: bool,
     personal: tuple[str, ...],
     fine_tuned: tuple[int, float, int],
+    serving_steps: int,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Features and model of a method, whatever the data.
 
@@ -64,6 +67,7 @@ def method(
       stop_at_seam: whether the meta gradient stops at the tower seam.
       personal: features that the gates of PPNet and POSO read.
       fine_tuned: how the plain model adapts in serving: steps, their size, least support.
+      serving_steps: those of the meta tower without history features.
     """
     items = next(f for f in features if f["name"] == item)
     features = list(features)
@@ -74,6 +78,8 @@ def method(
     model = {"name": "mlp", "units": (256, 128), "seam_dim": 64, "tower_units": (64,)}
     if name.endswith("meta"):
         model["meta"] = {**META, "gradient_to": "tower" if stop_at_seam else "bottom"}
+        if name == "meta":
+            model["meta"]["serving_steps"] = serving_steps
     elif name == "plain":
         steps, size, least = fine_tuned
         inner = {"steps": steps, "step_size": size, "shrinkage": 3.0}
@@ -97,6 +103,7 @@ def get_config(variant: str = "new_users-meta") -> ConfigDict:
         stop_at_seam=not is_new,
         personal=users if is_new else ("user_id",),
         fine_tuned=FINE_TUNED[protocol],
+        serving_steps=SERVING_STEPS[protocol],
     )
     config.schema = schema
     config.model = {**model, "embedding_l2": 1e-2}
