@@ -80,20 +80,20 @@ def _by_request(model: TwoTower) -> OfInputs:
     def vectors(inputs: Mapping[str, tf.Tensor]) -> Vectors:
         columns = {name: inputs[support_name(name)] for name in names}
         count = inputs[COUNT]
-        width = tf.shape(columns[model.item.name])[1]
+        rows, width = tf.unstack(tf.shape(columns[model.item.name])[:2])  # -1 would not do for 0
         valid = tf.clip_by_value(count, 0, tf.cast(width, tf.int64))
         flat = {
-            name: tf.reshape(c, tf.concat([[-1], tf.shape(c)[2:]], 0))
+            name: tf.reshape(c, tf.concat([[rows * width], tf.shape(c)[2:]], 0))
             for name, c in columns.items()
         }
         for f in model.schema.categorical:
             if f.is_list and f.name in flat:
                 flat[f.name].set_shape([None, None])
         items, read = model.item_vectors(flat)
-        readable = tf.reshape(read == OK, [-1, width])
+        readable = tf.reshape(read == OK, [rows, width])
         place = tf.range(tf.cast(width, tf.int64))[None]
         inside = (place < valid[:, None]) & (place >= valid[:, None] - most)
-        items = tf.reshape(items, [-1, width, model.tower.dim])
+        items = tf.reshape(items, [rows, width, model.tower.dim])
         features = {name: inputs[name] for name in side_specs(model, item=False)}
         found, status = model.adapted_user_vectors(features, items, inside & readable)
         bad = tf.reduce_any(inside & ~readable, 1) | (count != valid)

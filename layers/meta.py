@@ -43,8 +43,8 @@ class Meta(tf_keras.layers.Layer):
       gradient_to: how far the gradient of L_meta flows: the "tower" alone, down through the
         "bottom", or into the "embeddings". `Ranker` stops it at the tables.
       min_support: in serving, labels of which a task has fewer support rows get the plain score.
-      serving_steps: steps in serving. A model that learned its known tasks by heart takes steps that
-        are short for new rows, so more may suit them; None for those of `inner`.
+      serving_steps: steps in serving; None for those of `inner`. A model that knows its tasks by
+        heart learns steps that are short for rows it has not seen, so more may suit these.
       reptile: whether to learn by Reptile.
       seed: of random splits and sizes. None draws one.
 

@@ -269,7 +269,7 @@ class TwoTower(Ranker):
         fields, linear = tf.split(vectors[:, None], [self.item.dim, self.embed.linear_dim], 2)
         none = tf.zeros([tf.shape(places)[0], 0])
         v = self._item_vector(Embedded((fields,), linear, none, tf.zeros_like(places)))
-        return tf.reshape(v, [-1, shape[1], self.tower.dim]), inside
+        return tf.reshape(v, [shape[0], shape[1], self.tower.dim]), inside
 
     def _support(self, state: tf.Tensor, items: tf.Tensor, inside: tf.Tensor) -> Support:
         """A task for each row: items [B, S, D], each beside what is known of the user."""

@@ -4,7 +4,7 @@
 
 Starts from a trained dual DNN, and moves its student's MLP alone; teacher and tables stay as they
 are. So what is published is a graph, which reads the embeddings that were published before it.
-Killed at any moment and started again with the same words, it goes on from the last checkpoint
+Killed at any moment and started again by the same command, it goes on from the last checkpoint
 and takes the steps that it would have taken. SIGTERM ends it with a checkpoint and a last graph.
 """
 

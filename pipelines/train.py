@@ -2,7 +2,7 @@
 
     python -m qianmo.pipelines.train --config=configs/<recipe>.py --model_dir=DIR
 
-Killed at any moment and started again with the same words, it goes on from the last checkpoint
+Killed at any moment and started again by the same command, it goes on from the last checkpoint
 and ends with the weights that an uninterrupted run has.
 """
 

@@ -20,6 +20,7 @@ from qianmo.export.adapted import ADAPT
 from qianmo.export.retrieval import export_retrieval
 from qianmo.export.saved_model import export_fed, op_types, session
 from qianmo.layers.inner_loop import Support
+from qianmo.layers.meta import NO_SUPPORT
 from qianmo.models.two_tower import TwoTower
 from qianmo.pipelines import evaluate, history, protocols, readers, retrieval, run_dir
 from qianmo.pipelines.export import first_rows
@@ -191,6 +192,14 @@ def test_the_export_answers_as_keras_by_stock_ops(trained: Trained, tmp_path: pa
         off = run("adapted_user", {**given, ADAPT: np.zeros(20, bool)})
         on = np.arange(20) % 3 > 0
         mixed = run("adapted_user", {**given, ADAPT: on})
+        lists = [k for k in given if k.startswith("support_") and k != "support_count"]
+        lists = lists or [model.support_feature]
+        count = "support_count" if support else f"{model.support_feature}_length"
+        empty = {**given, count: np.zeros(20, np.int64), **{k: given[k][:, :0] for k in lists}}
+        none = run("adapted_user", empty)
+        plain = run("user", {k: empty[k] for k in user})
+    assert (none["status"] == NO_SUPPORT).all()
+    np.testing.assert_array_equal(none["vector"], plain["vector"])
     np.testing.assert_array_equal(off["vector"], u)
     assert not off["status"].any()
     expected = np.where(on[:, None], adapted["vector"], u)
