@@ -36,8 +36,7 @@ from qianmo.models.ranker import Ranker
 from qianmo.models.road import Road
 from qianmo.pipelines import chunks, readers, run_dir, statistics
 from qianmo.pipelines.protocols import STATES
-from qianmo.pipelines.recipe import Recipe, optimizer
-from qianmo.pipelines.train import Run
+from qianmo.pipelines.recipe import optimizer
 
 SEEDS, PLAIN_SEEDS, MELU_SEEDS = (1, 2, 3, 4, 5), (1, 2, 3), (1,)
 DONE = common.CACHE / "meta_coldstart"
@@ -93,7 +92,6 @@ def logits(
         for rows in (query, support)
     )
     found = {}
-    own = meta.inner.steps
     for steps in all_steps:
 
         @tf.function(reduce_retracing=True)
@@ -102,8 +100,8 @@ def logits(
         ) -> tf.Tensor:
             if not steps:
                 return tower(h).logits
-            meta.inner.steps = steps
-            return tower(h, correction=meta.inner.adapt(tower, Support(h_s, y_s, w_s))).logits
+            adaptation = meta.inner.adapt(tower, Support(h_s, y_s, w_s), steps)
+            return tower(h, correction=adaptation).logits
 
         values = np.empty((len(h), query.labels.shape[1]), np.float32)
         for first in range(0, len(query.index), 256):
@@ -114,7 +112,6 @@ def logits(
             z = adapted(*map(tf.constant, (h[query.index[some]], support_h[rows], y_s, w_s)))
             values[query.index[some][query.is_there[some]]] = z.numpy()[query.is_there[some]]
         found[steps] = values
-    meta.inner.steps = own
     return found
 
 
@@ -134,13 +131,11 @@ def learned(method: str, seed: int, folder: pathlib.Path, parts: Sequence[str]) 
     for part in ("train", "valid", "test", "test_support"):
         config.data[part] = str(folder / f"{parts[0]}.parquet") if part == "train" else ""
     config.train.seed = seed
-    with common.model_dir() as temporary:
-        run = Run(Recipe.from_config(config.to_dict()), temporary)
-        run.train()
-    support, query = read(run.recipe.schema, folder, parts)
+    model = common.trained_model(config)
+    support, query = read(model.schema, folder, parts)
     steps = STEPS if method == "meta" else (0, movielens_1m_coldstart.SERVING_STEPS)
     found: dict[str, Any] = {}
-    for k, z in logits(run.model, query, support, steps).items():
+    for k, z in logits(model, query, support, steps).items():
         found[f"mean {k}"] = mean_rating(z)
         found[f"median {k}"] = median_rating(z)
     return found

@@ -18,7 +18,7 @@ from qianmo.configs.movielens_1m_meta import method, protocol_and_method
 PROTOCOLS = ("kuairand_id", "kuairand_no_id")
 # Steps of a meta tower in serving, and how an ordinary model is fine-tuned there, found on `valid`:
 # steps, their size, least support.
-SERVING_STEPS = {"kuairand_id": 12, "kuairand_no_id": 3}
+SERVING_STEPS = {"kuairand_id": 12}
 FINE_TUNED = {"kuairand_id": (3, 0.01, 2), "kuairand_no_id": (3, 0.03, 1)}
 
 
@@ -44,7 +44,7 @@ def get_config(variant: str = "kuairand_no_id-meta") -> ConfigDict:
         stop_at_seam=has_id,
         personal=("user_id",) if has_id else users,
         fine_tuned=FINE_TUNED[protocol],
-        serving_steps=SERVING_STEPS[protocol],
+        serving_steps=SERVING_STEPS.get(protocol),
     )
     config.schema = schema
     config.model = {**model, "embedding_l2": 3e-2}

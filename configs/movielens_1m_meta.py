@@ -28,8 +28,8 @@ PASSES = {
 }
 # How an ordinary model is fine-tuned in serving, found there too: steps, their size, least support.
 FINE_TUNED = {"new_users": (5, 0.1, 5), "all_users": (3, 0.03, 5)}
-# Steps of a meta tower in serving, found there too.
-SERVING_STEPS = {"new_users": 3, "all_users": 12}
+# Steps of a meta tower in serving, found there too, where more than in training are better.
+SERVING_STEPS = {"all_users": 12}
 META: dict[str, Any] = {
     "inner": {"steps": 3, "step_size": 0.1, "rates": "rank_one", "shrinkage": 3.0},
     "support_sizes": SUPPORT_SIZES,
@@ -56,7 +56,7 @@ def method(
     stop_at_seam: bool,
     personal: tuple[str, ...],
     fine_tuned: tuple[int, float, int],
-    serving_steps: int,
+    serving_steps: int | None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Features and model of a method, whatever the data.
 
@@ -67,7 +67,7 @@ def method(
       stop_at_seam: whether the meta gradient stops at the tower seam.
       personal: features that the gates of PPNet and POSO read.
       fine_tuned: how the plain model adapts in serving: steps, their size, least support.
-      serving_steps: those of the meta tower without history features.
+      serving_steps: those of the meta tower without history features, where they differ.
     """
     items = next(f for f in features if f["name"] == item)
     features = list(features)
@@ -75,10 +75,15 @@ def method(
         features += history.features(items, lists=name != "rate")
     if name in ("ppnet", "poso"):
         return features, {"name": name, "units": (256, 128, 64), "gate_features": personal}
-    model = {"name": "mlp", "units": (256, 128), "seam_dim": 64, "tower_units": (64,)}
+    model: dict[str, Any] = {
+        "name": "mlp",
+        "units": (256, 128),
+        "seam_dim": 64,
+        "tower_units": (64,),
+    }
     if name.endswith("meta"):
         model["meta"] = {**META, "gradient_to": "tower" if stop_at_seam else "bottom"}
-        if name == "meta":
+        if name == "meta" and serving_steps:
             model["meta"]["serving_steps"] = serving_steps
     elif name == "plain":
         steps, size, least = fine_tuned
@@ -103,7 +108,7 @@ def get_config(variant: str = "new_users-meta") -> ConfigDict:
         stop_at_seam=not is_new,
         personal=users if is_new else ("user_id",),
         fine_tuned=FINE_TUNED[protocol],
-        serving_steps=SERVING_STEPS[protocol],
+        serving_steps=SERVING_STEPS.get(protocol),
     )
     config.schema = schema
     config.model = {**model, "embedding_l2": 1e-2}

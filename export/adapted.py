@@ -167,7 +167,8 @@ def _adapted_by_request(model: Ranker) -> Signature:
         columns = {name: tf.gather(c, index, batch_dims=1) for name, c in columns.items()}
 
         def flat(column: tf.Tensor) -> tf.Tensor:
-            return tf.reshape(column, tf.concat([[-1], tf.shape(column)[2:]], 0))
+            # -1 would lose the rows where there are no places.
+            return tf.reshape(column, tf.concat([[tf.size(index)], tf.shape(column)[2:]], 0))
 
         features = {name: flat(columns[name]) for name in schema.input_names}
         for feature in schema.categorical:
@@ -179,8 +180,8 @@ def _adapted_by_request(model: Ranker) -> Signature:
         labels, weights, good = read_labels([columns[label] for label in schema.labels])
         readable = tf.reshape(readable, tf.shape(good)) & good
         inside = tf.range(most) < kept[:, None]
-        width_h = h.shape[-1]
-        h = tf.where(readable[:, :, None], tf.reshape(h, [-1, tf.shape(good)[1], width_h]), 0.0)
+        h = tf.reshape(h, [*tf.unstack(tf.shape(good)), h.shape[-1]])
+        h = tf.where(readable[:, :, None], h, 0.0)
         weights *= tf.cast(inside & readable, tf.float32)[:, :, None]
         bad = tf.reduce_any(inside & ~readable, 1) | (count != valid)
         status = tf.where(tf.gather(bad, place), BAD_SUPPORT, 0)

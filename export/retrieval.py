@@ -72,6 +72,10 @@ def by_request_specs(model: TwoTower) -> dict[str, tf.TensorSpec]:
     return {**specs, COUNT: tf.TensorSpec([None], tf.int64, COUNT)}
 
 
+def _by_list(model: TwoTower) -> OfInputs:
+    return lambda inputs: model.adapted_user_vectors(inputs, inputs[ADAPT])
+
+
 def _by_request(model: TwoTower) -> OfInputs:
     names = side_specs(model, item=True)
     assert model.meta is not None
@@ -95,25 +99,10 @@ def _by_request(model: TwoTower) -> OfInputs:
         inside = (place < valid[:, None]) & (place >= valid[:, None] - most)
         items = tf.reshape(items, [rows, width, model.tower.dim])
         features = {name: inputs[name] for name in side_specs(model, item=False)}
-        found, status = model.adapted_user_vectors(features, items, inside & readable)
-        bad = tf.reduce_any(inside & ~readable, 1) | (count != valid)
-        return found, status | tf.where(bad, BAD_SUPPORT, 0)
-
-    return vectors
-
-
-def _switched(model: TwoTower, adapted: OfInputs) -> OfInputs:
-    """Adapted vectors where `adapt` is on, else plain ones.
-
-    Equal rows are each adapted, unlike a ranker's, whose requests hold many rows of one task: here
-    a user is one row, and looking for equal ones would cost more than it saves.
-    """
-
-    def vectors(inputs: Mapping[str, tf.Tensor]) -> Vectors:
-        found, status = adapted(inputs)
-        plain, read = model.user_vectors(inputs)
         adapt = inputs[ADAPT]
-        return tf.where(adapt[:, None], found, plain), tf.where(adapt, status, read)
+        found, status = model.adapted_user_vectors(features, adapt, items, inside & readable)
+        bad = adapt & (tf.reduce_any(inside & ~readable, 1) | (count != valid))
+        return found, status | tf.where(bad, BAD_SUPPORT, 0)
 
     return vectors
 
@@ -151,6 +140,8 @@ def _catalogue(model: TwoTower, items: Rows, vectors: tf.Tensor, best: int) -> _
     if model.items_have_domains:
         domain = model.encode.domain(tensors(items)).numpy()
         sizes = np.bincount(domain, minlength=model.schema.num_domains + 1)[1:].tolist()
+    if not len(domain):
+        raise ExportError("`items` has no rows.")
     if not min(sizes):
         place = 1 + sizes.index(0)
         raise ExportError(f"`items`: domain number {place} has no item there. Add some.")
@@ -221,8 +212,7 @@ def export_retrieval(
     inputs: dict[str, Rows] = {**dict.fromkeys(functions, users), "item": cast(rows, item)}
     if model.meta is not None:
         size = len(next(iter(users.values())))
-        adapted: OfInputs = model.adapted_user_vectors
-        spec, given = user, users
+        spec, given, adapted = user, users, _by_list(model)
         if not model.support_feature:
             spec, adapted = by_request_specs(model), _by_request(model)
             # Each row's own item stands for its support.
@@ -230,7 +220,6 @@ def export_retrieval(
             given = cast({**users, **own, COUNT: np.ones(size)}, spec)
         spec = {**spec, ADAPT: tf.TensorSpec([None], tf.bool, ADAPT)}
         given = {**given, ADAPT: np.ones(size, bool)}
-        adapted = _switched(model, adapted)
         functions["adapted_user"] = _vector(adapted)
         functions["adapted_recommend"] = _recommend(adapted, catalogue, model)
         for name in ("adapted_user", "adapted_recommend"):

@@ -160,7 +160,7 @@ class InnerLoop(tf_keras.layers.Layer):
       first_order: whether the outer gradient takes X and D as constants (FOMAML).
       loss: l, of logits.
       form: "auto", "dual" or "materialised".
-      max_support: most support rows, by which "auto" counts operations.
+      max_support: most support rows, by which, and by `steps`, "auto" counts operations.
 
     Raises:
       ValueError: an unknown name, a number out of range, or dual form with per-weight rates.

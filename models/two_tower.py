@@ -156,13 +156,18 @@ class TwoTower(Ranker):
     def adapted_user_vectors(
         self,
         features: Mapping[str, tf.Tensor],
+        adapt: tf.Tensor,
         items: tf.Tensor | None = None,
         inside: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Users' vectors [B, D] by layers that adapted to each row's items, and the rows' status.
 
+        Equal rows are each adapted, unlike a ranker's, whose requests hold many rows of one task:
+        here a user is one row, and looking for equal ones would cost more than it saves.
+
         Args:
           features: of the user.
+          adapt: which rows adapt, bool [B]; the others get the plain vector.
           items: vectors of the items that are the row's support, [B, S, D]; None for those of
             `support_feature`.
           inside: which of them are there, [B, S].
@@ -172,10 +177,10 @@ class TwoTower(Ranker):
         if items is None or inside is None:
             name = self.support_feature
             items, inside = self._listed(encoded.ids[name], encoded.lengths[name])
-        support = self._support(state, items, inside)
+        support = self._support(state, items, inside & adapt[:, None])
         task = tf.range(tf.shape(state)[0])
         found, how = self.adapted_state(state, task, support)
-        return found, encoded.status | how
+        return found, encoded.status | tf.where(adapt, how, 0)
 
     def adapted_state(
         self, state: tf.Tensor, task: tf.Tensor, support: Support

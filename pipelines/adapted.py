@@ -136,7 +136,7 @@ def define_serving_flags() -> None:
     flags.DEFINE_integer(
         "min_support",
         None,
-        "Tasks with fewer support rows get the plain score. Default: the recipe's.",
+        "Labels of which a task has fewer support rows get the plain score. Default: the recipe's.",
         lower_bound=1,
     )
 

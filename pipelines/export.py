@@ -94,9 +94,9 @@ def define_flags() -> None:
         "in_graph: everything in one SavedModel. fed: the graph takes vectors as inputs, and a "
         "second SavedModel, <model_base_path>_lookup, makes them. adapted: in_graph with a tower "
         "that adapts to each task in the graph. retrieval: vectors of a two-tower model's users "
-        "and items, and the items found for a user. Stock ops in all four, but for that of "
-        "--support_store. store: the graph reads vectors from files by an op that the server must "
-        "have linked in.",
+        "and items, and the items found for a user. Stock ops in all four, unless "
+        "--support_store is given. store: the graph reads vectors from files by an op that the "
+        "server must have linked in.",
     )
     flags.DEFINE_list(
         "heads", [], "Heads to ship, the default one first. Default: the model's serving head."

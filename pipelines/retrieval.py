@@ -128,7 +128,8 @@ def _plain(model: TwoTower, features: Mapping[str, tf.Tensor]) -> dict[str, tf.T
 
 @tf.function(reduce_retracing=True)
 def _listed(model: TwoTower, features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    found = model.adapted_user_vectors(features)[0]
+    every = tf.fill(tf.shape(features[next(iter(features))])[:1], True)
+    found = model.adapted_user_vectors(features, every)[0]
     return {"model": model.user_vectors(features)[0], "adapted": found}
 
 

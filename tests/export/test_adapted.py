@@ -250,6 +250,10 @@ def test_one_class_in_the_support_and_no_rows_at_all(run):
     plain = run("serving_default", {k: v for k, v in ROWS.items() if k != "user"})
     np.testing.assert_array_equal(probabilities(answer), probabilities(plain))
     assert (answer[STATUS] == NO_SUPPORT).all()
+    columns = [k for k in inputs if k.startswith("support_") and k != COUNT]
+    none = run("adapted_by_request", {**inputs, **{k: inputs[k][:, :0] for k in columns}})
+    np.testing.assert_array_equal(probabilities(none), probabilities(plain))
+    assert (none[STATUS] == NO_SUPPORT).all()
 
 
 def test_rows_that_are_put_count_at_once_and_only_once(served):
