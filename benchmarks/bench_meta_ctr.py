@@ -63,6 +63,11 @@ def unit(protocol: str, method: str, seed: int, *, quick: bool) -> dict[str, Any
         scored = evaluate.score(model, test)
         found = scored.probabilities[model.serving_head][:, 0]
         return {"plain": common.auc_and_gauc(scored.labels[:, 0], found, scored.columns["task_id"])}
+    if method == "meta" and protocol.startswith("kuairand"):
+        paths = (str(data / f"{part}.parquet") for part in ("valid", "valid_support"))
+        least = adapted.least_support(adapted.measure(model, *paths)["curve"])
+        print(f"least support: {least}", flush=True)
+        model.meta.min_support = least or model.meta.inner.max_support + 1
     support = support_rows(model, str(data / "test_support.parquet"))
     # History features hold the last 20 rows, whatever k is.
     sizes = SIZES[-1:] if method == "history_meta" else SIZES

@@ -90,6 +90,7 @@ def test_steps_and_least_support_are_tried_and_then_served(
     ]
     text = program("adapted", *words, f"--output={tmp_path / 'found.json'}")
     assert "newest 5" in text
+    assert "adapting loses" in text.splitlines()[-1]
     found = json.loads((tmp_path / "found.json").read_text())["test"]
     plain, changed = (found[head]["like"]["group"] for head in ("plain", "adapted"))
     assert changed["support 01-02"] == plain["support 01-02"]
@@ -144,3 +145,17 @@ def test_what_one_version_puts_into_the_store_the_next_one_finds(
     assert "largest difference" in program("export", *words)
     with session(tmp_path / "served" / "2") as run:
         np.testing.assert_array_equal(run("adapted", asked)["like"], first["like"])
+
+
+@pytest.mark.parametrize(
+    ("gains", "least"),
+    [([0.1, 0.1, 0.1], 1), ([0.1, -0.1, 0.0], 5), ([-0.1, -0.1, 0.1], 5), ([0.1, 0.1, -0.1], None)],
+)
+def test_the_least_support_is_that_from_which_on_nothing_is_lost(
+    gains: list[float], least: int | None
+) -> None:
+    curve = {
+        k: {"plain": {"like": {"auc": 0.5}}, "adapted": {"like": {"auc": 0.5 + gain}}}
+        for k, gain in zip(("1", "2", "5"), gains, strict=True)
+    }
+    assert adapted.least_support(curve) == least
