@@ -118,9 +118,10 @@ def test_what_one_version_puts_into_the_store_the_next_one_finds(
     trained: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     library()  # as a server has the op linked in
+    # The base path names the store, and other tests of this process have stores called `served`.
     words = [
         f"--model_dir={trained / 'model'}",
-        f"--model_base_path={tmp_path / 'served'}",
+        f"--model_base_path={tmp_path / 'likes'}",
         f"--data={trained / 'test.parquet'}",
         f"--support={trained / 'support.parquet'}",
         "--form=adapted",
@@ -135,7 +136,7 @@ def test_what_one_version_puts_into_the_store_the_next_one_finds(
         "time": np.arange(1, 5),
     }
     assert "largest difference" in program("export", *words)
-    with session(tmp_path / "served" / "1") as run:
+    with session(tmp_path / "likes" / "1") as run:
         assert (run("adapted", asked)[STATUS] == NO_SUPPORT).all()
         assert not run("put_support", put)[STATUS].any()
         first = run("adapted", asked)
@@ -143,7 +144,7 @@ def test_what_one_version_puts_into_the_store_the_next_one_finds(
         # A folder is one process's.
         assert "error: --support_store" in program("export", *words)
     assert "largest difference" in program("export", *words)
-    with session(tmp_path / "served" / "2") as run:
+    with session(tmp_path / "likes" / "2") as run:
         np.testing.assert_array_equal(run("adapted", asked)["like"], first["like"])
 
 
