@@ -51,7 +51,7 @@ def get_config(variant: str = "kuairand_no_id-meta") -> ConfigDict:
     for part in ("train", "valid", "test"):
         config.data[part] = f"runs/kuairand_meta/{part}.parquet"
     config.train.batch_size = 512
-    # A second pass over a user's rows leaves his or her id nothing to learn from them as support.
+    # With each pass a user's id has learned more of the rows that will be his or her support.
     config.train.epochs = 1 if has_id and name == "meta" else 3
     if name.endswith("meta"):
         config.data.chunk_rows, config.data.chunk_tasks = 40, 100

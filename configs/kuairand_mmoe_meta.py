@@ -18,7 +18,7 @@ def get_config(variant: str = "meta") -> ConfigDict:
         raise ValueError(f"The variant should be one of {tuple(METHODS)}. Received: {variant!r}")
     config = kuairand_meta.get_config(f"kuairand_no_id-{METHODS[variant]}")
     meta = config.model.meta
-    if variant == "fine_tune":
+    if variant == "fine_tune":  # of three labels, longer steps than those of clicks alone
         meta.inner.steps, meta.inner.step_size = 5, 0.1
     config.schema.labels = ("is_click", "is_like", "long_view")
     config.model = {

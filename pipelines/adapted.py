@@ -213,6 +213,7 @@ def run(_: list[str]) -> None:
     if least is None:
         print("\nHere adapting loses on the plain score; serve that, or try fewer --inner_steps.")
     else:
+        least = max(least, model.meta.min_support)  # below it nothing was adapted
         print(f"\nHere adapting loses nothing from {least} support rows on: --min_support={least}")
 
 

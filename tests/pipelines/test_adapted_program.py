@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -90,7 +91,9 @@ def test_steps_and_least_support_are_tried_and_then_served(
     ]
     text = program("adapted", *words, f"--output={tmp_path / 'found.json'}")
     assert "newest 5" in text
-    assert "adapting loses" in text.splitlines()[-1]
+    last = text.splitlines()[-1]
+    # With --min_support=3 nobody with fewer rows adapted, so nothing is known of these.
+    assert "loses on the plain score" in last or re.search("--min_support=[3-6]$", last)
     found = json.loads((tmp_path / "found.json").read_text())["test"]
     plain, changed = (found[head]["like"]["group"] for head in ("plain", "adapted"))
     assert changed["support 01-02"] == plain["support 01-02"]
