@@ -26,9 +26,12 @@ from qianmo.configs import movielens_1m_meta
 from qianmo.export.personal_towers import export_personal, fine_tune
 from qianmo.export.saved_model import STATUS, session
 from qianmo.layers.inner_loop import InnerLoop
-from qianmo.pipelines import cost, run_dir, runtime, statistics
-from qianmo.pipelines.export import columns
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.data import statistics
+from qianmo.pipelines.data.replay import columns
+from qianmo.pipelines.evaluation import cost
 from qianmo.pipelines.recipe import Recipe
+from qianmo.pipelines.training import runtime
 
 ADGROUPS = (10, 1_000, 100_000)
 QUICK_ADGROUPS = (10, 100, 1_000)

@@ -24,9 +24,10 @@ from qianmo.configs import movielens_1m_ctr
 from qianmo.layers import metrics
 from qianmo.layers.features import Schema
 from qianmo.layers.mlp import MLP
-from qianmo.pipelines import readers, run_dir
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.data import readers
 from qianmo.pipelines.recipe import Recipe
-from qianmo.pipelines.train import Run
+from qianmo.pipelines.training.run import Run
 
 HALF = "mixed_bfloat16"
 PARTIAL = common.CACHE / "ctr.partial.json"

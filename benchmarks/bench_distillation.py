@@ -29,9 +29,11 @@ from qianmo.layers.embed import Embedded
 from qianmo.layers.tower import TowerOutput
 from qianmo.models.dual_dnn import DualDNN
 from qianmo.models.ranker import Ranker
-from qianmo.pipelines import readers, run_dir, runtime, statistics
-from qianmo.pipelines.evaluate import score
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.data import readers, statistics
+from qianmo.pipelines.evaluation.scores import score
 from qianmo.pipelines.recipe import Recipe, optimizer
+from qianmo.pipelines.training import runtime
 
 PARTIAL = common.CACHE / "distillation.partial.json"
 WEIGHTS = common.CACHE / "distillation_weights"

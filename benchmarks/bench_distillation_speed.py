@@ -20,8 +20,11 @@ import numpy as np
 from qianmo.configs import movielens_1m_distillation as recipes
 from qianmo.export.saved_model import STATUS, export_fed, export_in_graph, session
 from qianmo.models.ranker import Ranker
-from qianmo.pipelines import cost, readers, run_dir, runtime, statistics
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.data import readers, statistics
+from qianmo.pipelines.evaluation import cost
 from qianmo.pipelines.recipe import Recipe
+from qianmo.pipelines.training import runtime
 
 STUDENT, BI, CIN = "student MLP(16)", "teacher MLP + bi-interaction + FM", "teacher MLP + CIN"
 # Shown name -> (interactions of the recipe, head).

@@ -31,8 +31,11 @@ import tensorflow as tf
 from qianmo.configs import kuairand_domains as recipes
 from qianmo.export.saved_model import export_in_graph
 from qianmo.layers.features import Categorical, Schema
-from qianmo.pipelines import cost, readers, run_dir, runtime, statistics
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.data import readers, statistics
+from qianmo.pipelines.evaluation import cost
 from qianmo.pipelines.recipe import Recipe
+from qianmo.pipelines.training import runtime
 
 DOMAIN_ID, PLAIN, ASSEMBLY = "domain_id", "cross_domain_plain_tower", "cross_domain"
 NAMES = {

@@ -28,8 +28,11 @@ from qianmo.configs import amazon_fused as recipes
 from qianmo.layers import metrics
 from qianmo.layers.features import Schema
 from qianmo.models.two_tower import TwoTower
-from qianmo.pipelines import prepare, readers, run_dir, runtime
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.data import readers
+from qianmo.pipelines.datasets import amazon_cdr
 from qianmo.pipelines.recipe import Recipe, optimizer
+from qianmo.pipelines.training import runtime
 
 SINGLE, DOMAIN_ID = "one model per domain", "one model, domain as a feature"
 WIDER, FUSED = "the same, wider (capacity control)", "fused: shared + own experts, gates"
@@ -78,7 +81,7 @@ def read(pair: str) -> Pair:
         )
     folder = common.CACHE / f"amazon_{pair}"
     if not folder.exists():
-        prepare.amazon_cdr(source, folder, pair=pair)
+        amazon_cdr.amazon_cdr(source, folder, pair=pair)
     schema = Schema.from_config(recipes.get_config(f"{pair}-fused").schema.to_dict())
     parts = {}
     for name in ("train", "valid", "test"):

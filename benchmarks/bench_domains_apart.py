@@ -21,8 +21,8 @@ import tf_keras
 
 from qianmo.configs import kuairand_apart as recipes
 from qianmo.layers import metrics
-from qianmo.pipelines import runtime
-from qianmo.pipelines.paired import RESAMPLES
+from qianmo.pipelines.evaluation.paired import RESAMPLES
+from qianmo.pipelines.training import runtime
 
 SPLIT = "apart"
 SINGLE, ASSEMBLY = "one model per tab, its own features", "shared + own experts, gate, star tower"

@@ -33,8 +33,9 @@ from domains import (
 
 from qianmo.configs import kuairand_domains as recipes
 from qianmo.layers import metrics
-from qianmo.pipelines import run_dir, runtime
-from qianmo.pipelines.paired import RESAMPLES
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.evaluation.paired import RESAMPLES
+from qianmo.pipelines.training import runtime
 
 TABS = recipes.TABS
 SMALL = TABS[1:]

@@ -19,7 +19,7 @@ from domains import Floats, Trainer, difference, draws, thousandths
 
 from qianmo.configs import movielens_1m_domains as recipes
 from qianmo.layers import metrics
-from qianmo.pipelines import runtime
+from qianmo.pipelines.training import runtime
 
 SINGLE = "one model per domain"
 DOMAIN_ID, WIDER = "one model, domain as a feature", "the same, wider (capacity control)"

@@ -23,7 +23,8 @@ from qianmo.export.saved_model import STATUS, Rows, export_fed, export_in_graph,
 from qianmo.export.store import export_store
 from qianmo.layers.metrics import auc
 from qianmo.models.ranker import Ranker
-from qianmo.pipelines import readers, run_dir
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.data import readers
 
 sys.path.append(str(common.ROOT / "tests"))
 import redis_servers

@@ -25,7 +25,7 @@ from qianmo.export.store import export_store, tables
 from qianmo.layers.features import Categorical, Schema
 from qianmo.models import zoo
 from qianmo.models.ranker import Ranker
-from qianmo.pipelines.predict import Client
+from qianmo.pipelines.serving.clients import Client
 
 CLIENTS = 16
 ROWS = 50

@@ -34,8 +34,9 @@ from qianmo.layers.inner_loop import Support
 from qianmo.layers.tower import Tower
 from qianmo.models.ranker import Ranker
 from qianmo.models.road import Road
-from qianmo.pipelines import chunks, readers, run_dir, statistics
-from qianmo.pipelines.protocols import STATES
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.data import chunks, readers, statistics
+from qianmo.pipelines.datasets.protocols import STATES
 from qianmo.pipelines.recipe import optimizer
 
 SEEDS, PLAIN_SEEDS, MELU_SEEDS = (1, 2, 3, 4, 5), (1, 2, 3), (1,)

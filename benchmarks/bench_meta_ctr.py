@@ -18,8 +18,8 @@ import common
 import numpy as np
 
 from qianmo.configs import kuairand_meta, movielens_1m_meta
-from qianmo.pipelines import adapted, evaluate
-from qianmo.pipelines.task_rows import support_rows
+from qianmo.pipelines.evaluation import adapted, scores
+from qianmo.pipelines.evaluation.task_rows import support_rows
 
 SEEDS = (1, 2, 3)
 SIZES = (1, 2, 5, 10, 20)
@@ -60,7 +60,7 @@ def unit(protocol: str, method: str, seed: int, *, quick: bool) -> dict[str, Any
         config.train.epochs = 1
     model, test = common.trained_model(config), str(data / "test.parquet")
     if model.meta is None:
-        scored = evaluate.score(model, test)
+        scored = scores.score(model, test)
         found = scored.probabilities[model.serving_head][:, 0]
         return {"plain": common.auc_and_gauc(scored.labels[:, 0], found, scored.columns["task_id"])}
     if method == "meta" and protocol.startswith("kuairand"):

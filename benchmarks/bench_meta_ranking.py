@@ -14,8 +14,8 @@ import common
 import numpy as np
 
 from qianmo.configs import kuairand_mmoe_meta
-from qianmo.pipelines import adapted
-from qianmo.pipelines.task_rows import support_rows
+from qianmo.pipelines.evaluation import adapted
+from qianmo.pipelines.evaluation.task_rows import support_rows
 
 NAME = "meta_ranking"
 SEEDS = (1, 2, 3)

@@ -22,10 +22,13 @@ from qianmo.configs import movielens_1m_meta
 from qianmo.export.adapted import ADAPT, COUNT, export_adapted, support_name
 from qianmo.export.saved_model import STATUS, session
 from qianmo.layers.features import Schema
-from qianmo.pipelines import cost, run_dir, runtime, statistics
-from qianmo.pipelines.export import columns
-from qianmo.pipelines.predict import Client
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.data import statistics
+from qianmo.pipelines.data.replay import columns
+from qianmo.pipelines.evaluation import cost
 from qianmo.pipelines.recipe import Recipe
+from qianmo.pipelines.serving.clients import Client
+from qianmo.pipelines.training import runtime
 
 ROWS, SUPPORT = 200, 20
 TASKS, STEPS = (1, 16, 64), (1, 5)

@@ -31,9 +31,12 @@ from qianmo.layers.features import Schema
 from qianmo.layers.inner_loop import Support, elementwise
 from qianmo.models.ranker import Ranker
 from qianmo.models.road import Road
-from qianmo.pipelines import cost, readers, run_dir, runtime, statistics
-from qianmo.pipelines.export import columns
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.data import readers, statistics
+from qianmo.pipelines.data.replay import columns
+from qianmo.pipelines.evaluation import cost
 from qianmo.pipelines.recipe import Recipe, optimizer
+from qianmo.pipelines.training import runtime
 
 TASKS, ROWS, H = 64, 16, 64
 STEP_SIZE, SHRINKAGE = 0.1, 3.0

@@ -35,7 +35,7 @@ def measure(name: str, users: int, repeats: int) -> dict[str, Any]:
     from qianmo.export.store import export_store
     from qianmo.layers.features import Categorical, Dense, Schema
     from qianmo.models import zoo
-    from qianmo.pipelines import runtime
+    from qianmo.pipelines.training import runtime
 
     runtime.settle()
     user: dict[str, Any] = {"num_ids": users - 1}

@@ -19,9 +19,9 @@ import tf_keras
 
 from qianmo.configs import movielens_1m_retrieval
 from qianmo.layers import metrics
-from qianmo.pipelines import retrieval
+from qianmo.pipelines.evaluation import retrieval
 from qianmo.pipelines.recipe import Recipe
-from qianmo.pipelines.train import Run
+from qianmo.pipelines.training.run import Run
 
 NAME = "retrieval"
 SEEDS = (1,)  # three make a claim; one tells whether it is worth making

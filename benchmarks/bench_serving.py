@@ -24,10 +24,12 @@ import numpy as np
 
 from qianmo.configs import kuairand_dual_dnn
 from qianmo.export.saved_model import export_in_graph, session
-from qianmo.pipelines import run_dir, runtime, statistics
-from qianmo.pipelines.export import first_rows
-from qianmo.pipelines.predict import Client, RestClient
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.data import statistics
+from qianmo.pipelines.data.replay import first_rows
 from qianmo.pipelines.recipe import Recipe
+from qianmo.pipelines.serving.clients import Client, RestClient
+from qianmo.pipelines.training import runtime
 
 ROWS = 8192
 Rows = dict[str, np.ndarray]

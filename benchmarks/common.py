@@ -16,9 +16,12 @@ from ml_collections import ConfigDict
 
 from qianmo.layers import metrics
 from qianmo.models.ranker import Ranker
-from qianmo.pipelines import prepare, readers, run_dir
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.data import readers
+from qianmo.pipelines.datasets import kuairand as _kuairand
+from qianmo.pipelines.datasets import movielens_1m as _movielens_1m
 from qianmo.pipelines.recipe import Recipe
-from qianmo.pipelines.train import Run, train
+from qianmo.pipelines.training.run import Run, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 CACHE = ROOT / "runs" / "benchmarks"
@@ -57,7 +60,7 @@ def movielens_1m(split: str, *, support_history: bool = False) -> pathlib.Path:
         )
     folder = CACHE / f"movielens_1m_{split}{'_history' * support_history}"
     if not folder.exists():
-        prepare.movielens_1m(source, folder, split=split, support_history=support_history)
+        _movielens_1m.movielens_1m(source, folder, split=split, support_history=support_history)
     return folder
 
 
@@ -65,7 +68,7 @@ def kuairand(*, support_history: bool = False) -> pathlib.Path:
     """The shipped KuaiRand sample, prepared once."""
     folder = CACHE / f"kuairand{'_history' * support_history}"
     if not (folder / "test_support.parquet").exists():
-        prepare.kuairand(None, folder, support_history=support_history, overwrite=True)
+        _kuairand.kuairand(None, folder, support_history=support_history, overwrite=True)
     return folder
 
 

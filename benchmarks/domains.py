@@ -19,8 +19,10 @@ from qianmo.layers import metrics
 from qianmo.layers.features import Schema
 from qianmo.layers.partitioned_norm import PartitionedNorm
 from qianmo.models.ranker import Ranker
-from qianmo.pipelines import cost, readers, run_dir, statistics
-from qianmo.pipelines.paired import RESAMPLES
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.data import readers, statistics
+from qianmo.pipelines.evaluation import cost
+from qianmo.pipelines.evaluation.paired import RESAMPLES
 from qianmo.pipelines.recipe import Recipe, optimizer
 
 Floats = Any

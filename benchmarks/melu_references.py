@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from qianmo.pipelines.protocols import STATES
+from qianmo.pipelines.datasets.protocols import STATES
 
 Floats = npt.NDArray[np.float64]
 

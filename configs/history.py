@@ -1,4 +1,4 @@
-"""The schema of the columns that `pipelines/history.py` adds."""
+"""The schema of the columns that `pipelines/datasets/history.py` adds."""
 
 from __future__ import annotations
 

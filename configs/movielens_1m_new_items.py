@@ -1,7 +1,7 @@
 """MovieLens-1M likes of known films alone: a model that new films are added to.
 
 Rows as `qianmo-prepare --dataset=movielens_1m --split=new_items` makes them; new films get their
-vectors from `pipelines/cold_items.py`.
+vectors from `python -m qianmo.pipelines.cold_items`.
 """
 
 from ml_collections import ConfigDict

@@ -289,7 +289,7 @@ def export_fed_store(
 
     `<base_path>/<version>` is the same: stock ops, and vectors as inputs. But
     `<base_path>_lookup/<version>` holds no table and reads the store by the op. It is for clients
-    that run it themselves (`qianmo.pipelines.fed_client.FedClient`), or for a server with the op.
+    that run it themselves (`pipelines.serving.fed_client.FedClient`), or for a server with the op.
 
     Args, returns and errors are those of `export_store`.
     """

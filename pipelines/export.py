@@ -11,57 +11,32 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import tensorflow as tf
 from absl import flags
 
-from qianmo.export.adapted import UNDEFINED, export_adapted
-from qianmo.export.embedding_shards import DType
-from qianmo.export.retrieval import export_retrieval
-from qianmo.export.saved_model import TOLERANCE, ExportError, export_fed, export_in_graph
-from qianmo.export.store import export_fed_store, export_store
-from qianmo.export.support_rows import Keep, kept
-from qianmo.layers.features import Schema
-from qianmo.models.ranker import Ranker
-from qianmo.models.two_tower import TwoTower
-from qianmo.ops.support_store import SupportStore
-from qianmo.pipelines import adapted, program, readers, retrieval, run_dir
+from qianmo.pipelines import program
+from qianmo.pipelines.adapted import define_serving_flags
 
-FORMS = {"in_graph": export_in_graph, "fed": export_fed, "store": export_store}
+if TYPE_CHECKING:
+    from qianmo.models.ranker import Ranker
+    from qianmo.ops.support_store import SupportStore
+
+FORMS = ("adapted", "fed", "in_graph", "retrieval", "store")
+DTYPES = ("float32", "float16", "bfloat16", "int8")
 
 
-def first_rows(schema: Schema, path: str, count: int) -> dict[str, np.ndarray]:
-    """The first rows of a file, as the model's inputs."""
-    with readers.own_errors():
-        batch, _ = next(iter(readers.dataset(schema, path, batch_size=count)))
-    return {name: column.numpy() for name, column in batch.items()}
-
-
-def columns(schema: Schema, path: str, count: int | None = None) -> dict[str, np.ndarray]:
-    """Rows of a file with the columns of task, time and labels; a label that is not there is -1."""
-    blocks = []
-    left = count
-    for block in readers.blocks(schema, path):
-        blocks.append({name: values[:left] for name, values in block.items()})
-        if left is not None:
-            left -= len(blocks[-1][schema.labels[0]])
-            if left <= 0:
-                break
-    found = {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
-    for label in schema.labels:
-        found[label] = np.where(np.isnan(found[label]), UNDEFINED, found[label])
-    return found
-
-
-def _support_store(model: Ranker) -> SupportStore | None:
+def _support_store(model: Ranker, values: Any) -> SupportStore | None:
     """The store that --support_store names, for rows of the model.
 
     Raises:
       ValueError: it cannot be opened.
     """
-    values = flags.FLAGS
+    import tensorflow as tf
+
+    from qianmo.export.support_rows import kept
+    from qianmo.ops.support_store import SupportStore
+
     where = values.support_store
     if not where or model.meta is None:  # without `meta` the export is refused
         return None
@@ -90,7 +65,7 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "form",
         "in_graph",
-        sorted([*FORMS, "adapted", "retrieval"]),
+        FORMS,
         "in_graph: everything in one SavedModel. fed: the graph takes vectors as inputs, and a "
         "second SavedModel, <model_base_path>_lookup, makes them. adapted: in_graph with a tower "
         "that adapts to each task in the graph. retrieval: vectors of a two-tower model's users "
@@ -120,11 +95,11 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "support_keep",
         "hidden",
-        get_args(Keep),
+        ["hidden", "features"],
         "Form `adapted`, what a support row holds. hidden: the tower's input; fast. features: what "
         "the tower's input is made of anew in each request.",
     )
-    adapted.define_serving_flags()
+    define_serving_flags()
     flags.DEFINE_float(
         "support_ttl_seconds", 0.0, "Older support is not used; 0: for ever.", lower_bound=0.0
     )
@@ -161,7 +136,7 @@ def define_flags() -> None:
         lower_bound=1,
     )
     flags.DEFINE_enum(
-        "embedding_dtype", "float32", get_args(DType), "Form `store`: how new tables are stored."
+        "embedding_dtype", "float32", DTYPES, "Form `store`: how new tables are stored."
     )
     flags.DEFINE_enum(
         "on_mismatch",
@@ -172,7 +147,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_float(
         "tolerance",
-        TOLERANCE,
+        1e-6,
         "Form `store`: how far scores may be from the Keras model's. Only dtypes other than "
         "float32 need more than the default.",
         lower_bound=0.0,
@@ -181,17 +156,27 @@ def define_flags() -> None:
 
 def run(_: list[str]) -> None:
     """Exports, and says where the version lies and how near the scores are."""
+    from qianmo.export.adapted import export_adapted
+    from qianmo.export.retrieval import export_retrieval
+    from qianmo.export.saved_model import ExportError, export_fed, export_in_graph
+    from qianmo.export.store import export_fed_store, export_store
+    from qianmo.models.two_tower import TwoTower
+    from qianmo.pipelines import run_dir
+    from qianmo.pipelines.data.replay import columns, first_rows
+    from qianmo.pipelines.evaluation import adapted, retrieval
+
     values = flags.FLAGS
+    exporters = {"in_graph": export_in_graph, "fed": export_fed, "store": export_store}
     try:
         model, recipe = run_dir.load(values.model_dir)
-        model = adapted.as_served(model)
+        model = adapted.as_served(model, values.inner_steps, values.min_support)
         data = recipe.data
         path = values.data or data.test or data.valid or data.train
         if values.form == "adapted":
             support = values.support or data.test_support
             if not support:
                 raise ValueError("The recipe names no support rows; give --support.")
-            store = _support_store(model)
+            store = _support_store(model, values)
             folder, worst = export_adapted(
                 model,
                 values.model_base_path,
@@ -218,7 +203,7 @@ def run(_: list[str]) -> None:
             )
         else:
             options: dict[str, Any] = {}
-            export = FORMS[values.form]
+            export = exporters[values.form]
             if values.form == "fed" and (values.embedding_store or values.redis):
                 export = export_fed_store
             if export in (export_store, export_fed_store):

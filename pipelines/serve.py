@@ -168,7 +168,7 @@ def serve_embedded(values: flags.FlagValues) -> None:
         signal.signal(number, lambda *_: stopped.set())
     models = read_models(values)
     # TensorFlow takes seconds to import, which the genuine server does not need.
-    from qianmo.pipelines.serving import ModelServer
+    from qianmo.pipelines.serving.server import ModelServer
 
     load_custom_ops(values.custom_op_path)
     server = ModelServer(

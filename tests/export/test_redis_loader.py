@@ -27,9 +27,9 @@ from qianmo.export.store import export_fed_store, export_store
 from qianmo.layers.features import Categorical, Dense, Schema
 from qianmo.models import zoo
 from qianmo.models.ranker import Ranker
-from qianmo.pipelines import predict
-from qianmo.pipelines.fed_client import FedClient
-from qianmo.pipelines.serving import ModelServer
+from qianmo.pipelines.serving import predictions
+from qianmo.pipelines.serving.fed_client import FedClient
+from qianmo.pipelines.serving.server import ModelServer
 
 pytestmark = pytest.mark.skipif(redis_servers.MISSING, reason=redis_servers.REASON)
 SCHEMA = Schema(
@@ -214,7 +214,7 @@ def predicted(folder: pathlib.Path, target: str) -> list[dict[str, float]]:
     flags = {"server": target, "model_name": "m", "lookup": folder / "m_lookup", "rest": False}
     flags |= {"data": str(folder / "rows.parquet"), "schema": folder / "schema.json"}
     flags |= {"signature_name": "serving_default", "rows": 0, "batch_size": 64}
-    predict.write_predictions(types.SimpleNamespace(**flags, output=folder / "scores"))
+    predictions.write_predictions(types.SimpleNamespace(**flags, output=folder / "scores"))
     return [json.loads(line) for line in (folder / "scores").read_text().splitlines()]
 
 

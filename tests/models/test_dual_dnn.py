@@ -9,7 +9,7 @@ from qianmo.layers.features import Categorical, Dense, Schema
 from qianmo.layers.losses import distillation
 from qianmo.layers.sparse_adam import SparseAdam
 from qianmo.models import zoo
-from qianmo.pipelines import runtime
+from qianmo.pipelines.training import runtime
 
 SCHEMA = Schema(
     features=(

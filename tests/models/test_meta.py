@@ -13,8 +13,8 @@ from qianmo.layers.meta import DIVERGED, NO_SUPPORT, Meta
 from qianmo.layers.sparse_adam import SparseAdam
 from qianmo.layers.tower import Tower
 from qianmo.models import zoo
-from qianmo.pipelines import runtime
-from qianmo.pipelines.task_rows import TaskRows
+from qianmo.pipelines.evaluation.task_rows import TaskRows
+from qianmo.pipelines.training import runtime
 
 SCHEMA = Schema(
     features=(

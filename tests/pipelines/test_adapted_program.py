@@ -18,11 +18,12 @@ from qianmo.export.adapted import ADAPT, adapted_specs
 from qianmo.export.saved_model import STATUS, cast, session
 from qianmo.layers.meta import NO_SUPPORT
 from qianmo.ops.library import library
-from qianmo.pipelines import adapted, run_dir
-from qianmo.pipelines.export import columns
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.data.replay import columns
+from qianmo.pipelines.evaluation import adapted
+from qianmo.pipelines.evaluation.task_rows import support_rows
 from qianmo.pipelines.recipe import Recipe
-from qianmo.pipelines.task_rows import support_rows
-from qianmo.pipelines.train import Run
+from qianmo.pipelines.training.run import Run
 
 USERS = 30
 

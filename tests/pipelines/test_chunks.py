@@ -12,9 +12,10 @@ import pytest
 import tensorflow as tf
 
 from qianmo.layers.features import Schema
-from qianmo.pipelines import run_dir, train
-from qianmo.pipelines.chunks import ChunkReader
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.data.chunks import ChunkReader
 from qianmo.pipelines.recipe import Recipe
+from qianmo.pipelines.training import run as training
 
 SCHEMA = {
     "features": [
@@ -207,10 +208,10 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(
     data: pathlib.Path, tmp_path: pathlib.Path, beside: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = Recipe.from_config(config(data, chunks_beside=beside))
-    found = train.train(recipe, tmp_path / "whole")
+    found = training.train(recipe, tmp_path / "whole")
     assert found["rows"]["train"] == COUNT
     assert found["history"][1]["train"]["loss"] < found["history"][0]["train"]["loss"]
-    run = train.Run(recipe, tmp_path / "stopped")
+    run = training.Run(recipe, tmp_path / "stopped")
     assert run.batches == (32 if beside else reader(data).num_batches())
     assert found["history"][-1]["step"] == 2 * run.batches
     saved = []
@@ -223,9 +224,9 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(
     with monkeypatch.context() as patch:
         patch.setattr(run.checkpoints, "save", save)
         with pytest.raises(KilledError):
-            run.train()
+            training.train()
     assert 0 < int(run.position.batch) < run.batches
-    train.train(recipe, tmp_path / "stopped")
+    training.train(recipe, tmp_path / "stopped")
     whole, stopped = (run_dir.load(tmp_path / name)[0] for name in ("whole", "stopped"))
     assert len(whole.weights) > 4
     for one, other in zip(whole.weights, stopped.weights, strict=True):

@@ -15,11 +15,12 @@ import tensorflow as tf
 
 from qianmo.configs.base import base_config
 from qianmo.layers import metrics
-from qianmo.pipelines import compare, cost, paired, run_dir
-from qianmo.pipelines.evaluate import Scored, evaluate, score, table
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.evaluation import compare, cost, paired
+from qianmo.pipelines.evaluation.report import head_function
+from qianmo.pipelines.evaluation.scores import Scored, evaluate, score, table
 from qianmo.pipelines.recipe import Recipe
-from qianmo.pipelines.report import head_function
-from qianmo.pipelines.train import completed
+from qianmo.pipelines.training.run import completed
 
 SCENES = (1, 4, 7)
 ROWS = 1200

@@ -18,11 +18,12 @@ from qianmo.export.adapted import ADAPT, adapted_specs, export_adapted
 from qianmo.export.saved_model import cast, export_in_graph, session
 from qianmo.layers.expert_mixture import ExpertMixture
 from qianmo.layers.star_tower import StarTower
-from qianmo.pipelines import adapted, prepare
-from qianmo.pipelines.export import columns, first_rows
+from qianmo.pipelines.data.replay import columns, first_rows
+from qianmo.pipelines.datasets import kuairand
+from qianmo.pipelines.evaluation import adapted
+from qianmo.pipelines.evaluation.task_rows import support_rows
 from qianmo.pipelines.recipe import Recipe
-from qianmo.pipelines.task_rows import support_rows
-from qianmo.pipelines.train import Run
+from qianmo.pipelines.training.run import Run
 
 ROWS = 200
 STEPS = 3
@@ -32,11 +33,11 @@ STEPS = 3
 def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The shipped sample's rows of every twentieth user."""
     folder = tmp_path_factory.mktemp("kuairand")
-    shutil.copytree(prepare.SAMPLE, folder / "sample")
+    shutil.copytree(kuairand.SAMPLE, folder / "sample")
     log = pq.read_table(folder / "sample" / "interactions.parquet")
     user = log["user_id"].to_numpy()
     pq.write_table(log.filter(user % 20 == 0), folder / "sample" / "interactions.parquet")
-    prepare.kuairand(folder / "sample", folder / "rows")
+    kuairand.kuairand(folder / "sample", folder / "rows")
     return folder / "rows"
 
 

@@ -15,7 +15,8 @@ import pytest
 import tensorflow as tf
 
 from qianmo.layers.features import Schema
-from qianmo.pipelines import evaluate, readers, statistics
+from qianmo.pipelines.data import readers, statistics
+from qianmo.pipelines.evaluation import scores
 
 Row = dict[str, Any]
 
@@ -193,7 +194,7 @@ def test_domains_are_mixed_by_their_weights(tmp_path: pathlib.Path) -> None:
 
 def test_metrics_leave_out_rows_without_the_label() -> None:
     labels = np.array([[1.0, 0], [0, np.nan], [1, 1], [0, np.nan]])
-    scored = evaluate.Scored({"model": np.full((4, 2), 0.5)}, labels, {})
-    found = evaluate.evaluate(scored, SCHEMA)["model"]
+    scored = scores.Scored({"model": np.full((4, 2), 0.5)}, labels, {})
+    found = scores.evaluate(scored, SCHEMA)["model"]
     assert (found["click"]["all"]["rows"], found["buy"]["all"]["rows"]) == (4, 2)
     assert found["buy"]["all"]["log_loss"] == pytest.approx(np.log(2))

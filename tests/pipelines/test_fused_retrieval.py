@@ -18,10 +18,13 @@ from qianmo.configs import amazon_fused
 from qianmo.export.retrieval import export_retrieval
 from qianmo.export.saved_model import export_in_graph, op_types, session
 from qianmo.models.two_tower import TwoTower
-from qianmo.pipelines import prepare, readers, retrieval, run_dir
-from qianmo.pipelines.export import first_rows
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.data import readers
+from qianmo.pipelines.data.replay import first_rows
+from qianmo.pipelines.datasets import amazon_cdr
+from qianmo.pipelines.evaluation import retrieval
 from qianmo.pipelines.recipe import Recipe
-from qianmo.pipelines.train import Run
+from qianmo.pipelines.training.run import Run
 
 USERS, ITEMS, ROWS = 40, 40, 12
 
@@ -46,7 +49,7 @@ def published(folder: pathlib.Path) -> None:
 def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("rows")
     published(folder)
-    prepare.amazon_cdr(folder, folder / "prepared", pair="left_right")
+    amazon_cdr.amazon_cdr(folder, folder / "prepared", pair="left_right")
     return folder / "prepared"
 
 
@@ -160,6 +163,6 @@ def test_refusals(
             model, str(tmp_path / "wrong.parquet"), recipe.data.items, [recipe.data.train]
         )
     with pytest.raises(readers.DataError, match=r"`pair` should name two domains.*'left_down'"):
-        prepare.amazon_cdr(data.parent, tmp_path / "new", pair="left_down")
+        amazon_cdr.amazon_cdr(data.parent, tmp_path / "new", pair="left_down")
     with pytest.raises(ValueError, match="The variant should be one of"):
         amazon_fused.get_config("cloth_sport-both")

@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from qianmo.configs import history as history_config
-from qianmo.configs import movielens_1m
+from qianmo.configs import movielens_1m as movielens_1m_config
 from qianmo.layers.features import Schema
-from qianmo.pipelines import history, prepare, readers, statistics
+from qianmo.pipelines.data import readers, statistics
+from qianmo.pipelines.datasets import history, movielens_1m
 
 COLUMNS = [f"history_{name}" for name in ("liked", "disliked", "rate", "count")]
 ROLES = {"task": "user", "item": "item", "label": "label", "rate": 0.4}
@@ -111,10 +112,10 @@ def test_labels_to_be_scored_are_in_no_feature() -> None:
 def test_a_recipe_reads_the_histories_of_new_users(tmp_path: pathlib.Path) -> None:
     source = os.environ["QIANMO_MOVIELENS_1M"]
     with pytest.raises(ValueError, match="`support_history` needs a split with support"):
-        prepare.movielens_1m(source, tmp_path / "time", support_history=True)
-    prepare.movielens_1m(source, tmp_path / "made", split="new_users", support_history=True)
+        movielens_1m.movielens_1m(source, tmp_path / "time", support_history=True)
+    movielens_1m.movielens_1m(source, tmp_path / "made", split="new_users", support_history=True)
     made = tmp_path / "made"
-    config = movielens_1m.schema()
+    config = movielens_1m_config.schema()
     item = next(f for f in config["features"] if f["name"] == "movie_id")
     config["features"] += history_config.features(item)
     schema = statistics.complete(Schema.from_config(config), made / "train.parquet")

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qianmo.pipelines import prepare
+from qianmo.pipelines.datasets import movielens_1m
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -123,7 +123,7 @@ def test_the_four_states(references: Any, tmp_path: pathlib.Path) -> None:
     source = pathlib.Path(os.environ["QIANMO_MOVIELENS_1M"])
     if not (source / "ratings.parquet").exists():
         pytest.skip("MeLU's states are in the Parquet tables alone")
-    prepare.movielens_1m(source, tmp_path / "melu", split="melu")
+    movielens_1m.movielens_1m(source, tmp_path / "melu", split="melu")
     names = ("train", "test_support", "test")
     parts = [pq.read_table(tmp_path / "melu" / f"{name}.parquet") for name in names]
     for model, published in (

@@ -15,9 +15,11 @@ import tensorflow as tf
 from qianmo.configs.base import base_config
 from qianmo.layers.domain_mlp import DomainMLP
 from qianmo.models.ranker import Ranker, Weight
-from qianmo.pipelines import migrate, readers, run_dir
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.data import readers
 from qianmo.pipelines.recipe import Migration, Recipe
-from qianmo.pipelines.train import Run, completed, train
+from qianmo.pipelines.training import migrate
+from qianmo.pipelines.training.run import Run, completed, train
 
 SCENES = (1, 4)
 # By whether scene 4 owns a feature: its experts are layers of their own then.

@@ -14,7 +14,7 @@ from absl import flags
 from qianmo.configs.base import base_config
 from qianmo.pipelines import cold_items, run_dir
 from qianmo.pipelines.recipe import Recipe
-from qianmo.pipelines.train import Run
+from qianmo.pipelines.training.run import Run
 
 ITEMS, KNOWN = 40, 30
 

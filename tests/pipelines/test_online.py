@@ -24,13 +24,15 @@ from qianmo.export.saved_model import op_types, session
 from qianmo.export.store import export_store
 from qianmo.layers.features import Schema
 from qianmo.layers.metrics import log_loss
-from qianmo.pipelines import online, readers, run_dir
-from qianmo.pipelines.export import first_rows
-from qianmo.pipelines.online import Online, Pace, hot_start
-from qianmo.pipelines.readers import DataError
+from qianmo.pipelines import online, run_dir
+from qianmo.pipelines.data import readers
+from qianmo.pipelines.data.readers import DataError
+from qianmo.pipelines.data.replay import first_rows
+from qianmo.pipelines.data.streams import FolderStream, RedisStream
 from qianmo.pipelines.recipe import Recipe
-from qianmo.pipelines.streams import FolderStream, RedisStream
-from qianmo.pipelines.train import NotFiniteError, train
+from qianmo.pipelines.training import online as online_training
+from qianmo.pipelines.training.online import Online, Pace, hot_start
+from qianmo.pipelines.training.run import NotFiniteError, train
 
 BATCH = 64
 SCHEMA = {
@@ -275,12 +277,12 @@ def test_killed_and_started_again_it_takes_the_same_steps(trained, rows, whole, 
 
 def test_a_second_process_and_other_weights_are_refused(trained, rows, whole, monkeypatch):
     with (
-        online._alone(whole[1]),
+        online_training.alone(whole[1]),
         pytest.raises(ValueError, match="another process updates this student"),
-        online._alone(whole[1]),
+        online_training.alone(whole[1]),
     ):
         pass
-    monkeypatch.setattr(online, "_fingerprint", lambda _: "another")
+    monkeypatch.setattr(online_training, "_fingerprint", lambda _: "another")
     with pytest.raises(ValueError, match="holds updates of other weights"):
         updates(trained, whole[1], rows)
 

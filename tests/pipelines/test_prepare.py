@@ -14,9 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from absl import flags
 
-from qianmo.configs import kuairand, movielens_1m
+from qianmo.configs import kuairand as kuairand_config
+from qianmo.configs import movielens_1m as movielens_1m_config
 from qianmo.layers.features import Schema
-from qianmo.pipelines import prepare, readers, statistics
+from qianmo.pipelines import prepare
+from qianmo.pipelines.data import readers, statistics
+from qianmo.pipelines.datasets import kuairand, movielens_1m
 
 OUTCOMES = {"is_click", "long_view", "is_like", "is_follow", "is_profile_enter"}
 
@@ -24,7 +27,7 @@ OUTCOMES = {"is_click", "long_view", "is_like", "is_follow", "is_profile_enter"}
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     output = tmp_path_factory.mktemp("kuairand") / "made"
-    prepare.kuairand(None, output)
+    kuairand.kuairand(None, output)
     return output
 
 
@@ -78,7 +81,7 @@ def test_support_is_the_last_rows_of_a_user_before_the_day(made: pathlib.Path) -
 
 
 def test_the_recipe_reads_every_row(made: pathlib.Path) -> None:
-    schema = Schema.from_config(kuairand.schema())
+    schema = Schema.from_config(kuairand_config.schema())
     complete = statistics.complete(schema, made / "train.parquet")
     assert complete.is_complete
     assert complete.tables["video_id"].vocabulary is not None
@@ -89,11 +92,11 @@ def test_the_recipe_reads_every_row(made: pathlib.Path) -> None:
 
 
 def test_no_row_knows_of_its_own_or_later_ones(made: pathlib.Path) -> None:
-    log = rows_of(prepare.SAMPLE / "interactions.parquet")
+    log = rows_of(kuairand.SAMPLE / "interactions.parquet")
     by_user: dict[int, list[dict[str, Any]]] = {}
     for row in log:
         by_user.setdefault(row["user_id"], []).append(row)
-    history = {row["user_id"]: row for row in rows_of(prepare.SAMPLE / "history.parquet")}
+    history = {row["user_id"]: row for row in rows_of(kuairand.SAMPLE / "history.parquet")}
     columns = ["user_id", "time_ms", "date", "watched", "liked", "long_watched", "num_history"]
     columns.append("history_group")
     parts = [rows_of(made / f"{part}.parquet", columns) for part in ("train", "valid", "test")]
@@ -137,9 +140,9 @@ def test_no_row_knows_of_its_own_or_later_ones(made: pathlib.Path) -> None:
 def test_rates_are_of_earlier_days(made: pathlib.Path) -> None:
     """Counts the rows of earlier days one by one, for every 40th row."""
     by_user: dict[int, list[dict[str, Any]]] = {}
-    for row in rows_of(prepare.SAMPLE / "interactions.parquet"):
+    for row in rows_of(kuairand.SAMPLE / "interactions.parquet"):
         by_user.setdefault(row["user_id"], []).append(row)
-    history = {row["user_id"]: row for row in rows_of(prepare.SAMPLE / "history.parquet")}
+    history = {row["user_id"]: row for row in rows_of(kuairand.SAMPLE / "history.parquet")}
     columns = ["user_click_rate", "user_click_lift", "user_long_view_rate", "user_tab_click_rate"]
     columns.append("log_user_rows")
     read = ["user_id", "date", "tab", *columns]
@@ -167,18 +170,18 @@ def test_no_feature_knows_of_a_label_of_its_day_or_a_later_one(
     made: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """Flips all labels of the validation day and of the test day."""
-    log = pq.read_table(prepare.SAMPLE / "interactions.parquet")
+    log = pq.read_table(kuairand.SAMPLE / "interactions.parquet")
     source = tmp_path / "source"
     source.mkdir()
     for name in ("users", "videos", "history"):
-        os.link(prepare.SAMPLE / f"{name}.parquet", source / f"{name}.parquet")
+        os.link(kuairand.SAMPLE / f"{name}.parquet", source / f"{name}.parquet")
     flip = log["date"].to_numpy() >= 20220504
     for name in OUTCOMES:
         values = log[name].to_numpy()
         flipped = pa.array(np.where(flip, 1 - values, values))
         log = log.set_column(log.schema.get_field_index(name), name, flipped)
     pq.write_table(log, source / "interactions.parquet")
-    prepare.kuairand(source, tmp_path / "flipped")
+    kuairand.kuairand(source, tmp_path / "flipped")
     differing = {}
     for part in ("train", "valid", "test"):
         was = pq.read_table(made / f"{part}.parquet")
@@ -198,11 +201,11 @@ def test_later_rows_change_nothing_in_earlier_ones(
     source = tmp_path / "source"
     source.mkdir()
     for name in ("users", "videos", "history"):
-        os.link(prepare.SAMPLE / f"{name}.parquet", source / f"{name}.parquet")
-    log = pq.read_table(prepare.SAMPLE / "interactions.parquet")
+        os.link(kuairand.SAMPLE / f"{name}.parquet", source / f"{name}.parquet")
+    log = pq.read_table(kuairand.SAMPLE / "interactions.parquet")
     moment = log["time_ms"][20_000].as_py()
     pq.write_table(log.filter(log["time_ms"].to_numpy() <= moment), source / "interactions.parquet")
-    prepare.kuairand(source, tmp_path / "cut")
+    kuairand.kuairand(source, tmp_path / "cut")
     cut = pq.read_table(tmp_path / "cut" / "train.parquet")
     whole = pq.read_table(made / "train.parquet")
     assert len(cut) > 20_000
@@ -212,9 +215,9 @@ def test_later_rows_change_nothing_in_earlier_ones(
 def test_kuairand_values(made: pathlib.Path) -> None:
     table = pq.read_table(made / "test.parquet")
     assert all(column.null_count == 0 for column in table.columns)
-    users = {row["user_id"]: row for row in rows_of(prepare.SAMPLE / "users.parquet")}
-    videos = {row["video_id"]: row for row in rows_of(prepare.SAMPLE / "videos.parquet")}
-    log = [r for r in rows_of(prepare.SAMPLE / "interactions.parquet") if r["date"] == 20220505]
+    users = {row["user_id"]: row for row in rows_of(kuairand.SAMPLE / "users.parquet")}
+    videos = {row["video_id"]: row for row in rows_of(kuairand.SAMPLE / "videos.parquet")}
+    log = [r for r in rows_of(kuairand.SAMPLE / "interactions.parquet") if r["date"] == 20220505]
     unknown = 0
     for row, source in list(zip(table.to_pylist(), log, strict=True))[::50]:
         user, video = users[row["user_id"]], videos[row["video_id"]]
@@ -241,28 +244,28 @@ def test_kuairand_values(made: pathlib.Path) -> None:
 
 
 def test_the_shipped_sample_is_small_and_without_outcomes_beyond_the_labels() -> None:
-    files = list(prepare.SAMPLE.iterdir())
+    files = list(kuairand.SAMPLE.iterdir())
     assert sum(file.stat().st_size for file in files) <= 4.8e6
-    names = set(pq.read_schema(prepare.SAMPLE / "interactions.parquet").names)
+    names = set(pq.read_schema(kuairand.SAMPLE / "interactions.parquet").names)
     assert names >= OUTCOMES
     assert not {"play_time_ms", "profile_stay_time", "comment_stay_time"} & names
-    about = json.loads((prepare.SAMPLE / "data.json").read_text())
+    about = json.loads((kuairand.SAMPLE / "data.json").read_text())
     for name, digest in about["sha256"].items():
-        assert readers.sha256(prepare.SAMPLE / f"{name}.parquet") == digest
+        assert readers.sha256(kuairand.SAMPLE / f"{name}.parquet") == digest
 
 
 def published_tables(folder: pathlib.Path) -> None:
     """Tables in the publisher's columns: 30 impressions, of which 3 are duplicates."""
     random = np.random.default_rng(1)
-    log = {name: random.integers(0, 2, 27) for name in (*prepare._LOG_COLUMNS, "play_time_ms")}
+    log = {name: random.integers(0, 2, 27) for name in (*kuairand._LOG_COLUMNS, "play_time_ms")}
     log["time_ms"] = np.repeat(np.arange(9), 3)
     log["play_time_ms"] = np.arange(27)  # else equal rows that differ here are no duplicates
     table = pa.table(log)
     pq.write_table(pa.concat_tables([table, table.slice(5, 3)]), folder / "interactions.parquet")
-    users = {name: [0, 1] for name in ("user_id", *prepare._USER_COLUMNS)}
+    users = {name: [0, 1] for name in ("user_id", *kuairand._USER_COLUMNS)}
     users["onehot_feat4"] = pa.array([None, 3.0])
     pq.write_table(pa.table({**users, "unused": [1, 2]}), folder / "users.parquet")
-    videos = {name: [0, 1] for name in ("video_id", *prepare._VIDEO_COLUMNS)}
+    videos = {name: [0, 1] for name in ("video_id", *kuairand._VIDEO_COLUMNS)}
     pq.write_table(pa.table({**videos, "tag": ["1,2", None]}), folder / "videos_basic.parquet")
     history = {
         "user_id": [1],
@@ -276,11 +279,11 @@ def published_tables(folder: pathlib.Path) -> None:
 
 def test_the_sample_is_cut_from_the_published_tables(tmp_path: pathlib.Path) -> None:
     published_tables(tmp_path)
-    about = prepare.kuairand_sample(tmp_path, tmp_path / "sample")
+    about = kuairand.kuairand_sample(tmp_path, tmp_path / "sample")
     assert about["rows"] == {"interactions": 27, "users": 2, "videos": 2, "history": 1}
     log = pq.read_table(tmp_path / "sample" / "interactions.parquet")
     source = pq.read_table(tmp_path / "interactions.parquet").slice(0, 27)
-    for name in prepare._LOG_COLUMNS:
+    for name in kuairand._LOG_COLUMNS:
         assert log[name].to_pylist() == source[name].to_pylist()
     assert rows_of(tmp_path / "sample" / "history.parquet") == [
         {
@@ -301,10 +304,10 @@ def test_the_sample_is_cut_from_the_published_tables(tmp_path: pathlib.Path) -> 
     "QIANMO_KUAIRAND" not in os.environ, reason="QIANMO_KUAIRAND: folder of KuaiRand-Pure's tables"
 )
 def test_the_shipped_sample_is_made_from_the_published_tables(tmp_path: pathlib.Path) -> None:
-    prepare.kuairand_sample(os.environ["QIANMO_KUAIRAND"], tmp_path / "sample")
+    kuairand.kuairand_sample(os.environ["QIANMO_KUAIRAND"], tmp_path / "sample")
     for name in ("interactions", "users", "videos", "history"):
         again = pq.read_table(tmp_path / "sample" / f"{name}.parquet")
-        assert again.equals(pq.read_table(prepare.SAMPLE / f"{name}.parquet"))
+        assert again.equals(pq.read_table(kuairand.SAMPLE / f"{name}.parquet"))
 
 
 def movielens_files(folder: pathlib.Path) -> None:
@@ -321,7 +324,7 @@ def movielens_files(folder: pathlib.Path) -> None:
 
 def test_movielens_from_the_publishers_files(tmp_path: pathlib.Path) -> None:
     movielens_files(tmp_path / "ml-1m")
-    about = prepare.movielens_1m(tmp_path / "ml-1m", tmp_path / "out")
+    about = movielens_1m.movielens_1m(tmp_path / "ml-1m", tmp_path / "out")
     assert about["rows"] == {"train": 32, "test": 8}
     rows = [
         row for part in ("train", "test") for row in rows_of(tmp_path / "out" / f"{part}.parquet")
@@ -353,7 +356,7 @@ def test_movielens_random_split(tmp_path: pathlib.Path) -> None:
     parts: list[list[list[int]]] = []
     for number, seed in enumerate((0, 0, 1)):
         output = tmp_path / str(number)
-        about = prepare.movielens_1m(source, output, split="random", seed=seed)
+        about = movielens_1m.movielens_1m(source, output, split="random", seed=seed)
         assert about["rows"] == {"train": 32, "valid": 4, "test": 4}
         files = [output / f"{part}.parquet" for part in about["rows"]]
         parts.append([[row["timestamp"] for row in rows_of(file)] for file in files])
@@ -365,7 +368,7 @@ def test_movielens_random_split(tmp_path: pathlib.Path) -> None:
 
 def test_movielens_ages_are_domains_of_all_ratings(tmp_path: pathlib.Path) -> None:
     movielens_files(tmp_path / "ml-1m")
-    about = prepare.movielens_1m(tmp_path / "ml-1m", tmp_path / "out", split="ages")
+    about = movielens_1m.movielens_1m(tmp_path / "ml-1m", tmp_path / "out", split="ages")
     assert about["rows"] == {"train": 40, "valid": 5, "test": 5}
     rows = [row for part in about["rows"] for row in rows_of(tmp_path / "out" / f"{part}.parquet")]
     assert {(row["age"], row["age_group"]) for row in rows} == {(1, 0), (25, 1), (56, 2)}
@@ -375,7 +378,7 @@ def test_movielens_ages_are_domains_of_all_ratings(tmp_path: pathlib.Path) -> No
 
 def test_movielens_next_item(tmp_path: pathlib.Path) -> None:
     movielens_files(tmp_path / "ml-1m")
-    about = prepare.movielens_1m(tmp_path / "ml-1m", tmp_path / "out", split="next_item")
+    about = movielens_1m.movielens_1m(tmp_path / "ml-1m", tmp_path / "out", split="next_item")
     parts = {part: rows_of(tmp_path / "out" / f"{part}.parquet") for part in about["rows"]}
     rows = sorted(parts["train"] + parts["valid"] + parts["test"], key=lambda row: row["timestamp"])
     assert len(rows) == 50
@@ -398,17 +401,17 @@ def test_movielens_next_item(tmp_path: pathlib.Path) -> None:
 )
 def test_movielens_1m(tmp_path: pathlib.Path) -> None:
     source = os.environ["QIANMO_MOVIELENS_1M"]
-    about = prepare.movielens_1m(source, tmp_path / "time")
+    about = movielens_1m.movielens_1m(source, tmp_path / "time")
     assert about["rows"] == {"train": 591_209, "test": 147_803}
     likes = sum(
         pq.read_table(tmp_path / "time" / f"{part}.parquet")["label"].to_numpy().sum()
         for part in ("train", "test")
     )
     assert likes == 348_971 + 226_310
-    schema = Schema.from_config(movielens_1m.schema())
+    schema = Schema.from_config(movielens_1m_config.schema())
     complete = statistics.complete(schema, tmp_path / "time" / "train.parquet")
     assert [f.num_rows for f in complete.categorical[:5]] == [6042, 3954, 3, 8, 22]
-    about = prepare.movielens_1m(source, tmp_path / "random", split="random")
+    about = movielens_1m.movielens_1m(source, tmp_path / "random", split="random")
     assert about["rows"] == {"train": 591_209, "valid": 73_901, "test": 73_902}
 
 
@@ -418,17 +421,17 @@ def test_an_output_is_whole_or_absent(
     movielens_files(tmp_path / "ml-1m")
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.readers, "sha256", lambda _: 1 / 0)
+        patch.setattr(readers, "sha256", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            prepare.movielens_1m(tmp_path / "ml-1m", output)
+            movielens_1m.movielens_1m(tmp_path / "ml-1m", output)
     assert [path.name for path in tmp_path.iterdir()] == ["ml-1m"]
 
-    prepare.movielens_1m(tmp_path / "ml-1m", output)
+    movielens_1m.movielens_1m(tmp_path / "ml-1m", output)
     (output / "mine").touch()
     with pytest.raises(ValueError, match=r"exists\. Give another output, or --overwrite"):
-        prepare.movielens_1m(tmp_path / "ml-1m", output)
+        movielens_1m.movielens_1m(tmp_path / "ml-1m", output)
     assert (output / "mine").exists()
-    prepare.movielens_1m(tmp_path / "ml-1m", output, overwrite=True)
+    movielens_1m.movielens_1m(tmp_path / "ml-1m", output, overwrite=True)
     assert sorted(path.name for path in output.iterdir()) == [
         "data.json",
         "test.parquet",
@@ -439,14 +442,14 @@ def test_an_output_is_whole_or_absent(
 
 def test_bad_sources_are_named(tmp_path: pathlib.Path) -> None:
     with pytest.raises(readers.DataError, match=r"ratings\.parquet: no such file\. `source`"):
-        prepare.movielens_1m(tmp_path, tmp_path / "out")
+        movielens_1m.movielens_1m(tmp_path, tmp_path / "out")
     movielens_files(tmp_path / "ml-1m")
     (tmp_path / "ml-1m" / "users.dat").write_text("1::F::1::10::48067\n2::M::56\n")
     with pytest.raises(readers.DataError, match=r"users\.dat, row 1 .*should have 5 fields"):
-        prepare.movielens_1m(tmp_path / "ml-1m", tmp_path / "out")
+        movielens_1m.movielens_1m(tmp_path / "ml-1m", tmp_path / "out")
     (tmp_path / "ml-1m" / "users.dat").write_text("1::F::1::10::48067\n")
     with pytest.raises(readers.DataError, match="`user_id` 2 is used, but its table has no such"):
-        prepare.movielens_1m(tmp_path / "ml-1m", tmp_path / "out")
+        movielens_1m.movielens_1m(tmp_path / "ml-1m", tmp_path / "out")
 
 
 def test_the_program(

@@ -13,7 +13,8 @@ import pytest
 from qianmo.configs import history as history_config
 from qianmo.configs import movielens_1m_melu
 from qianmo.layers.features import Schema
-from qianmo.pipelines import prepare, protocols, readers, statistics
+from qianmo.pipelines.data import readers, statistics
+from qianmo.pipelines.datasets import movielens_1m, protocols
 
 MOVIELENS = pytest.mark.skipif(
     "QIANMO_MOVIELENS_1M" not in os.environ,
@@ -181,7 +182,7 @@ def test_the_four_states_of_movielens_1m(tmp_path: pathlib.Path) -> None:
     source = pathlib.Path(os.environ["QIANMO_MOVIELENS_1M"])
     if not (source / "ratings.parquet").exists():
         pytest.skip("MeLU's states are in the Parquet tables alone")
-    about = prepare.movielens_1m(source, tmp_path / "made", split="melu")
+    about = movielens_1m.movielens_1m(source, tmp_path / "made", split="melu")
     expected = {"train": 95_281, "test": 69_070, "test_support": 216_823}
     assert expected.items() <= about["rows"].items()
     assert about["rows"]["valid"] + about["rows"]["valid_support"] == 95_281
@@ -217,9 +218,11 @@ def test_the_four_states_of_movielens_1m(tmp_path: pathlib.Path) -> None:
         ("all_users", {"train": 593_644, "test": 145_368, "test_support": 117_099}),
     ],
 )
-def test_movielens_1m(split: prepare.Split, rows: dict[str, int], tmp_path: pathlib.Path) -> None:
+def test_movielens_1m(
+    split: movielens_1m.Split, rows: dict[str, int], tmp_path: pathlib.Path
+) -> None:
     source = pathlib.Path(os.environ["QIANMO_MOVIELENS_1M"])
-    about = prepare.movielens_1m(source, tmp_path / "made", split=split)
+    about = movielens_1m.movielens_1m(source, tmp_path / "made", split=split)
     assert about["rows"] == rows
     columns = ["user_id", "movie_id", "timestamp"]
     parts = {
@@ -259,7 +262,7 @@ def test_the_schema_of_the_four_states_reads_them(tmp_path: pathlib.Path) -> Non
     if not (source / "ratings.parquet").exists():
         pytest.skip("MeLU's states are in the Parquet tables alone")
     made = tmp_path / "made"
-    prepare.movielens_1m(source, made, split="melu", support_history=True)
+    movielens_1m.movielens_1m(source, made, split="melu", support_history=True)
     config = movielens_1m_melu.schema(ids=("movie_id",))
     config["features"] += history_config.features(config["features"][-1])
     schema = statistics.complete(Schema.from_config(config), made / "train.parquet")

@@ -18,7 +18,7 @@ import pytest
 import tensorflow as tf
 
 from qianmo.layers.features import Schema
-from qianmo.pipelines import readers
+from qianmo.pipelines.data import readers
 
 Row = dict[str, Any]
 

@@ -22,10 +22,13 @@ from qianmo.export.saved_model import export_fed, op_types, session
 from qianmo.layers.inner_loop import Support
 from qianmo.layers.meta import NO_SUPPORT
 from qianmo.models.two_tower import TwoTower
-from qianmo.pipelines import evaluate, history, protocols, readers, retrieval, run_dir
-from qianmo.pipelines.export import first_rows
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.data import readers
+from qianmo.pipelines.data.replay import first_rows
+from qianmo.pipelines.datasets import history, protocols
+from qianmo.pipelines.evaluation import retrieval, scores
 from qianmo.pipelines.recipe import Recipe
-from qianmo.pipelines.train import Run
+from qianmo.pipelines.training.run import Run
 
 USERS, ITEMS, ROWS, SHELF = 60, 80, 40, 8
 
@@ -231,7 +234,7 @@ def test_the_program_measures_what_training_did(
     trained: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, read, report, _ = trained
-    found, text, _ = evaluate.measured(model, read.data, read.data.test)
+    found, text, _ = scores.measured(model, read.data, read.data.test)
     assert found == report["test"]
     assert "adapted" in text
 

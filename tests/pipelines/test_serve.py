@@ -38,12 +38,14 @@ from tensorflow_serving.apis import (
 
 import qianmo.ops.library
 from qianmo.layers.features import Schema
-from qianmo.pipelines import predict, serving_models, serving_tensors
-from qianmo.pipelines.predict import Client, RestClient
-from qianmo.pipelines.serving import ModelServer
-from qianmo.pipelines.serving_models import Model
-from qianmo.pipelines.serving_signatures import ServingError
-from qianmo.pipelines.serving_tensors import string_array, to_proto
+from qianmo.pipelines import predict
+from qianmo.pipelines.serving.clients import Client, RestClient
+from qianmo.pipelines.serving.models import Model
+from qianmo.pipelines.serving.server import ModelServer
+from qianmo.pipelines.serving.server import models as serving_models
+from qianmo.pipelines.serving.server import tensors as serving_tensors
+from qianmo.pipelines.serving.signatures import ServingError
+from qianmo.pipelines.serving.tensors import string_array, to_proto
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from qianmo.layers.features import Dense, Schema
-from qianmo.pipelines import readers, statistics
+from qianmo.pipelines.data import readers, statistics
 
 
 def schema_of(*features: dict[str, Any]) -> Schema:

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 
-from qianmo.pipelines import readers, run_dir
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.data import readers
 from qianmo.pipelines.recipe import Recipe, optimizer
-from qianmo.pipelines.train import NotFiniteError, Run, train
+from qianmo.pipelines.training.run import NotFiniteError, Run, train
 
 SCHEMA = {
     "features": [
@@ -134,7 +135,7 @@ def test_a_trained_model_loads_with_its_scores(finished, data):
     folder, _ = finished
     model, recipe = run_dir.load(folder)
     assert recipe.schema.is_complete
-    from qianmo.pipelines.evaluate import evaluate, score
+    from qianmo.pipelines.evaluation.scores import evaluate, score
 
     again = evaluate(score(model, str(data / "test.parquet")), model.schema)
     saved = json.loads((folder / "report.json").read_text())["test"]

@@ -23,8 +23,9 @@ from qianmo.export.saved_model import raw_specs
 from qianmo.layers import metrics
 from qianmo.layers.encode import example
 from qianmo.models.ranker import Ranker
-from qianmo.pipelines import retrieval, run_dir
-from qianmo.pipelines.evaluate import Scored, left_out, parts_of
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.evaluation import retrieval
+from qianmo.pipelines.evaluation.scores import Scored, left_out, parts_of
 
 COLOURS = {
     "student": "#0b6e99",

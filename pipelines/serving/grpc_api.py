@@ -17,9 +17,9 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 
-from qianmo.pipelines.serving_models import DEFAULT_SIGNATURE, Model
-from qianmo.pipelines.serving_signatures import ServingError, not_found, refuse
-from qianmo.pipelines.serving_tensors import MAX_MESSAGE_BYTES, to_proto
+from qianmo.pipelines.serving.models import DEFAULT_SIGNATURE, Model
+from qianmo.pipelines.serving.signatures import ServingError, not_found, refuse
+from qianmo.pipelines.serving.tensors import MAX_MESSAGE_BYTES, to_proto
 
 # Requests that may wait for a thread, for each thread; the next one is refused.
 QUEUED_PER_THREAD = 8

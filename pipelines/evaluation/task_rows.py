@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from qianmo.layers.inner_loop import Support
 from qianmo.models.ranker import Ranker
-from qianmo.pipelines import readers
+from qianmo.pipelines.data import readers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,8 @@ from qianmo.layers.domain_mlp import DomainMLP
 from qianmo.layers.expert_mixture import ExpertMixture
 from qianmo.layers.features import Categorical, Dense, Feature, Schema
 from qianmo.models.ranker import Ranker, Weight
-from qianmo.pipelines import readers, run_dir
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.data import readers
 from qianmo.pipelines.recipe import Migration, Recipe
 
 ROWS = 1000  # compared

@@ -14,8 +14,8 @@ import numpy as np
 from absl import logging
 
 from qianmo.layers.features import Schema
-from qianmo.pipelines import readers
-from qianmo.pipelines.readers import Block, DataError
+from qianmo.pipelines.data import readers
+from qianmo.pipelines.data.readers import Block, DataError
 
 Position = dict[str, Any]
 

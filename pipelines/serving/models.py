@@ -20,8 +20,8 @@ import tensorflow as tf
 from absl import logging
 from tensorflow_serving.apis import get_model_status_pb2, prediction_log_pb2
 
-from qianmo.pipelines.serving_signatures import ServingError, Signature, not_found, refuse
-from qianmo.pipelines.serving_tensors import Array, from_proto
+from qianmo.pipelines.serving.signatures import ServingError, Signature, not_found, refuse
+from qianmo.pipelines.serving.tensors import Array, from_proto
 
 DEFAULT_SIGNATURE = "serving_default"
 WARM_UP_FILE = "assets.extra/tf_serving_warmup_requests"

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from qianmo.pipelines.protocols import SUPPORT_ROWS
+from qianmo.pipelines.datasets.protocols import SUPPORT_ROWS
 
 RANDOM_SIZES = (0, 1, 2, 3, 5, 8, 12, 20)
 _PRIOR_ROWS = 5

@@ -20,9 +20,9 @@ from qianmo.layers import metrics
 from qianmo.layers.features import Schema
 from qianmo.layers.inner_loop import Support
 from qianmo.models.two_tower import TwoTower
-from qianmo.pipelines import readers
+from qianmo.pipelines.data import readers
+from qianmo.pipelines.evaluation.task_rows import TaskRows, support_rows
 from qianmo.pipelines.recipe import Data
-from qianmo.pipelines.task_rows import TaskRows, support_rows
 
 SIZES = (10, 50, 100)
 

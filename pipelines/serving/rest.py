@@ -20,10 +20,10 @@ from absl import logging
 from google.protobuf import json_format
 from tensorflow_serving.apis import get_model_metadata_pb2
 
-from qianmo.pipelines.serving_grpc import find_model, metadata
-from qianmo.pipelines.serving_models import Model
-from qianmo.pipelines.serving_signatures import ServingError, Signature, refuse
-from qianmo.pipelines.serving_tensors import MAX_MESSAGE_BYTES, Array, from_json, to_json
+from qianmo.pipelines.serving.grpc_api import find_model, metadata
+from qianmo.pipelines.serving.models import Model
+from qianmo.pipelines.serving.signatures import ServingError, Signature, refuse
+from qianmo.pipelines.serving.tensors import MAX_MESSAGE_BYTES, Array, from_json, to_json
 
 MAX_BODY_BYTES = 16 << 20
 # JSON read into memory takes many times its bytes, so few bodies are read into it at a time.

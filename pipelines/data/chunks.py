@@ -11,7 +11,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from qianmo.layers.features import Schema
-from qianmo.pipelines import readers
+from qianmo.pipelines.data import readers
 
 _Rows = npt.NDArray[np.int64]
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 import tensorflow as tf
 from absl import logging
 
-from qianmo.pipelines.serving_grpc import GrpcServer
-from qianmo.pipelines.serving_models import Model
-from qianmo.pipelines.serving_rest import RestServer
+from qianmo.pipelines.serving.grpc_api import GrpcServer
+from qianmo.pipelines.serving.models import Model
+from qianmo.pipelines.serving.rest import RestServer
 
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 5.0

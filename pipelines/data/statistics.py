@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qianmo.layers.features import Categorical, Dense, Feature, Schema
-from qianmo.pipelines import readers
+from qianmo.pipelines.data import readers
 
 
 @dataclasses.dataclass

@@ -13,7 +13,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import config_pb2
 from tensorflow.python.client import pywrap_tf_session
 
-from qianmo.pipelines.serving_tensors import STRING, Array, numpy_dtype
+from qianmo.pipelines.serving.tensors import STRING, Array, numpy_dtype
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 

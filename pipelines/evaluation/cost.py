@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from qianmo.layers.encode import owns
 from qianmo.models.ranker import Ranker
-from qianmo.pipelines import readers
+from qianmo.pipelines.data import readers
 from qianmo.pipelines.recipe import Recipe, optimizer
 
 Features = Mapping[str, tf.Tensor]

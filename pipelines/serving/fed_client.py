@@ -13,8 +13,8 @@ import tensorflow as tf
 
 from qianmo.export.saved_model import DEFAULT, STATUS, next_version
 from qianmo.ops.library import library
-from qianmo.pipelines.predict import Client
-from qianmo.pipelines.serving_tensors import Array
+from qianmo.pipelines.serving.clients import Client
+from qianmo.pipelines.serving.tensors import Array
 
 
 class FedClient:

@@ -1,0 +1,1 @@
+"""Rows: reading, checking, shuffling and counting them."""

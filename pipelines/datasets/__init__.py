@@ -1,0 +1,1 @@
+"""Public data sets, one a file, made into rows."""
