@@ -22,8 +22,8 @@ from ml_collections import ConfigDict
 
 from qianmo.configs import movielens_1m_ctr
 from qianmo.layers import metrics
-from qianmo.layers.features import Schema
 from qianmo.layers.mlp import MLP
+from qianmo.layers.schema import Schema
 from qianmo.pipelines import run_dir
 from qianmo.pipelines.data import readers
 from qianmo.pipelines.recipe import Recipe

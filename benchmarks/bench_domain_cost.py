@@ -30,7 +30,8 @@ import tensorflow as tf
 
 from qianmo.configs import kuairand_domains as recipes
 from qianmo.export.saved_model import export_in_graph
-from qianmo.layers.features import Categorical, Schema
+from qianmo.layers.features import Categorical
+from qianmo.layers.schema import Schema
 from qianmo.pipelines import run_dir
 from qianmo.pipelines.data import readers, statistics
 from qianmo.pipelines.evaluation import cost

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from qianmo.configs import amazon_fused as recipes
 from qianmo.layers import metrics
-from qianmo.layers.features import Schema
+from qianmo.layers.schema import Schema
 from qianmo.models.two_tower import TwoTower
 from qianmo.pipelines import run_dir
 from qianmo.pipelines.data import readers

@@ -22,7 +22,8 @@ from bench_serving import start_server
 
 from qianmo.export import embedding_shards as shards
 from qianmo.export.store import export_store, tables
-from qianmo.layers.features import Categorical, Schema
+from qianmo.layers.features import Categorical
+from qianmo.layers.schema import Schema
 from qianmo.models import zoo
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines.serving.clients import Client

@@ -29,8 +29,8 @@ import tf_keras
 
 from qianmo.configs import movielens_1m_coldstart, movielens_1m_melu
 from qianmo.layers.bottom import Bottom
-from qianmo.layers.features import Schema
 from qianmo.layers.inner_loop import Support
+from qianmo.layers.schema import Schema
 from qianmo.layers.tower import Tower
 from qianmo.models.ranker import Ranker
 from qianmo.models.road import Road

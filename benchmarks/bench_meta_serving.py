@@ -21,7 +21,7 @@ import numpy as np
 from qianmo.configs import movielens_1m_meta
 from qianmo.export.adapted import ADAPT, COUNT, export_adapted, support_name
 from qianmo.export.saved_model import STATUS, session
-from qianmo.layers.features import Schema
+from qianmo.layers.schema import Schema
 from qianmo.pipelines import run_dir
 from qianmo.pipelines.data import statistics
 from qianmo.pipelines.data.replay import columns

@@ -27,8 +27,8 @@ from ml_collections import ConfigDict
 
 from qianmo.configs import movielens_1m_melu, movielens_1m_meta
 from qianmo.configs.base import base_config
-from qianmo.layers.features import Schema
 from qianmo.layers.inner_loop import Support, elementwise
+from qianmo.layers.schema import Schema
 from qianmo.models.ranker import Ranker
 from qianmo.models.road import Road
 from qianmo.pipelines import run_dir

@@ -33,7 +33,8 @@ def measure(name: str, users: int, repeats: int) -> dict[str, Any]:
     import tensorflow as tf
 
     from qianmo.export.store import export_store
-    from qianmo.layers.features import Categorical, Dense, Schema
+    from qianmo.layers.features import Categorical, Dense
+    from qianmo.layers.schema import Schema
     from qianmo.models import zoo
     from qianmo.pipelines.training import runtime
 

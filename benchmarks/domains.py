@@ -16,8 +16,8 @@ import tf_keras
 from ml_collections import ConfigDict
 
 from qianmo.layers import metrics
-from qianmo.layers.features import Schema
 from qianmo.layers.partitioned_norm import PartitionedNorm
+from qianmo.layers.schema import Schema
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines import run_dir
 from qianmo.pipelines.data import readers, statistics

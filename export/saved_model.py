@@ -21,7 +21,7 @@ from tensorflow.python.framework import op_def_registry
 from tensorflow_serving.apis import model_pb2, predict_pb2, prediction_log_pb2
 
 from qianmo.layers.encode import BAD_DENSE, OK, completed
-from qianmo.layers.features import Schema
+from qianmo.layers.schema import Schema
 from qianmo.models.ranker import Ranker
 
 BAD_SCORE = 4  # a score was NaN or infinite and is answered as 0

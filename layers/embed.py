@@ -10,7 +10,8 @@ import tensorflow as tf
 import tf_keras
 
 from qianmo.layers.encode import Encoded, owns
-from qianmo.layers.features import Categorical, Pooling, Schema
+from qianmo.layers.features import Categorical, Pooling
+from qianmo.layers.schema import Schema
 from qianmo.layers.seeding import derive_seed, pick_seed
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from qianmo.layers.features import Categorical, Schema
+from qianmo.layers.features import Categorical
+from qianmo.layers.schema import Domain, Schema
 
 OK = 0
 BAD_DENSE = 1  # a dense value was NaN or infinite and was read as the mean
@@ -37,7 +38,7 @@ class Encoded(NamedTuple):
         return tf.zeros_like(self.status, tf.int64) if feature is None else self.ids[feature.name]
 
 
-def owns(schema: Schema, domains: Iterable[int], domain: tf.Tensor) -> tf.Tensor:
+def owns(schema: Schema, domains: Iterable[Domain], domain: tf.Tensor) -> tf.Tensor:
     """Which rows are of the domains that own a feature: places of domains [B] -> bool [B]."""
     return tf.gather(tf.constant(schema.owners(domains)), domain)
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 import tf_keras
 
 from qianmo.layers.embed import Embedded, fields_of
-from qianmo.layers.features import Schema
+from qianmo.layers.schema import Schema
 
 
 class _Columns:

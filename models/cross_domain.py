@@ -19,9 +19,9 @@ from qianmo.layers.domain_experts import DomainExperts
 from qianmo.layers.domain_mlp import DomainMLP
 from qianmo.layers.expert_mixture import ExpertMixture
 from qianmo.layers.extended import Extended
-from qianmo.layers.features import Schema
 from qianmo.layers.mlp import MLP
 from qianmo.layers.personal_gate import PersonalGate
+from qianmo.layers.schema import Schema
 from qianmo.layers.seeding import derive_seed, pick_seed
 from qianmo.layers.select import Select
 from qianmo.layers.star_tower import StarTower

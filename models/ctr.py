@@ -12,9 +12,10 @@ from typing import Any
 from qianmo.layers.bottom import Bottom
 from qianmo.layers.cin import CIN
 from qianmo.layers.cross import CrossNetwork
-from qianmo.layers.features import Categorical, Schema
+from qianmo.layers.features import Categorical
 from qianmo.layers.fm import FM
 from qianmo.layers.mlp import MLP
+from qianmo.layers.schema import Schema
 from qianmo.layers.tower import Tower
 from qianmo.models.road import Road
 

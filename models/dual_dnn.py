@@ -13,10 +13,10 @@ from qianmo.layers.bottom import Bottom
 from qianmo.layers.cin import CIN
 from qianmo.layers.cross import CrossNetwork
 from qianmo.layers.embed import Embedded
-from qianmo.layers.features import Schema
 from qianmo.layers.fm import FM
 from qianmo.layers.fwfm import FwFM
 from qianmo.layers.losses import Distance, binary_cross_entropy, distillation
+from qianmo.layers.schema import Schema
 from qianmo.layers.seeding import derive_seed, pick_seed
 from qianmo.layers.tower import Tower, TowerOutput
 from qianmo.models.ranker import Ranker

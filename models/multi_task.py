@@ -19,10 +19,11 @@ from qianmo.layers.bottom import Bottom
 from qianmo.layers.domain_column import DomainColumn
 from qianmo.layers.domain_towers import DomainTowers
 from qianmo.layers.extended import Extended
-from qianmo.layers.features import Categorical, Schema
+from qianmo.layers.features import Categorical
 from qianmo.layers.label_towers import LabelTowers
 from qianmo.layers.mmoe import MMoE
 from qianmo.layers.ple import PLE
+from qianmo.layers.schema import Schema
 from qianmo.layers.seeding import derive_seed, pick_seed
 from qianmo.models.cross_domain import expert
 from qianmo.models.road import Road

@@ -12,8 +12,9 @@ from typing import Any
 from qianmo.layers.bottom import Bottom
 from qianmo.layers.epnet import EPNet
 from qianmo.layers.extended import Extended
-from qianmo.layers.features import Categorical, Schema
+from qianmo.layers.features import Categorical
 from qianmo.layers.gated_tower import GatedTower
+from qianmo.layers.schema import Schema
 from qianmo.layers.select import Select
 from qianmo.layers.tower import Tower
 from qianmo.models.road import Road

@@ -12,9 +12,9 @@ import tf_keras
 
 from qianmo.layers.embed import Embed, Embedded
 from qianmo.layers.encode import Encode, Encoded, example
-from qianmo.layers.features import Schema
 from qianmo.layers.inner_loop import AdaptableTower
 from qianmo.layers.meta import Meta
+from qianmo.layers.schema import Schema
 from qianmo.layers.tower import TowerOutput
 
 Targets = Mapping[str, tf.Tensor]

@@ -9,8 +9,8 @@ import tensorflow as tf
 import tf_keras
 
 from qianmo.layers.embed import Embedded
-from qianmo.layers.features import Schema
 from qianmo.layers.losses import binary_cross_entropy
+from qianmo.layers.schema import Schema
 from qianmo.layers.tower import Tower, TowerOutput
 from qianmo.models.ranker import Ranker
 

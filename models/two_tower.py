@@ -14,11 +14,12 @@ from qianmo.layers.domain_column import DomainColumn
 from qianmo.layers.embed import Embedded
 from qianmo.layers.encode import Encoded, completed
 from qianmo.layers.extended import Extended
-from qianmo.layers.features import Categorical, Schema
+from qianmo.layers.features import Categorical
 from qianmo.layers.inner_loop import Support
 from qianmo.layers.item_queue import ItemQueue
 from qianmo.layers.mlp import MLP
 from qianmo.layers.product_tower import ProductTower
+from qianmo.layers.schema import Schema
 from qianmo.layers.seeding import derive_seed, pick_seed
 from qianmo.layers.select import Select
 from qianmo.layers.tower import Tower, TowerOutput

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qianmo.layers.features import Schema
+from qianmo.layers.schema import Schema
 from qianmo.models import cross_domain, ctr, dual_dnn, multi_task, personal, two_tower
 from qianmo.models.dual_dnn import DualDNN
 from qianmo.models.ranker import Ranker

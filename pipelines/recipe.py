@@ -9,8 +9,9 @@ from typing import Any
 
 import tf_keras
 
-from qianmo.layers.features import Schema, from_mapping
+from qianmo.layers.features import from_mapping
 from qianmo.layers.rowwise_adagrad import RowwiseAdagrad
+from qianmo.layers.schema import Schema
 from qianmo.layers.sparse_adam import SparseAdam
 
 # The defaults stand in configs/base.py, where flags can override them.

@@ -30,7 +30,7 @@ from qianmo.layers.encode import Encode, Encoded
 from qianmo.layers.epnet import EPNet
 from qianmo.layers.expert_mixture import ExpertMixture
 from qianmo.layers.extended import Extended
-from qianmo.layers.features import Categorical, Dense, Schema
+from qianmo.layers.features import Categorical, Dense
 from qianmo.layers.fm import FM
 from qianmo.layers.fwfm import FwFM
 from qianmo.layers.gated_tower import GatedTower
@@ -43,6 +43,7 @@ from qianmo.layers.partitioned_norm import PartitionedNorm
 from qianmo.layers.personal_gate import PersonalGate
 from qianmo.layers.ple import PLE
 from qianmo.layers.product_tower import ProductTower
+from qianmo.layers.schema import Schema
 from qianmo.layers.select import Select
 from qianmo.layers.star import StarDense
 from qianmo.layers.star_tower import StarTower

@@ -37,7 +37,8 @@ import pyarrow.parquet as pq
 import tensorflow as tf
 from google.protobuf.message import DecodeError
 
-from qianmo.layers.features import Dense, Keep, Schema
+from qianmo.layers.features import Dense, Keep
+from qianmo.layers.schema import Domain, Schema
 
 Block = dict[str, npt.NDArray[Any]]
 PathLike = str | os.PathLike[str]
@@ -78,8 +79,8 @@ class _Column:
     low: float = -math.inf
     high: float = math.inf
     tells_domain: bool = False
-    only: tuple[int, ...] = ()
-    owners: tuple[int, ...] = ()
+    only: tuple[Domain, ...] = ()
+    owners: tuple[Domain, ...] = ()
     is_label: bool = False
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from qianmo.export.adapted import UNDEFINED
-from qianmo.layers.features import Schema
+from qianmo.layers.schema import Schema
 from qianmo.pipelines.data import readers
 
 

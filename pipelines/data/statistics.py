@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from qianmo.layers.features import Categorical, Dense, Feature, Schema
+from qianmo.layers.features import Categorical, Dense, Feature
+from qianmo.layers.schema import Schema
 from qianmo.pipelines.data import readers
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from absl import logging
 
-from qianmo.layers.features import Schema
+from qianmo.layers.schema import Schema
 from qianmo.pipelines.data import readers
 from qianmo.pipelines.data.readers import Block, DataError
 

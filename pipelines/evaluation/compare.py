@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from qianmo.export.saved_model import export_in_graph
+from qianmo.layers.schema import Domain
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines import run_dir
 from qianmo.pipelines.data import readers
@@ -44,10 +45,10 @@ class Single(NamedTuple):
 
     folder: str
     recipe: Recipe
-    domain: int
+    domain: Domain
 
 
-def has(recipe: Recipe, domain: int, label: str) -> bool:
+def has(recipe: Recipe, domain: Domain, label: str) -> bool:
     """Whether a domain's rows have a label."""
     schema = recipe.schema
     return label in schema.labels and domain in schema.label_domains.get(label, (domain,))
@@ -63,7 +64,7 @@ def read_singles(fused: Recipe, folders: Sequence[str]) -> list[Single]:
     if not fused.schema.domain:
         raise ValueError("The fused model's `schema.domain` should name the column of domains.")
     found: list[Single] = []
-    by: dict[tuple[int, str], str] = {}
+    by: dict[tuple[Domain, str], str] = {}
     for folder in folders:
         recipe = run_dir.read_recipe(folder)
         domains = recipe.schema.only_domains
@@ -138,7 +139,7 @@ def places(
     domain = scored.columns["domain"]
     task_id = scored.columns.get("task_id", np.arange(len(domain)))
     user = np.unique(task_id, return_inverse=True)[1]
-    by: dict[tuple[int, str], tuple[str, Floats]] = {}
+    by: dict[tuple[Domain, str], tuple[str, Floats]] = {}
     for single, own, own_head in alone:
         rows = same_rows(fused, scored, single, own)
         for k, label in enumerate(single.recipe.schema.labels):
@@ -165,7 +166,7 @@ class Member(NamedTuple):
     model: Ranker
     recipe: Recipe
     test: str
-    domain: int | None
+    domain: Domain | None
 
 
 def keys_of_batches(fused: Member, singles: Sequence[Member]) -> list[dict[str, float]]:

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from qianmo.layers import metrics
-from qianmo.layers.features import Schema
 from qianmo.layers.inner_loop import Support
+from qianmo.layers.schema import Schema
 from qianmo.models.two_tower import TwoTower
 from qianmo.pipelines.data import readers
 from qianmo.pipelines.evaluation.task_rows import TaskRows, support_rows

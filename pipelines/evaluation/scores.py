@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from qianmo.layers import metrics
-from qianmo.layers.features import Schema
+from qianmo.layers.schema import Schema
 from qianmo.models.ranker import Ranker
 from qianmo.models.two_tower import TwoTower
 from qianmo.pipelines.data import readers

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any
 
-from qianmo.layers.features import Schema
+from qianmo.layers.schema import Schema
 from qianmo.pipelines.data import readers
 from qianmo.pipelines.serving.clients import Client, RestClient
 from qianmo.pipelines.serving.tensors import Array, to_json

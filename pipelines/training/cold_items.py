@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from qianmo.layers.features import Schema
+from qianmo.layers.schema import Schema
 from qianmo.models.cold_items import ColdItems
 from qianmo.pipelines.data import chunks, readers
 from qianmo.pipelines.evaluation import retrieval

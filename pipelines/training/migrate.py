@@ -24,7 +24,8 @@ import tf_keras
 from qianmo.export.saved_model import TOLERANCE
 from qianmo.layers.domain_mlp import DomainMLP
 from qianmo.layers.expert_mixture import ExpertMixture
-from qianmo.layers.features import Categorical, Dense, Feature, Schema
+from qianmo.layers.features import Categorical, Dense, Feature
+from qianmo.layers.schema import Schema
 from qianmo.models.ranker import Ranker, Weight
 from qianmo.pipelines import run_dir
 from qianmo.pipelines.data import readers

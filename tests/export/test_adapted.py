@@ -18,9 +18,10 @@ from qianmo.export.adapted import (
 )
 from qianmo.export.saved_model import STATUS, ExportError, export_in_graph, op_types, session
 from qianmo.export.support_rows import ID_BASE, FeatureRows
-from qianmo.layers.features import Categorical, Dense, Schema
+from qianmo.layers.features import Categorical, Dense
 from qianmo.layers.inner_loop import Support
 from qianmo.layers.meta import DIVERGED, NO_SUPPORT
+from qianmo.layers.schema import Schema
 from qianmo.models import zoo
 from qianmo.ops.support_store import (
     BAD_LABEL,

@@ -13,8 +13,9 @@ from qianmo.export.personal_towers import (
     fine_tune,
 )
 from qianmo.export.saved_model import STATUS, op_types, session
-from qianmo.layers.features import Categorical, Dense, Schema
+from qianmo.layers.features import Categorical, Dense
 from qianmo.layers.inner_loop import InnerLoop
+from qianmo.layers.schema import Schema
 from qianmo.models import zoo
 
 SCHEMA = Schema(

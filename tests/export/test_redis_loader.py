@@ -24,7 +24,8 @@ from qianmo.export.embedding_shards import StoreError
 from qianmo.export.redis_keys import Redis
 from qianmo.export.saved_model import session
 from qianmo.export.store import export_fed_store, export_store
-from qianmo.layers.features import Categorical, Dense, Schema
+from qianmo.layers.features import Categorical, Dense
+from qianmo.layers.schema import Schema
 from qianmo.models import zoo
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines.serving import predictions

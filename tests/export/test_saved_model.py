@@ -11,7 +11,8 @@ from tensorflow_serving.apis import prediction_log_pb2
 from qianmo.export import saved_model
 from qianmo.export.saved_model import ExportError, export_fed, export_in_graph, op_types, session
 from qianmo.layers.encode import BAD_DENSE, BAD_LENGTH
-from qianmo.layers.features import Categorical, Dense, Schema
+from qianmo.layers.features import Categorical, Dense
+from qianmo.layers.schema import Schema
 from qianmo.models import zoo
 
 SCHEMA = Schema(

@@ -17,7 +17,8 @@ from qianmo.export import store
 from qianmo.export.embedding_shards import StoreError
 from qianmo.export.saved_model import ExportError, Rows, op_types, session
 from qianmo.export.store import export_store
-from qianmo.layers.features import Categorical, Dense, Schema
+from qianmo.layers.features import Categorical, Dense
+from qianmo.layers.schema import Schema
 from qianmo.models import zoo
 from qianmo.models.ranker import Ranker
 

@@ -18,7 +18,7 @@ from qianmo.layers.embed import Embedded
 from qianmo.layers.epnet import EPNet
 from qianmo.layers.expert_mixture import ExpertMixture
 from qianmo.layers.extended import Extended
-from qianmo.layers.features import Categorical, Dense, Schema
+from qianmo.layers.features import Categorical, Dense
 from qianmo.layers.gated_tower import GatedTower
 from qianmo.layers.label_towers import LabelTowers
 from qianmo.layers.mlp import MLP, Layer
@@ -26,6 +26,7 @@ from qianmo.layers.mmoe import MMoE
 from qianmo.layers.partitioned_norm import PartitionedNorm
 from qianmo.layers.personal_gate import PersonalGate
 from qianmo.layers.ple import PLE
+from qianmo.layers.schema import Schema
 from qianmo.layers.seeding import derive_seed
 from qianmo.layers.select import Select
 from qianmo.layers.star import StarDense

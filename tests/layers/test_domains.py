@@ -9,7 +9,8 @@ import tensorflow as tf
 from qianmo.layers.by_domain import by_domain
 from qianmo.layers.embed import Embed, fields_of
 from qianmo.layers.encode import BAD_DENSE, Encode
-from qianmo.layers.features import Categorical, Dense, Schema
+from qianmo.layers.features import Categorical, Dense
+from qianmo.layers.schema import Schema
 from qianmo.layers.select import Select
 
 SCHEMA = Schema(

@@ -6,7 +6,8 @@ import tensorflow as tf
 
 from qianmo.layers.embed import Embed, Embedded, pool
 from qianmo.layers.encode import BAD_DENSE, BAD_LENGTH, Encode
-from qianmo.layers.features import Categorical, Dense, Schema
+from qianmo.layers.features import Categorical, Dense
+from qianmo.layers.schema import Schema
 
 SCHEMA = Schema(
     features=(

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from qianmo.layers.features import Categorical, Dense, Schema
+from qianmo.layers.features import Categorical, Dense
+from qianmo.layers.schema import Schema
 
 
 def schema(*features, **kwargs):
@@ -92,18 +93,18 @@ def test_completeness():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: schema(Dense(name="a"), Dense(name="a")), "feature `a` is declared twice"),
-        (lambda: schema(Dense(name="a"), labels=("y", "y")), "label `y` is declared twice"),
-        (lambda: schema(Dense(name="y")), "`y` is declared both as a label and as a feature"),
+        (lambda: schema(Dense(name="a"), Dense(name="a")), "`a` is declared twice as a feature"),
+        (lambda: schema(Dense(name="a"), labels=("y", "y")), "`y` is declared twice as a label"),
+        (lambda: schema(Dense(name="y")), "`y` is a feature and `y` is a label"),
         (
             lambda: schema(Categorical(name="a", num_ids=2, max_length=3), Dense(name="a_length")),
-            "feature `a_length` is declared twice",
+            "`a_length` is a feature and `a_length` is the length of the list `a`",
         ),
         (lambda: schema(), "at least one feature"),
         (lambda: schema(Dense(name="a"), labels=()), "at least one label"),
         (lambda: Categorical(name="a b"), "letters, digits and underscores.*Received: 'a b'"),
         (lambda: Dense(name="class"), "no Python keyword"),
-        (lambda: schema(Dense(name="a"), labels=("status",)), "nor `self` or `status`"),
+        (lambda: schema(Dense(name="a"), labels=("status",)), "nor one of .*'status'"),
         (lambda: schema(Dense(name="a"), labels="click"), "`labels` should be a list of names"),
         (lambda: Categorical(name="a", dim=0), r"feature `a`: `dim` should be >= 1. Received: 0"),
         (lambda: Categorical(name="a", side="them"), r"`side` should be one of .*Received: 'them'"),
@@ -138,3 +139,92 @@ def test_completeness():
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+LIST = Categorical(name="seen", num_ids=3, max_length=2)
+
+
+@pytest.mark.parametrize(
+    ("features", "arguments", "message"),
+    [
+        ([Dense(name="age"), Dense(name="Age")], {}, "`age` is a feature and `Age` is a feature"),
+        ([LIST, Dense(name="Seen_length")], {}, "`Seen_length` is a feature and `seen_length` is"),
+        (
+            [Dense(name="a"), Dense(name="support_a")],
+            {},
+            "`support_a` is a feature and",
+        ),
+        ([Dense(name="Y")], {}, "`Y` is a feature and `y` is a label"),
+        ([Dense(name="a")], {"task_id": "A"}, "`a` is a feature and `A` is a column that"),
+        ([Dense(name="a")], {"timestamp": "y"}, "`y` is a label and `y` is a column that"),
+        ([TAB, Dense(name="tab_id")], {"domain": "tab"}, "`tab_id` is a feature and the input"),
+        (
+            [LIST, Categorical(name="b", num_ids=3, table="Seen")],
+            {},
+            "tables `seen` and `Seen` differ by case alone",
+        ),
+    ],
+)
+def test_names_that_would_meet_in_a_served_graph_are_refused(features, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        schema(*features, **arguments)
+
+
+def test_a_column_may_have_several_roles():
+    made = schema(TAB, task_id="tab", domain="tab", gauc_by=("tab", "day"), timestamp="at")
+    assert made.domain_feature == TAB
+    schema(Dense(name="a"), task_id="scene", domain="scene")
+
+
+def test_domains_may_be_strings():
+    scene = Categorical(name="scene", dtype="string", vocabulary=("home", "search"))
+    made = schema(scene, Dense(name="a", domains=("search",)), domain="scene")
+    assert made.owners(("search",)) == (False, False, True)
+    assert made.domain_dtype == "string"
+    assert schema(Dense(name="a"), domain="scene", only_domains=("home",)).domain_dtype == "string"
+    with pytest.raises(ValueError, match=r"domains should be string\. Received: 3"):
+        schema(scene, domain="scene", only_domains=(3,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"label_kinds": {"x": "rating"}}, "`label_kinds` should name labels"),
+        ({"label_weights": {"y": -1.0}}, "that of y should be a column or a number >= 0"),
+        ({"label_moments": {"y": (0.0, 0.0)}}, "those of y should be a mean and a variance > 0"),
+        ({"optional_labels": ("x",)}, "`optional_labels` should name labels"),
+        ({"event_id": "e", "task_id": "t"}, "`event_id` needs `task_id` and `timestamp`"),
+        ({"gauc_by": ("day",)}, "`gauc_by`: 'day' needs `timestamp`"),
+        ({"task_id": "a"}, "`task_id` names the feature `a`, which should hold one int64 a row"),
+        ({"task_id": "seen"}, "`task_id` names the feature `seen`"),
+    ],
+)
+def test_roles_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        schema(Dense(name="a"), LIST, **arguments)
+
+
+def test_a_rating_is_complete_with_its_moments():
+    made = schema(Dense(name="a", mean=0.0, variance=1.0), label_kinds={"y": "rating"})
+    assert not made.is_complete
+    made = schema(*made.features, label_kinds={"y": "rating"}, label_moments={"y": (3.5, 1.2)})
+    assert made.is_complete
+    assert made.kind("y") == "rating"
+    assert Schema.from_config(json.loads(json.dumps(made.to_config()))) == made
+
+
+@pytest.mark.parametrize(
+    ("feature", "message"),
+    [
+        ({"name": "a", "dim": "16"}, r"\(a\): `dim` should be int. Received: '16'"),
+        ({"name": "a", "pooling": "avg"}, r"`pooling` should be one of \('mean', 'sum'"),
+        ({"name": "a", "domains": [1.5]}, "`domains` should be a list of int or str"),
+        ({"name": "a", "default": "x"}, "feature `a`: `default` should be int64. Received: 'x'"),
+        ({"name": "a", "max_length": 2, "default": 0}, r"`default` should be \(\). Received: 0"),
+        ({"name": "a", "kind": "dense", "mean": float("inf"), "variance": 1}, "should be finite"),
+        ({"name": "a", "kind": "dense", "default": "0"}, "`default` should be float. Received"),
+    ],
+)
+def test_values_of_another_type_are_refused(feature, message):
+    with pytest.raises(ValueError, match=message):
+        Schema.from_config({"features": [feature], "labels": ["y"]})

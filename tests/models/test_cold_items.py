@@ -9,8 +9,9 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
-from qianmo.layers.features import Categorical, Schema
+from qianmo.layers.features import Categorical
 from qianmo.layers.meta_embedding import MetaEmbedding, warm_up_loss
+from qianmo.layers.schema import Schema
 from qianmo.layers.sparse_adam import SparseAdam
 from qianmo.models import zoo
 from qianmo.models.cold_items import ColdItems

@@ -16,8 +16,9 @@ from qianmo.export import saved_model
 from qianmo.layers.domain_experts import DomainExperts
 from qianmo.layers.domain_mlp import DomainMLP
 from qianmo.layers.domain_towers import DomainTowers
-from qianmo.layers.features import Categorical, Dense, Schema
+from qianmo.layers.features import Categorical, Dense
 from qianmo.layers.partitioned_norm import PartitionedNorm
+from qianmo.layers.schema import Schema
 from qianmo.layers.star import StarLeaves
 from qianmo.layers.tower import Tower, TowerOutput
 from qianmo.models import zoo

@@ -5,8 +5,9 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
-from qianmo.layers.features import Categorical, Dense, Schema
+from qianmo.layers.features import Categorical, Dense
 from qianmo.layers.losses import distillation
+from qianmo.layers.schema import Schema
 from qianmo.layers.sparse_adam import SparseAdam
 from qianmo.models import zoo
 from qianmo.pipelines.training import runtime

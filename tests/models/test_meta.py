@@ -7,9 +7,10 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
-from qianmo.layers.features import Categorical, Dense, Schema
+from qianmo.layers.features import Categorical, Dense
 from qianmo.layers.inner_loop import Support
 from qianmo.layers.meta import DIVERGED, NO_SUPPORT, Meta
+from qianmo.layers.schema import Schema
 from qianmo.layers.sparse_adam import SparseAdam
 from qianmo.layers.tower import Tower
 from qianmo.models import zoo

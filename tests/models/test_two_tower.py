@@ -9,10 +9,11 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
-from qianmo.layers.features import Categorical, Dense, Schema
+from qianmo.layers.features import Categorical, Dense
 from qianmo.layers.inner_loop import InnerLoop, Support
 from qianmo.layers.item_queue import ItemQueue
 from qianmo.layers.product_tower import ProductTower
+from qianmo.layers.schema import Schema
 from qianmo.layers.sparse_adam import SparseAdam
 from qianmo.layers.tower import Tower
 from qianmo.models import zoo

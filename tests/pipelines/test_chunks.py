@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 
-from qianmo.layers.features import Schema
+from qianmo.layers.schema import Schema
 from qianmo.pipelines import run_dir
 from qianmo.pipelines.data.chunks import ChunkReader
 from qianmo.pipelines.recipe import Recipe

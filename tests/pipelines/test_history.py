@@ -13,7 +13,7 @@ import pytest
 
 from qianmo.configs import history as history_config
 from qianmo.configs import movielens_1m as movielens_1m_config
-from qianmo.layers.features import Schema
+from qianmo.layers.schema import Schema
 from qianmo.pipelines.data import readers, statistics
 from qianmo.pipelines.datasets import history, movielens_1m
 

@@ -22,8 +22,8 @@ import tensorflow as tf
 from qianmo.configs.base import base_config
 from qianmo.export.saved_model import op_types, session
 from qianmo.export.store import export_store
-from qianmo.layers.features import Schema
 from qianmo.layers.metrics import log_loss
+from qianmo.layers.schema import Schema
 from qianmo.pipelines import online, run_dir
 from qianmo.pipelines.data import readers
 from qianmo.pipelines.data.readers import DataError

@@ -16,7 +16,7 @@ from absl import flags
 
 from qianmo.configs import kuairand as kuairand_config
 from qianmo.configs import movielens_1m as movielens_1m_config
-from qianmo.layers.features import Schema
+from qianmo.layers.schema import Schema
 from qianmo.pipelines import prepare
 from qianmo.pipelines.data import readers, statistics
 from qianmo.pipelines.datasets import kuairand, movielens_1m

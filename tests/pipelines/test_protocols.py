@@ -12,7 +12,7 @@ import pytest
 
 from qianmo.configs import history as history_config
 from qianmo.configs import movielens_1m_melu
-from qianmo.layers.features import Schema
+from qianmo.layers.schema import Schema
 from qianmo.pipelines.data import readers, statistics
 from qianmo.pipelines.datasets import movielens_1m, protocols
 

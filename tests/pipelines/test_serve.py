@@ -37,7 +37,7 @@ from tensorflow_serving.apis import (
 )
 
 import qianmo.ops.library
-from qianmo.layers.features import Schema
+from qianmo.layers.schema import Schema
 from qianmo.pipelines import predict
 from qianmo.pipelines.serving.clients import Client, RestClient
 from qianmo.pipelines.serving.models import Model

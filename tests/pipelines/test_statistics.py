@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qianmo.layers.features import Dense, Schema
+from qianmo.layers.features import Dense
+from qianmo.layers.schema import Schema
 from qianmo.pipelines.data import readers, statistics
 
 
