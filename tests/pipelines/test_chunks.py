@@ -224,7 +224,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(
     with monkeypatch.context() as patch:
         patch.setattr(run.checkpoints, "save", save)
         with pytest.raises(KilledError):
-            training.train()
+            run.train()
     assert 0 < int(run.position.batch) < run.batches
     training.train(recipe, tmp_path / "stopped")
     whole, stopped = (run_dir.load(tmp_path / name)[0] for name in ("whole", "stopped"))

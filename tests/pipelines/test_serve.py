@@ -39,11 +39,11 @@ from tensorflow_serving.apis import (
 import qianmo.ops.library
 from qianmo.layers.schema import Schema
 from qianmo.pipelines import predict
+from qianmo.pipelines.serving import models as serving_models
+from qianmo.pipelines.serving import tensors as serving_tensors
 from qianmo.pipelines.serving.clients import Client, RestClient
 from qianmo.pipelines.serving.models import Model
 from qianmo.pipelines.serving.server import ModelServer
-from qianmo.pipelines.serving.server import models as serving_models
-from qianmo.pipelines.serving.server import tensors as serving_tensors
 from qianmo.pipelines.serving.signatures import ServingError
 from qianmo.pipelines.serving.tensors import string_array, to_proto
 

@@ -156,7 +156,7 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(finished, data, 
     program = (
         "import json, sys\n"
         "from qianmo.pipelines.recipe import Recipe\n"
-        "from qianmo.pipelines.train import train\n"
+        "from qianmo.pipelines.training.run import train\n"
         f"train(Recipe.from_config(json.load(open({str(asked)!r}))), {str(tmp_path / 'model')!r})\n"
     )
     started = [sys.executable, "-c", program]
