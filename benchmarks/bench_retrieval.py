@@ -56,7 +56,7 @@ def unit(folder: pathlib.Path, variant: str, seed: int, *, quick: bool) -> Mappi
     """Trains one recipe; returns head -> metrics of the test rows."""
     config = movielens_1m_retrieval.get_config(variant)
     paths = {part: str(folder / f"{part}.parquet") for part in PARTS}
-    config.data.train, config.data.items = paths["train"], paths["items"]
+    config.data.train, config.data.catalogue = paths["train"], paths["items"]
     config.data.valid = config.data.test = config.data.test_support = ""
     config.train.seed = seed
     config.train.epochs = EPOCHS

@@ -67,8 +67,9 @@ def get_config(variant: str = "cloth_sport-fused") -> ConfigDict:
         "dropout": 0.3,
         **(SIDES if alone else MODELS[model]),
     }
-    for part in ("train", "valid", "test", "items"):
+    for part in ("train", "valid", "test"):
         config.data[part] = f"runs/amazon_{pair}/{part}.parquet"
+    config.data.catalogue = f"runs/amazon_{pair}/items.parquet"
     config.train.batch_size = 512
     config.train.epochs = 40
     config.train.patience = 3

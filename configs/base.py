@@ -12,8 +12,10 @@ def base_config() -> ConfigDict:
                 "train": "",
                 "valid": "",  # empty: no early stopping
                 "test": "",
-                "test_support": "",  # earlier rows of the test rows' tasks, for towers that adapt
-                "items": "",  # a row for each item, of which a retrieval model finds the next
+                # Earlier rows of the tasks of valid and test, for towers that adapt.
+                "valid_support": "",
+                "test_support": "",
+                "catalogue": "",  # a row for each item, of which a retrieval model finds the next
                 "shuffle_rows": 2**18,  # rows held in memory while shuffling
                 # Batches of chunks, which are consecutive rows of one task.
                 "chunk_rows": 0,  # rows of a chunk; 0: no chunks, batches of shuffled rows
@@ -32,12 +34,15 @@ def base_config() -> ConfigDict:
                 "table_optimizer": {"name": "sparse_adam", "learning_rate": 1e-3},
                 # Of the step sizes that a meta tower learns.
                 "meta_optimizer": {"name": "adam", "learning_rate": 2e-2},
-                "monitor": "auc",  # by which to stop: auc, gauc, log_loss or ndcg_10 (with items)
+                # By which to stop: auc, gauc, log_loss or, with a catalogue, ndcg_10.
+                "monitor": "auc",
+                "monitor_head": "",  # of a model with several; empty: the one that is served
                 "patience": 1,  # epochs without a better one before training stops
                 "checkpoint_every": 500,  # steps
                 "steps_per_call": 16,  # steps that run in the graph between two looks at the host
                 "dtype_policy": "float32",  # or "mixed_bfloat16"
                 "start_from": "",  # a model directory whose weights to start from
+                "start_except": (),  # parts that start new all the same, or are left over there
             },
         }
     )

@@ -61,7 +61,7 @@ def get_config(method: str = "meta") -> ConfigDict:
     config.data.chunk_rows, config.data.chunk_tasks = 100, 64
     config.train.epochs = 6
     # All stands still at the end: the level of all scores moves with the last steps.
-    decay = {"decay_steps": 252}
+    decay = {"decay": 1.0}
     config.train.optimizer = {"name": "adam", "learning_rate": 5e-3, **decay}
     config.train.table_optimizer = {"name": "sparse_adam", "learning_rate": 1e-2, **decay}
     return config

@@ -77,8 +77,9 @@ def get_config(variant: str = "users-meta") -> ConfigDict:
     }
     if use == "sequence":
         config.model.support_feature = "watched"
-    for part in ("train", "valid", "test", "items"):
+    for part in ("train", "valid", "test"):
         config.data[part] = f"{ROWS}/{part}.parquet"
+    config.data.catalogue = f"{ROWS}/items.parquet"
     if use == "users":
         config.data.test_support = f"{ROWS}/test_support.parquet"
         if method == "meta":

@@ -61,6 +61,7 @@ class Ranker(tf_keras.Model):
 
     head_names: tuple[str, ...]
     serving_head: str
+    learns_from_positives = False  # whether rows of positives are enough to learn from
 
     def __init__(
         self,
@@ -259,6 +260,11 @@ class Ranker(tf_keras.Model):
     def metrics(self) -> list[tf_keras.metrics.Metric]:
         """Running means of the loss and its terms, reset by `fit` at each epoch."""
         return list(getattr(self, "_means", {}).values())
+
+    @property
+    def running_means(self) -> Mapping[str, tf_keras.metrics.Mean]:
+        """The loss and its terms by name, as means since the epoch began."""
+        return dict(getattr(self, "_means", {}))
 
     @property
     def starts_trained(self) -> bool:

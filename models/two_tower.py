@@ -69,6 +69,7 @@ class TwoTower(Ranker):
 
     head_names = ("model",)
     serving_head = "model"
+    learns_from_positives = True  # its negatives are other rows' items
 
     def __init__(
         self,

@@ -190,7 +190,7 @@ def run(_: list[str]) -> None:
             if store is not None:
                 store.close()
         elif values.form == "retrieval":
-            items = values.items or data.items
+            items = values.items or data.catalogue
             if not isinstance(model, TwoTower) or not items:
                 raise ValueError("Form retrieval needs a two-tower model, and --items.")
             folder, worst = export_retrieval(

@@ -136,7 +136,7 @@ def run(_: list[str]) -> None:
     from qianmo.pipelines import run_dir
     from qianmo.pipelines.data.streams import FolderStream, Position, RedisStream, Stream
     from qianmo.pipelines.training.online import Online, Pace, alone
-    from qianmo.pipelines.training.run import NotFiniteError
+    from qianmo.pipelines.training.watch import NotFiniteError
 
     values = flags.FLAGS
     if bool(values.folder) == bool(values.redis):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ OPTIMIZERS = {
     "sparse_adam": SparseAdam,
     "rowwise_adagrad": RowwiseAdagrad,
 }
-MONITORS = ("auc", "gauc", "log_loss", "ndcg_10")
+MONITORS = ("auc", "gauc", "log_loss", "rmse", "mae", "ndcg_10")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,8 @@ class Data:
     valid: str
     test: str
     test_support: str
-    items: str = ""
+    valid_support: str = ""
+    catalogue: str = ""
     shuffle_rows: int
     chunk_rows: int
     chunk_tasks: int
@@ -62,6 +64,8 @@ class Train:
     steps_per_call: int
     dtype_policy: str
     start_from: str
+    start_except: tuple[str, ...] = ()
+    monitor_head: str = ""
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "epochs", "patience", "checkpoint_every", "steps_per_call"):
@@ -132,26 +136,35 @@ class Recipe:
         )
         if recipe.train.monitor == "gauc" and not recipe.schema.task_id:
             raise ValueError("`train.monitor` gauc needs `schema.task_id`, whose rows it groups.")
-        if (recipe.train.monitor == "ndcg_10") != bool(recipe.data.items):
+        if (recipe.train.monitor == "ndcg_10") != bool(recipe.data.catalogue):
             raise ValueError(
-                "`train.monitor` should be ndcg_10 with `data.items`, which a retrieval model "
+                "`train.monitor` should be ndcg_10 with `data.catalogue`, which a retrieval model "
                 f"ranks, and only then. Received: {recipe.train.monitor!r}"
             )
-        if recipe.data.items and recipe.model.get("name") != "two_tower":
-            raise ValueError("`data.items` needs the model two_tower, which ranks items.")
-        if recipe.data.items and not recipe.schema.task_id:
-            raise ValueError("`data.items` needs `schema.task_id`, whose known items are left out.")
+        if recipe.data.catalogue and recipe.model.get("name") != "two_tower":
+            raise ValueError("`data.catalogue` needs the model two_tower, which ranks items.")
+        if recipe.data.catalogue and not recipe.schema.task_id:
+            raise ValueError(
+                "`data.catalogue` needs `schema.task_id`, whose known items are left out."
+            )
         if recipe.model.get("name") == "two_tower" and recipe.train.dtype_policy != "float32":
             # The softmax's mask of accidental hits, of tensorflow-recommenders, knows no other.
             raise ValueError("The model two_tower needs `train.dtype_policy` float32.")
-        if recipe.data.test_support:
-            if not recipe.data.test:
-                raise ValueError("`data.test_support` needs `data.test`, whose tasks it supports.")
+        for part in ("valid", "test"):
+            if not getattr(recipe.data, f"{part}_support"):
+                continue
+            if not getattr(recipe.data, part):
+                raise ValueError(
+                    f"`data.{part}_support` needs `data.{part}`, whose tasks it supports."
+                )
             if not recipe.model.get("meta"):
-                raise ValueError("`data.test_support` needs `model.meta`, which says how to adapt.")
-        for role in ("task_id", "timestamp") if recipe.data.chunk_rows else ():
-            if not getattr(recipe.schema, role):
-                raise ValueError(f"`data.chunk_rows` needs `schema.{role}`, to cut chunks by.")
+                raise ValueError(
+                    f"`data.{part}_support` needs `model.meta`, which says how to adapt."
+                )
+        if recipe.data.chunk_rows and not recipe.schema.task_id:
+            raise ValueError("`data.chunk_rows` needs `schema.task_id`, to cut chunks by.")
+        if recipe.train.start_except and not recipe.train.start_from:
+            raise ValueError("`train.start_except` needs `train.start_from`, a trained model.")
         return recipe
 
     def to_config(self) -> dict[str, Any]:
@@ -174,25 +187,45 @@ class _Sections:
     migrate: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def optimizer(config: Mapping[str, Any], where: str) -> Any:
+def optimizer(config: Mapping[str, Any], where: str, steps: int = 0) -> Any:
     """Builds an optimiser from `name` and its arguments.
 
-    With `decay_steps` its learning rate falls to 0 along a cosine within so many steps.
+    With `decay` its learning rate falls to 0 along a cosine, in that share of the run's steps:
+
+        rate(t) = rate * (1 + cos(pi min(t / (decay * steps), 1))) / 2
+
+    Args:
+      config: the arguments.
+      where: key of the recipe, for messages.
+      steps: of the whole run; 0 builds an optimiser whose rate stays.
 
     Raises:
-      ValueError: an unknown name or argument.
+      ValueError: an unknown name or argument, or a value out of range.
     """
     arguments = dict(config)
     name = arguments.pop("name", None)
-    steps = arguments.pop("decay_steps", 0)
+    decay = arguments.pop("decay", 0.0)
+    if "decay_steps" in arguments:
+        raise ValueError(
+            f"`{where}.decay_steps` is now `decay`, a share of the run's steps. "
+            f"Received: {arguments['decay_steps']}"
+        )
     if name not in OPTIMIZERS:
         raise ValueError(
             f"`{where}.name` should be one of {sorted(OPTIMIZERS)}. Received: {name!r}"
         )
+    rate = arguments.get("learning_rate")
+    if not isinstance(rate, int | float) or not 0 < rate < math.inf:
+        raise ValueError(f"`{where}.learning_rate` should be > 0. Received: {rate!r}")
+    if not isinstance(decay, int | float) or not 0 <= decay <= 1:
+        raise ValueError(
+            f"`{where}.decay` should be a share of the run in [0, 1], 0 for a rate that stays. "
+            f"Received: {decay!r}"
+        )
     try:
-        if steps:
-            rate = arguments["learning_rate"]
-            arguments["learning_rate"] = tf_keras.optimizers.schedules.CosineDecay(rate, steps)
+        if decay and steps:
+            falls = max(round(decay * steps), 1)
+            arguments["learning_rate"] = tf_keras.optimizers.schedules.CosineDecay(rate, falls)
         return OPTIMIZERS[name](**arguments)
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"`{where}`: {error}") from error

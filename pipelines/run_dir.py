@@ -2,18 +2,22 @@
 
 asked.json      the recipe as given
 recipe.json     the recipe, schema completed from the training rows
+data.json       the identities of the data sets that the run read
 history.json    one entry for each epoch
 checkpoints/    where a killed run goes on
 weights/        the weights of the best epoch
+serving.json    how a tower adapts in serving, where validation rows chose it
 report.json, report.html, tensorboard/
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -21,10 +25,13 @@ import tf_keras
 
 from qianmo.models import zoo
 from qianmo.models.ranker import Ranker
+from qianmo.pipelines.data.identity import Identity
 from qianmo.pipelines.recipe import Recipe
 
 RECIPE = "recipe.json"
+DATA = "data.json"
 WEIGHTS = "weights"
+SERVING = "serving.json"
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -58,8 +65,31 @@ def plain(value: Any) -> Any:
 
 
 def read_json(path: pathlib.Path, default: Any) -> Any:
-    """Reads a JSON file, or gives `default` where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+    """Reads a JSON file, or gives `default` where there is none.
+
+    Raises:
+      ValueError: the file is no JSON; it was cut or changed.
+    """
+    if not path.exists():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} cannot be read as JSON: {error}. It was cut or changed."
+        ) from None
+
+
+def write_identities(model_dir: str | pathlib.Path, identities: Mapping[str, Identity]) -> None:
+    """Writes down which data a run reads: role in the recipe -> identity."""
+    config = {role: each.to_config() for role, each in identities.items()}
+    write_json(pathlib.Path(model_dir) / DATA, config)
+
+
+def read_identities(model_dir: str | pathlib.Path) -> dict[str, Identity]:
+    """Reads which data a run read; none of a directory that another program wrote."""
+    config = read_json(pathlib.Path(model_dir) / DATA, {})
+    return {role: Identity.from_config(each) for role, each in config.items()}
 
 
 def build(recipe: Recipe) -> Ranker:
@@ -75,24 +105,34 @@ def read_recipe(model_dir: str | pathlib.Path) -> Recipe:
     """Reads a model directory's recipe.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or it cannot be read.
     """
     path = pathlib.Path(model_dir) / RECIPE
-    if not path.exists():
+    config = read_json(path, None)
+    if config is None:
         raise ValueError(f"{model_dir} holds no {RECIPE}; train a model there first.")
-    return Recipe.from_config(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        config["data"].setdefault("catalogue", config["data"].pop("items", ""))  # its former name
+        return Recipe.from_config(config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no recipe: {error}") from error
 
 
-def restore(model: Any, model_dir: str | pathlib.Path) -> Any:
-    """Puts the best epoch's weights into a model; returns the load status.
+def fingerprint(model_dir: str | pathlib.Path) -> str:
+    """Tells trained weights apart: the hash of the index of checksums in their checkpoint.
 
     Raises:
       ValueError: the run has not finished an epoch.
     """
+    index = pathlib.Path(f"{_newest(model_dir)}.index")
+    return hashlib.sha256(index.read_bytes()).hexdigest()
+
+
+def _newest(model_dir: str | pathlib.Path) -> str:
     found = tf.train.latest_checkpoint(str(pathlib.Path(model_dir) / WEIGHTS))
     if found is None:
         raise ValueError(f"{model_dir} holds no weights yet; let the training finish an epoch.")
-    return tf.train.Checkpoint(model=model).restore(found)
+    return found
 
 
 def write(model_dir: str | pathlib.Path, model: Ranker, recipe: Recipe) -> None:
@@ -103,9 +143,90 @@ def write(model_dir: str | pathlib.Path, model: Ranker, recipe: Recipe) -> None:
     write_json(folder / RECIPE, recipe.to_config())
 
 
+def restore(model: Ranker, model_dir: str | pathlib.Path, checkpoint: str = "") -> None:
+    """Puts a run's weights into the model of the same recipe: all of them, or none.
+
+    Args:
+      model: as `build` makes it of the run's recipe.
+      model_dir: of the run.
+      checkpoint: one of its checkpoints; the weights of the best epoch by default.
+
+    Raises:
+      ValueError: no weights yet, damaged ones, or those of another model.
+    """
+    path = checkpoint or _newest(model_dir)
+    try:
+        status = tf.train.Checkpoint(model=model).restore(path)
+        status.assert_existing_objects_matched().expect_partial()
+        names = [name.split("/") for name, _ in tf.train.list_variables(path)]
+        held = {
+            "/".join(parts).removesuffix(_VALUE)
+            for parts in names
+            if parts[0] == "model"
+            and parts[1] not in _OF_TRAINING
+            and ".OPTIMIZER_SLOT" not in parts
+        }
+    except (tf.errors.OpError, AssertionError, IndexError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{path} cannot be read into the model of {model_dir}: {reason} It is damaged, or was "
+            "written by a version of this package whose models were built otherwise: train anew."
+        ) from error
+    known = {f"model/{path}" for path in variables(model)}
+    left = sorted(held - known)
+    if left:
+        raise ValueError(
+            f"{path} holds {len(left)} weights that the model of {model_dir} lacks, such as "
+            f"{left[0]}. It was written by a version of this package whose models were built "
+            "otherwise: train anew."
+        )
+
+
+_VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
+# Attributes of a compiled model that a checkpoint holds beside its parts.
+_OF_TRAINING = {"optimizer", "table_optimizer", "meta_optimizer", "_means"}
+
+
+def restore_optimizers(model_dir: str | pathlib.Path, **optimizers: Any) -> None:
+    """Puts the state that a run's optimisers had at its best epoch into others, built alike.
+
+    Args:
+      model_dir: of the run.
+      **optimizers: as the attributes of the compiled model name them.
+    """
+    wrapped = tf.train.Checkpoint(model=tf.train.Checkpoint(**optimizers))
+    wrapped.restore(_newest(model_dir)).assert_existing_objects_matched().expect_partial()
+
+
+def variables(part: Any) -> dict[str, tf.Variable]:
+    """The variables of a model or a part of one, by their attributes below it."""
+    view = tf.train.TrackableView(part)
+    result: dict[str, tf.Variable] = {}
+    seen = {id(part)}
+    queue = [("", part)]
+    while queue:
+        path, item = queue.pop(0)
+        if isinstance(item, tf.Variable):
+            result[path] = item
+            continue
+        for name, child in view.children(item).items():
+            if id(child) not in seen:
+                seen.add(id(child))
+                queue.append((f"{path}/{name}" if path else name, child))
+    return result
+
+
 def load(model_dir: str | pathlib.Path) -> tuple[Ranker, Recipe]:
-    """Loads a trained model."""
+    """Loads a trained model.
+
+    Raises:
+      ValueError: no run, no weights yet, or damaged ones.
+    """
     recipe = read_recipe(model_dir)
     model = build(recipe)
-    restore(model, model_dir).expect_partial().assert_existing_objects_matched()
+    restore(model, model_dir)
+    chosen = read_json(pathlib.Path(model_dir) / SERVING, None)
+    if model.meta is not None and chosen is not None:
+        model.meta.serving_steps = chosen["inner_steps"]
+        model.meta.min_support = chosen["min_support"]
     return model, recipe

@@ -40,7 +40,9 @@ def run(_: list[str]) -> None:
     from qianmo.pipelines import run_dir
     from qianmo.pipelines.recipe import Recipe
     from qianmo.pipelines.training import migrate
-    from qianmo.pipelines.training.run import NotFiniteError, completed, train
+    from qianmo.pipelines.training.preparing import completed
+    from qianmo.pipelines.training.run import train
+    from qianmo.pipelines.training.watch import NotFiniteError
 
     values = flags.FLAGS
     try:

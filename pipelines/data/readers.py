@@ -272,9 +272,9 @@ def own_errors() -> Iterator[None]:
         raise DataError(found[1]) from None
 
 
-def count_rows(schema: Schema, path: PathLike) -> int:
+def count_rows(schema: Schema, path: PathLike, *, targets: bool = True) -> int:
     """Counts the rows; Parquet's are written in the files, others are read once."""
-    columns = _columns(schema)
+    columns = _columns(schema, targets)
     plan = _plan(columns, path, (0, 1))
     if schema.only_domains:
         kept = {name: column for name, column in columns.items() if column.tells_domain}
@@ -292,7 +292,7 @@ def count_rows(schema: Schema, path: PathLike) -> int:
 def sha256(path: PathLike) -> str:
     """Hash of the files' bytes, one file after the other in the order of their names."""
     digest = hashlib.sha256()
-    for file in _files(path):
+    for file in files(path):
         with file.open("rb") as stream:
             while chunk := stream.read(2**20):
                 digest.update(chunk)
@@ -362,7 +362,7 @@ def _columns(schema: Schema, targets: bool = True) -> dict[str, _Column]:
     return found
 
 
-def _files(path: PathLike) -> list[pathlib.Path]:
+def files(path: PathLike) -> list[pathlib.Path]:
     """The data files at `path`, by name.
 
     Raises:
@@ -370,19 +370,19 @@ def _files(path: PathLike) -> list[pathlib.Path]:
     """
     name = os.fspath(path)
     if os.path.isdir(name):
-        files = [file for file in pathlib.Path(name).iterdir() if has_format(file)]
+        listed = [file for file in pathlib.Path(name).iterdir() if has_format(file)]
         hint = f"The folder holds no file that ends in {', '.join(_READERS)}."
     elif os.path.isfile(name):
-        files = [pathlib.Path(name)]
+        listed = [pathlib.Path(name)]
         hint = ""
     else:
-        files = [pathlib.Path(file) for file in glob.glob(name, recursive=True)]
+        listed = [pathlib.Path(file) for file in glob.glob(name, recursive=True)]
         hint = "There is no such file, folder or glob; check the path."
-    if not files:
+    if not listed:
         raise DataError(f"{name}: no data. {hint}")
-    for file in files:
+    for file in listed:
         _reader(file)
-    return sorted(files)
+    return sorted(listed)
 
 
 def has_format(file: pathlib.Path) -> bool:
@@ -414,15 +414,15 @@ def _plan(columns: Mapping[str, _Column], path: PathLike, shard: tuple[int, int]
     index, count = shard
     if not 0 <= index < count:
         raise ValueError(f"`shard` should be (index, count), 0 <= index < count. Received: {shard}")
-    files = _files(path)
-    by_file = len(files) >= count
-    parts = [part for file in files for part in _parts(file, columns)]
+    found = files(path)
+    by_file = len(found) >= count
+    parts = [part for file in found for part in _parts(file, columns)]
     if all(p.metadata is not None for p in parts) and not any(
         p.metadata.row_group(p.row_group).num_rows for p in parts
     ):
         raise _no_rows(path)
     if by_file:
-        own = set(files[index::count])
+        own = set(found[index::count])
         return _Plan([part for part in parts if part.file in own])
     if len(parts) >= count:
         return _Plan(parts[index::count])

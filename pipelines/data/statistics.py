@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -108,7 +109,12 @@ def _own_rows(schema: Schema, feature: Feature, block: readers.Block) -> Any:
     return np.isin(block[schema.domain], feature.domains) if feature.domains else slice(None)
 
 
-def complete(schema: Schema, path: readers.PathLike) -> Schema:
+def complete(
+    schema: Schema,
+    path: readers.PathLike,
+    *,
+    observe: Callable[[readers.Block], None] | None = None,
+) -> Schema:
     """Counts in one pass what the schema does not give, and checks every row on the way.
 
     Features that share a table are counted together. A vocabulary is ordered by count, largest
@@ -118,11 +124,12 @@ def complete(schema: Schema, path: readers.PathLike) -> Schema:
     Args:
       schema: any schema; returned as it is when nothing is left to count.
       path: the training rows, as for `readers.blocks`. Never give it evaluation rows.
+      observe: sees every block, also where nothing is left to count.
 
     Raises:
       DataError: the rows do not fit the schema, or no value is as frequent as `min_count` asks.
     """
-    if schema.is_complete:
+    if schema.is_complete and observe is None:
         return schema
     counts: dict[str, collections.Counter[Any]] = {
         name: collections.Counter()
@@ -131,6 +138,8 @@ def complete(schema: Schema, path: readers.PathLike) -> Schema:
     }
     moments = {feature.name: _Moments() for feature in schema.dense if feature.mean is None}
     for block in readers.blocks(schema, path):
+        if observe is not None:
+            observe(block)
         for feature in schema.categorical:
             if feature.table not in counts:
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +12,14 @@ import tensorflow as tf
 from qianmo.layers.inner_loop import Support
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines.data import readers
-from qianmo.pipelines.evaluation.scores import Scored, evaluate
+from qianmo.pipelines.evaluation.scores import LOWER_IS_BETTER, Scored, defined_labels, evaluate
 from qianmo.pipelines.evaluation.task_rows import TaskRows, support_rows
 
 SIZES = (1, 2, 5, 10, 20)
 
 
 # Bounds of the groups of tasks by their support rows.
+STEP_FACTORS = (1, 2, 4)
 GROUPS = ((0, 0), (1, 2), (3, 5), (6, 10), (11, 20), (21, None))
 
 
@@ -69,7 +70,7 @@ def score(
                 columns.setdefault(name, []).append(np.asarray(value))
     joined = {name: np.concatenate(values) for name, values in columns.items()}
     heads = {name: np.concatenate(values) for name, values in found.items()}
-    return Scored(heads, joined.pop("labels"), joined)
+    return Scored(heads, defined_labels(joined), joined)
 
 
 def _named(counts: npt.NDArray[np.floating]) -> npt.NDArray[Any]:
@@ -133,6 +134,52 @@ def least_support(curve: Mapping[str, Any]) -> int | None:
             break
         least = k
     return least
+
+
+class Serving(NamedTuple):
+    """How a tower adapts in serving, and how that was chosen.
+
+    Attributes:
+      inner_steps: gradient steps.
+      min_support: labels of which a task has fewer support rows get the plain score.
+      tried: for each number of steps, the metric with all support; "plain" for no adaptation.
+    """
+
+    inner_steps: int
+    min_support: int
+    tried: dict[str, float]
+
+
+def choose(model: Ranker, path: str, support_path: str, monitor: str = "auc") -> Serving:
+    """Chooses steps and least support on rows that training has not seen.
+
+    Steps are the recipe's and 1, 2 and 4 times as many; those with the best mean of the metric over
+    labels win, the fewest of equals. From the least support on, adapting loses no AUC on any label;
+    if it loses however many rows a task has, no task ever has enough.
+
+    Args:
+      model: with `meta`; it is left as chosen.
+      path: rows to score.
+      support_path: support rows of their tasks.
+      monitor: metric of the choice of steps, see `scores.measure`.
+    """
+    assert model.meta is not None
+    meta, sign = model.meta, -1 if monitor in LOWER_IS_BETTER else 1
+    support = support_rows(model, support_path, meta.inner.max_support)
+    meta.min_support = 1
+    tried: dict[str, float] = {}
+    for steps in sorted({1, *(factor * meta.inner.steps for factor in STEP_FACTORS)}):
+        meta.serving_steps = steps
+        most = int(support.count.max(initial=1))
+        report = evaluate(score(model, path, support, [most]), model.schema)
+        for name, head in (("plain", "plain"), (str(steps), str(most))):
+            values = [parts["all"][monitor] for parts in report[head].values()]
+            tried[name] = float(np.nanmean(values))
+    steps = max((int(k) for k in tried if k != "plain"), key=lambda k: (sign * tried[str(k)], -k))
+    meta.serving_steps = steps
+    least = least_support(measure(model, path, support_path)["curve"])
+    meta.min_support = least or meta.inner.max_support + 1
+    return Serving(steps, meta.min_support, tried)
 
 
 def as_served(model: Ranker, steps: int | None, least: int | None) -> Ranker:

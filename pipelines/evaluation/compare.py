@@ -19,7 +19,7 @@ from qianmo.models.ranker import Ranker
 from qianmo.pipelines import run_dir
 from qianmo.pipelines.data import readers
 from qianmo.pipelines.data.replay import columns, first_rows
-from qianmo.pipelines.evaluation import cost, paired, report
+from qianmo.pipelines.evaluation import cost, paired, pictures, report
 from qianmo.pipelines.evaluation.paired import Floats, Place
 from qianmo.pipelines.evaluation.scores import Scored, score
 from qianmo.pipelines.recipe import Recipe
@@ -397,12 +397,12 @@ def body(found: Mapping[str, Any]) -> list[str]:
     entries = found["domains"]
     colour = COLOURS["worse" if paired.seesaw(entries) else "alike"]
     said = html.escape(verdict(entries)).replace("\n", "<br>")
-    pictures = []
+    shown = []
     if any(entry[name] for entry in entries for name in paired.METRICS):
-        pictures.append(report.picture(figure(entries), "differences, with standard errors"))
+        shown.append(pictures.picture(figure(entries), "differences, with standard errors"))
     return [
         f'<p style="color: {colour}; font-weight: bold">{said}</p>',
-        *pictures,
+        *shown,
         _html_table(HEADER, [_cells(entry) for entry in entries]),
         "<h2>Cost</h2>",
         _html_table(*_cost_rows(found["costs"])),

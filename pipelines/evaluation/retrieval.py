@@ -175,14 +175,14 @@ def ranks(
             if (right < 0).any():
                 raise readers.DataError(
                     f"{path}, column `{model.item.name}`: item {ids[right < 0][0]} is not in "
-                    "`data.items`. Add its row there."
+                    "`data.catalogue`. Add its row there."
                 )
             domain = _domain(model, features)
             wrong = items.domain[right] != domain
             if wrong.any():
                 raise readers.DataError(
                     f"{path}, column `{model.item.name}`: item {ids[wrong][0]} is of another "
-                    "domain in `data.items`. Give items of different domains different ids."
+                    "domain in `data.catalogue`. Give items of different domains different ids."
                 )
             task_id = targets["task_id"].numpy()
             rows, places = had.pairs(task_id)
@@ -230,7 +230,7 @@ def of_recipe(model: TwoTower, data: Data, path: str) -> dict[str, Any]:
     if path == data.test:
         support = data.test_support
         others += [other for other in (data.valid, support) if other]
-    return measure(model, path, data.items, others, support)
+    return measure(model, path, data.catalogue, others, support)
 
 
 def table(report: Mapping[str, Any]) -> str:

@@ -10,27 +10,54 @@ import numpy as np
 from tqdm import tqdm
 
 from qianmo.layers import metrics
-from qianmo.layers.schema import Schema
+from qianmo.layers.schema import LabelKind, Schema
 from qianmo.models.ranker import Ranker
 from qianmo.models.two_tower import TwoTower
-from qianmo.pipelines.data import readers
+from qianmo.pipelines.data import look, readers
 from qianmo.pipelines.evaluation import retrieval
 from qianmo.pipelines.recipe import Data
 
 FEWEST_ROWS = 100  # of which a metric is worth a line
+LOWER_IS_BETTER = ("log_loss", "rmse", "mae")
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """Probabilities beside what happened: head -> [N, K], [N, K], and a column each of [N]."""
+    """Predictions beside what happened.
+
+    Attributes:
+      probabilities: head -> probabilities, or means of ratings, [N, K].
+      labels: [N, K]; NaN where a row does not have the label, or its weight for it is 0.
+      columns: what describes the rows, such as `task_id`, [N] each.
+    """
 
     probabilities: Mapping[str, np.ndarray]
     labels: np.ndarray
     columns: Mapping[str, np.ndarray]
 
+    @property
+    def gauc_groups(self) -> np.ndarray | None:
+        """The group of each row for GAUC: that of `schema.gauc_by`, or the task."""
+        return self.columns.get("gauc", self.columns.get("task_id"))
 
-def score(model: Ranker, path: str, batch_size: int = 8192, *, progress: bool = False) -> Scored:
-    """Scores every row of `path`, in file order."""
+
+def score(
+    model: Ranker,
+    path: str,
+    batch_size: int = 8192,
+    *,
+    progress: bool = False,
+    watched: look.Look | None = None,
+) -> Scored:
+    """Scores every row of `path`, in file order.
+
+    Args:
+      model: the model.
+      path: the rows.
+      batch_size: rows scored at a time.
+      progress: whether to show a bar.
+      watched: sees the rows on the way.
+    """
     probabilities: dict[str, list[np.ndarray]] = {name: [] for name in model.head_names}
     columns: dict[str, list[np.ndarray]] = {}
     data = readers.dataset(model.schema, path, batch_size=batch_size)
@@ -42,37 +69,105 @@ def score(model: Ranker, path: str, batch_size: int = 8192, *, progress: bool = 
         for features, targets in data:
             for name, value in predict(features).items():
                 probabilities[name].append(value.numpy())
-            for name, value in targets.items():
-                columns.setdefault(name, []).append(value.numpy())
-            bar.update(len(targets["labels"]))
+            told = {name: value.numpy() for name, value in targets.items()}
+            for name, values in told.items():
+                columns.setdefault(name, []).append(values)
+            if watched is not None:
+                watched.observe(_block(model.schema, features, told))
+            bar.update(len(told["labels"]))
     joined = {name: np.concatenate(parts) for name, parts in columns.items()}
     return Scored(
         {name: np.concatenate(parts) for name, parts in probabilities.items()},
-        joined.pop("labels"),
+        defined_labels(joined),
         joined,
     )
 
 
-def measure(
-    labels: np.ndarray, probabilities: np.ndarray, task_id: np.ndarray | None
-) -> dict[str, float]:
-    """AUC, GAUC, log loss and PCOC of one label on some rows, with the counts behind them.
+def defined_labels(columns: dict[str, np.ndarray]) -> np.ndarray:
+    """Takes the labels out of the targets' columns; those of weight 0 become NaN."""
+    labels = columns.pop("labels")
+    if "label_weights" in columns:
+        labels = np.where(columns["label_weights"] > 0, labels, np.float32(np.nan))
+    return labels
 
-    Rows that do not have the label, where it is NaN, are left out.
+
+def _block(
+    schema: Schema, features: Mapping[str, Any], targets: Mapping[str, np.ndarray]
+) -> readers.Block:
+    """A batch as the reader's block, for `Look`."""
+    block = {name: column.numpy() for name, column in features.items()}
+    for k, label in enumerate(schema.labels):
+        block[label] = targets["labels"][:, k]
+    for role in ("task_id", "timestamp", "event_id", "domain"):
+        if role in targets:
+            block[getattr(schema, role)] = targets[role]
+    return block
+
+
+def mean_loss(schema: Schema, labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Mean over labels of the log loss, or of the squared error in variances for ratings.
+
+    Args:
+      schema: of the rows.
+      labels: [N, K]; NaN where a row does not have the label.
+      predictions: probabilities, or means of ratings, [N, K].
+    """
+    losses = []
+    for k, label in enumerate(schema.labels):
+        is_there = ~np.isnan(labels[:, k])
+        y, p = labels[is_there, k], predictions[is_there, k]
+        if not len(y):
+            continue
+        if schema.kind(label) == "binary":
+            losses.append(metrics.log_loss(y, p))
+        else:
+            losses.append(float(np.mean((y - p) ** 2) / schema.label_moments[label][1]))
+    return float(np.mean(losses)) if losses else float("nan")
+
+
+def measure(
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    groups: np.ndarray | None = None,
+    kind: LabelKind = "binary",
+) -> dict[str, float]:
+    """Metrics of one label on some rows, with the counts behind them.
+
+    Args:
+      labels: [N]; rows that do not have the label, where it is NaN, are left out.
+      predictions: probabilities, or means of a rating, [N].
+      groups: the group of each row for GAUC, [N].
+      kind: of the label.
+
+    Returns:
+      Of a binary label `rows`, `positives`, `rate`, `auc`, `log_loss`, `pcoc`, and `gauc` with
+      groups; of a rating `rows`, `mean`, `mae`, `rmse` and `bias`, the mean of prediction - label.
+      NaN where a metric is not defined.
     """
     is_there = ~np.isnan(labels)
-    labels, probabilities = labels[is_there], probabilities[is_there]
-    task_id = None if task_id is None else task_id[is_there]
+    labels, predictions = labels[is_there], predictions[is_there]
+    groups = None if groups is None else groups[is_there]
+    nan = float("nan")
+    if kind == "rating":
+        errors = predictions.astype(np.float64) - labels
+        return {
+            "rows": len(labels),
+            "mean": float(np.mean(labels)) if len(labels) else nan,
+            "mae": float(np.mean(np.abs(errors))) if len(labels) else nan,
+            "rmse": float(np.sqrt(np.mean(np.square(errors)))) if len(labels) else nan,
+            "bias": float(np.mean(errors)) if len(labels) else nan,
+        }
     is_binary = bool(np.isin(labels, (0, 1)).all())  # ranks of other labels have no AUC
     found = {
         "rows": len(labels),
         "positives": float(labels.sum()),
-        "auc": metrics.auc(labels, probabilities) if is_binary else float("nan"),
-        "log_loss": metrics.log_loss(labels, probabilities),
-        "pcoc": metrics.pcoc(labels, probabilities),
+        "rate": float(labels.mean()) if len(labels) else nan,
+        "auc": metrics.auc(labels, predictions) if is_binary else nan,
+        "log_loss": metrics.log_loss(labels, predictions) if len(labels) else nan,
+        "pcoc": metrics.pcoc(labels, predictions) if len(labels) else nan,
     }
-    if task_id is not None:
-        found["gauc"] = metrics.gauc(labels, probabilities, task_id) if is_binary else float("nan")
+    if groups is not None:
+        found["gauc"] = metrics.gauc(labels, predictions, groups) if is_binary else nan
     return found
 
 
@@ -82,24 +177,21 @@ def _names(values: np.ndarray) -> list[str]:
 
 def evaluate(scored: Scored, schema: Schema) -> dict[str, Any]:
     """All metrics: head -> label -> {"all": ..., "domain": {id: ...}, "group": {name: ...}}."""
-    task_id = scored.columns.get("task_id")
+    groups = scored.gauc_groups
     report: dict[str, Any] = {}
-    for head, probabilities in scored.probabilities.items():
+    for head, predictions in scored.probabilities.items():
         report[head] = {}
         for k, label in enumerate(schema.labels):
-            y, p = scored.labels[:, k], probabilities[:, k]
-            parts: dict[str, Any] = {"all": measure(y, p, task_id)}
+            y, p, kind = scored.labels[:, k], predictions[:, k], schema.kind(label)
+            parts: dict[str, Any] = {"all": measure(y, p, groups, kind)}
             for column in ("domain", "group"):
                 if column in scored.columns:
                     values, inverse = np.unique(scored.columns[column], return_inverse=True)
-                    parts[column] = {
-                        name: measure(
-                            y[inverse == i],
-                            p[inverse == i],
-                            None if task_id is None else task_id[inverse == i],
-                        )
-                        for i, name in enumerate(_names(values))
-                    }
+                    parts[column] = {}
+                    for i, name in enumerate(_names(values)):
+                        own = inverse == i
+                        of_groups = None if groups is None else groups[own]
+                        parts[column][name] = measure(y[own], p[own], of_groups, kind)
             report[head][label] = parts
     return report
 
@@ -126,15 +218,46 @@ def left_out(report: Mapping[str, Any]) -> str:
     return f"({count} lines of fewer than {FEWEST_ROWS} rows left out.)" if count else ""
 
 
+# Metric -> its title, width and format, in the order of a table's columns.
+COLUMNS = {
+    "binary": {
+        "rows": ("rows", 9, ","),
+        "rate": ("rate", 8, ".4f"),
+        "auc": ("AUC", 8, ".4f"),
+        "gauc": ("GAUC", 8, ".4f"),
+        "log_loss": ("log loss", 10, ".4f"),
+        "pcoc": ("PCOC", 8, ".3f"),
+    },
+    "rating": {
+        "rows": ("rows", 9, ","),
+        "mean": ("mean", 9, ".4g"),
+        "mae": ("MAE", 9, ".4f"),
+        "rmse": ("RMSE", 9, ".4f"),
+        "bias": ("bias", 9, ".4f"),
+    },
+}
+
+
+def kind_of(found: Mapping[str, float]) -> str:
+    """Whether metrics are those of a binary label or of a rating."""
+    return "rating" if "rmse" in found else "binary"
+
+
 def table(report: Mapping[str, Any]) -> str:
     """The metrics as text, a line for each head, label and part."""
-    header = f"{'head':<10}{'label':<14}{'rows of':<22}{'rows':>9}{'AUC':>9}{'GAUC':>9}"
-    lines = [header + f"{'log loss':>10}{'PCOC':>8}"]
-    for head, label, name, m in parts_of(report):
-        lines.append(
-            f"{head:<10}{label:<14}{name:<22}{m['rows']:>9,}{m['auc']:>9.4f}"
-            f"{m.get('gauc', float('nan')):>9.4f}{m['log_loss']:>10.4f}{m['pcoc']:>8.3f}"
-        )
+    lines = []
+    for kind, columns in COLUMNS.items():
+        parts = [part for part in parts_of(report) if kind_of(part[3]) == kind]
+        if not parts:
+            continue
+        titles = "".join(f"{title:>{width}}" for title, width, _ in columns.values())
+        lines.append(f"{'head':<10}{'label':<14}{'rows of':<22}{titles}")
+        for head, label, name, m in parts:
+            numbers = "".join(
+                f"{m.get(key, float('nan')):>{width}{shown}}"
+                for key, (_, width, shown) in columns.items()
+            )
+            lines.append(f"{head:<10}{label:<14}{name:<22}{numbers}")
     return "\n".join(filter(None, [*lines, left_out(report)]))
 
 
@@ -146,11 +269,25 @@ class Measured(NamedTuple):
     scored: Scored | None
 
 
-def measured(model: Ranker, data: Data, path: str, progress: bool = False) -> Measured:
-    """Scores a file's rows, or finds their items where the recipe's data has a catalogue."""
-    if data.items:
+def measured(
+    model: Ranker,
+    data: Data,
+    path: str,
+    progress: bool = False,
+    watched: look.Look | None = None,
+) -> Measured:
+    """Scores a file's rows, or finds their items where the recipe's data has a catalogue.
+
+    Args:
+      model: the model.
+      data: of its recipe.
+      path: the rows.
+      progress: whether to show a bar.
+      watched: sees the rows on the way, where they are scored.
+    """
+    if data.catalogue:
         report = retrieval.of_recipe(cast(TwoTower, model), data, path)
         return Measured(report, retrieval.table(report), None)
-    scored = score(model, path, progress=progress)
+    scored = score(model, path, progress=progress, watched=watched)
     report = evaluate(scored, model.schema)
     return Measured(report, table(report), scored)

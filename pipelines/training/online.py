@@ -25,7 +25,7 @@ from qianmo.pipelines.data.streams import Position, Stream
 from qianmo.pipelines.evaluation.scores import measure
 from qianmo.pipelines.recipe import optimizer
 from qianmo.pipelines.training import runtime
-from qianmo.pipelines.training.run import NotFiniteError
+from qianmo.pipelines.training.watch import NotFiniteError
 
 _KEPT_ENTRIES = 1000  # of windows and versions, in the report
 
@@ -97,14 +97,14 @@ def hot_start(
         )
     made = []
     for part in ("optimizer", "table_optimizer", "meta_optimizer"):
-        config = {k: v for k, v in getattr(recipe.train, part).items() if k != "decay_steps"}
+        config = {k: v for k, v in getattr(recipe.train, part).items() if k != "decay"}
         made.append(optimizer(config, f"train.{part}"))
     model.compile(*made)
     # The state is kept by the variables' places among those that were trained.
     for used, variables in model.trained_by():
         used.build(variables)
     kept = {"optimizer": model.optimizer, "meta_optimizer": model.meta_optimizer}
-    run_dir.restore(tf.train.Checkpoint(**kept), model_dir).expect_partial()
+    run_dir.restore_optimizers(model_dir, **kept)
     own = recipe.train.optimizer["learning_rate"]
     model.optimizer.learning_rate = own if learning_rate is None else learning_rate
     model.freeze_teacher()

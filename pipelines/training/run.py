@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import pathlib
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tf_keras
-from tqdm import tqdm
 
 from qianmo.models import zoo
-from qianmo.models.ranker import Ranker
-from qianmo.pipelines import run_dir
-from qianmo.pipelines.data import chunks, readers, statistics
-from qianmo.pipelines.evaluation import adapted, report, retrieval
-from qianmo.pipelines.evaluation.scores import measured, table
+from qianmo.models.ranker import Ranker, Weight
+from qianmo.pipelines import locks, run_dir
+from qianmo.pipelines.data import chunks, look, readers
+from qianmo.pipelines.evaluation import adapted, report
+from qianmo.pipelines.evaluation.scores import LOWER_IS_BETTER, mean_loss, measured, table
 from qianmo.pipelines.recipe import Recipe, optimizer
-from qianmo.pipelines.training import migrate, runtime
+from qianmo.pipelines.training import inputs, migrate, restore, runtime
+from qianmo.pipelines.training.preparing import check_learnable, looked, read_looks, write_looks
+from qianmo.pipelines.training.watch import Curve, NotFiniteError, Watch
 
 ASKED = "asked.json"  # the recipe as given, before anything was counted
+HISTORY = "history.json"
+CURVE = "curve.json"
+REPORT = "report.json"
+MAX_STILL = 0.1  # share of a run whose learning rate may be 0 without a word
+_QUICK_ROWS = 4096  # of the validation rows, measured within an epoch
 
 
-class NotFiniteError(ArithmeticError):
-    """The loss was NaN or infinite."""
-
-
-class _Position(tf.Module):
+class Position(tf.Module):
     """Where a run stands: finished epochs, and batches done in the present one."""
 
     def __init__(self) -> None:
@@ -40,118 +41,56 @@ class _Position(tf.Module):
         self.batch = tf.Variable(0, dtype=tf.int64, trainable=False)
 
 
-class _Watch(tf_keras.callbacks.Callback):
-    """Within an epoch: progress bar, checkpoints, and a halt when the loss is not finite."""
-
-    def __init__(self, run: Run, first_batch: int, total: int) -> None:
-        super().__init__()
-        self.run = run
-        self.first_batch = first_batch
-        self.total = total
-        self.steady: tuple[float, int] | None = None  # time and batch after the first call
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        size = self.run.batch_rows
-        self.bar = tqdm(
-            desc=f"epoch {int(self.run.position.epoch) + 1}/{self.run.recipe.train.epochs}",
-            total=self.total * size,
-            initial=self.first_batch * size,
-            unit=" samples",
-            unit_scale=True,
-            mininterval=0.5,
-        )
-
-    def on_train_batch_end(self, batch: int, logs: Mapping[str, float] | None = None) -> None:
-        run = self.run
-        done = self.first_batch + batch + 1
-        bad = int(run.model.first_bad_step)
-        if bad >= 0:
-            run.stop_at(bad)
-        self.bar.set_postfix_str(f"loss {(logs or {}).get('loss', float('nan')):.4f}")
-        self.bar.update(done * run.batch_rows - self.bar.n)
-        if self.steady is None:
-            self.steady = (time.perf_counter(), done)
-        every = run.recipe.train.checkpoint_every
-        if done // every > int(run.position.batch) // every and done < self.total:
-            run.position.batch.assign(done)
-            run.checkpoints.save()
-
-    def on_train_end(self, logs: Any = None) -> None:
-        self.bar.close()
-
-    def samples_per_second(self) -> float:
-        """Throughput without the first call, which traces the graph."""
-        if self.steady is None or self.steady[1] >= self.total:
-            return float("nan")
-        seconds = time.perf_counter() - self.steady[0]
-        return (self.total - self.steady[1]) * self.run.batch_rows / seconds
-
-
-def completed(recipe: Recipe) -> Recipe:
-    """The recipe with what is counted: by the model it starts from, or the training rows."""
-    schema, migrated = recipe.schema, recipe.migrate
-    if recipe.train.start_from:
-        start = run_dir.read_recipe(recipe.train.start_from).schema
-        schema = statistics.inherit(schema, start)
-        differs = [n for n, t in schema.tables.items() if start.tables.get(n) != t]
-        if differs:
-            raise ValueError(
-                f"tables {differs} are not those of {recipe.train.start_from}: their weights "
-                "would land on other rows. Declare the same features, or start afresh."
-            )
-    else:
-        schema = statistics.without_empty_domains(schema, recipe.data.train)
-    schema = migrate.with_moments(schema, migrated)
-    counted = statistics.complete(schema, recipe.data.train)
-    return dataclasses.replace(recipe, schema=migrate.with_values(schema, counted, migrated))
-
-
 class Run:
     """One training run in a model directory.
 
     Args:
       recipe: what to train; vocabularies are counted from its training rows where not given.
-      model_dir: where everything goes. A run of the same recipe there is continued.
+      model_dir: where everything goes. A run of the same recipe on the same data is continued.
 
     Raises:
-      ValueError: the directory holds a run of another recipe.
-      readers.DataError: bad rows.
+      ValueError: the directory holds a run of another recipe, or on other data.
+      readers.DataError: bad rows, or rows of which nothing can be learned.
     """
 
     def __init__(self, recipe: Recipe, model_dir: str | pathlib.Path) -> None:
         runtime.settle()
         self.dir = pathlib.Path(model_dir)
         train = recipe.train
-        optimizers = (
-            optimizer(train.optimizer, "train.optimizer"),
-            optimizer(train.table_optimizer, "train.table_optimizer"),
-            optimizer(train.meta_optimizer, "train.meta_optimizer"),
-        )
+        for key in ("optimizer", "table_optimizer", "meta_optimizer"):
+            optimizer(getattr(train, key), f"train.{key}")  # refused before any work
         zoo.check(recipe.model)
-        for path in (recipe.data.valid, recipe.data.test, recipe.data.test_support):
-            if path:
-                readers.count_rows(recipe.schema, path)
-        if recipe.data.items:
-            items = retrieval.item_schema(recipe.schema)
-            readers.blocks(items, recipe.data.items, targets=False)  # which looks at the columns
-        self.recipe = self._known(recipe) or completed(recipe)
+        known = self._known(recipe)
+        with inputs.opened(recipe) as self.inputs:  # whose files are hashed while rows are read
+            if known is None:
+                self.recipe, self.looks = looked(recipe)
+            else:
+                self.recipe, self.looks = known, read_looks(self.dir)
+            self.identities = self.inputs.identities()
+        if known is not None:
+            self._check_same_data()
         self.model: Ranker = run_dir.build(self.recipe)
-        if train.start_from:
-            # The layers alone: a checkpoint of the model would hand on its optimisers' state too.
-            layers = {
-                name: part
-                for name, part in vars(self.model).items()
-                if isinstance(part, tf_keras.layers.Layer)
-            }
-            status = run_dir.restore(tf.train.Checkpoint(**layers), train.start_from)
-            status.assert_nontrivial_match().expect_partial()
-        elif self.model.starts_trained:
-            raise ValueError("`model.teacher_frozen` needs `train.start_from`, a trained teacher.")
-        slowed = migrate.start(self.recipe, self.model)
-        self.model.compile(*optimizers, slowed, steps_per_execution=train.steps_per_call)
+        if known is None:
+            check_learnable(self.recipe, self.model, self.looks)
+        self.monitor_head = train.monitor_head or self.model.serving_head
+        if self.monitor_head not in self.model.head_names:
+            raise ValueError(
+                f"`train.monitor_head` should be one of {self.model.head_names}. "
+                f"Received: {train.monitor_head!r}"
+            )
+        self._read_batches()
+        slowed = self._start(fresh=known is None)
+        steps = self.batches * train.epochs
+        self.model.compile(
+            optimizer(train.optimizer, "train.optimizer", steps),
+            optimizer(train.table_optimizer, "train.table_optimizer", steps),
+            optimizer(train.meta_optimizer, "train.meta_optimizer", steps),
+            slowed,
+            steps_per_execution=train.steps_per_call,
+        )
         for used, variables in self.model.trained_by():
             used.build(variables)
-        self.position = _Position()
+        self.position = Position()
         self.checkpoints = tf.train.CheckpointManager(
             tf.train.Checkpoint(
                 model=self.model,
@@ -167,28 +106,18 @@ class Run:
             tf.train.Checkpoint(model=self.model), str(self.dir / run_dir.WEIGHTS), max_to_keep=1
         )
         self.history: list[dict[str, Any]] = []
-        if self.checkpoints.restore_or_initialize():
-            self.history = run_dir.read_json(self.dir / "history.json", [])
+        self.curve = Curve(run_dir.read_json(self.dir / CURVE, []), steps)
+        if self._go_on():
+            self.history = run_dir.read_json(self.dir / HISTORY, [])
             # An epoch may have been written down just before the kill, and its checkpoint not.
             self.history = self.history[: int(self.position.epoch)]
             epoch, batch = int(self.position.epoch), int(self.position.batch)
             print(f"Going on after {epoch} epochs and {batch} batches.")
-        self.rows = readers.count_rows(self.recipe.schema, self.recipe.data.train)
-        self.batch_rows: float = train.batch_size  # on average, where chunks differ
-        self.batches = math.ceil(self.rows / train.batch_size)  # an epoch
-        data = self.recipe.data
-        self.chunks: chunks.ChunkReader | None = None
-        if data.chunk_rows:
-            self.chunks = chunks.ChunkReader(
-                self.recipe.schema, data.train, rows=data.chunk_rows, tasks=data.chunk_tasks
-            )
-            chunked_rows = self.rows / self.chunks.num_batches()
-            if data.chunks_beside:
-                self.batch_rows += chunked_rows
-            else:
-                self.batch_rows, self.batches = chunked_rows, self.chunks.num_batches()
-        if not (self.dir / run_dir.RECIPE).exists():  # all that can be refused has been looked at
+        self.curve.cut(int(self.position.epoch) * self.batches + int(self.position.batch))
+        if known is None:  # all that can be refused has been looked at
             run_dir.write_json(self.dir / ASKED, recipe.to_config())
+            write_looks(self.dir, self.looks)
+            run_dir.write_identities(self.dir, self.identities)
             run_dir.write_json(self.dir / run_dir.RECIPE, self.recipe.to_config())
 
     def _known(self, recipe: Recipe) -> Recipe | None:
@@ -210,6 +139,78 @@ class Run:
             )
         return run_dir.read_recipe(self.dir)
 
+    def _check_same_data(self) -> None:
+        """Refuses to go on with other data than the run began with.
+
+        Raises:
+          ValueError: a data set is another one.
+        """
+        differs = inputs.differences(run_dir.read_identities(self.dir), self.identities)
+        if not differs:
+            return
+        is_over = (self.dir / REPORT).exists()
+        raise ValueError(
+            f"{self.dir} {'is finished; the data changed since' if is_over else 'saw other data'}: "
+            + "; ".join(differs)
+            + ". Nothing was trained. To learn the new rows from these weights, give another "
+            f"--model_dir and --config.train.start_from={self.dir}; to train afresh, another "
+            "--model_dir alone."
+        )
+
+    def _start(self, *, fresh: bool) -> list[tuple[Weight, float]]:
+        """Takes weights from trained models as the recipe says; returns those that are slowed."""
+        train = self.recipe.train
+        if train.start_from:
+            if fresh:
+                other, _ = run_dir.load(train.start_from)
+                tf_keras.mixed_precision.set_global_policy(train.dtype_policy)
+                found = restore.match(self.model, other, train.start_from, train.start_except)
+                restore.take(found)
+                print("\n".join(found.lines()))
+        elif self.model.starts_trained:
+            raise ValueError("`model.teacher_frozen` needs `train.start_from`, a trained teacher.")
+        return migrate.start(self.recipe, self.model)
+
+    def _go_on(self) -> bool:
+        """Restores the newest checkpoint that can be read; tells whether there was one.
+
+        Raises:
+          ValueError: there are checkpoints, and none can be read.
+        """
+        paths = self.checkpoints.checkpoints
+        for path in reversed(paths):
+            try:
+                status = self.checkpoints.checkpoint.restore(path)
+                status.assert_existing_objects_matched()
+            except (tf.errors.OpError, AssertionError, IndexError, ValueError) as error:
+                reason = str(error).strip().splitlines()[0]
+                print(f"warning: {path} cannot be read: {reason} The one before it is tried.")
+                continue
+            return True
+        if paths:
+            raise ValueError(
+                f"{self.dir / 'checkpoints'}: none of {len(paths)} checkpoints can be read. Train "
+                "afresh in another --model_dir."
+            )
+        return False
+
+    def _read_batches(self) -> None:
+        """Finds how many batches an epoch has, and reads the rows of chunks."""
+        train, data = self.recipe.train, self.recipe.data
+        self.rows = self.identities["train"].rows
+        self.batch_rows: float = train.batch_size  # on average, where chunks differ
+        self.batches = math.ceil(self.rows / train.batch_size)  # an epoch
+        self.chunks: chunks.ChunkReader | None = None
+        if data.chunk_rows:
+            self.chunks = chunks.ChunkReader(
+                self.recipe.schema, data.train, rows=data.chunk_rows, tasks=data.chunk_tasks
+            )
+            chunked_rows = self.rows / self.chunks.num_batches()
+            if data.chunks_beside:
+                self.batch_rows += chunked_rows
+            else:
+                self.batch_rows, self.batches = chunked_rows, self.chunks.num_batches()
+
     def _dataset(self, epoch: int, skip: int) -> tf.data.Dataset:
         data, train = self.recipe.data, self.recipe.train
         if self.chunks is not None:
@@ -229,74 +230,136 @@ class Run:
             skip_batches=skip,
         )
 
-    def stop_at(self, step: int) -> None:
-        """Raises, with the columns of the batch of that step.
+    def _stop_at(self, step: int) -> None:
+        """Raises, after a print of the columns of that step's batch.
 
         Raises:
           NotFiniteError: always.
         """
         epoch, batch = divmod(step, self.batches)
         features, targets = next(iter(self._dataset(epoch, batch)))
-        lines = []
+        print(f"The batch of step {step}:")
         for name, column in {**features, **targets}.items():
             values = column.numpy()
             if values.dtype.kind in "OSU":
-                lines.append(f"  {name}: {len(np.unique(values.astype(str)))} different strings")
+                print(f"  {name}: {len(np.unique(values.astype(str)))} different strings")
             else:
-                lines.append(
-                    f"  {name}: min {values.min()}, max {values.max()}, "
-                    f"not finite {int((~np.isfinite(values.astype(np.float64))).sum())}"
-                )
+                bad = int((~np.isfinite(values.astype(np.float64))).sum())
+                print(f"  {name}: min {values.min()}, max {values.max()}, not finite {bad}")
         raise NotFiniteError(
-            f"The loss was not finite at step {step} (epoch {epoch + 1}, batch {batch}). "
-            "A lower learning rate is the usual remedy. "
-            "The batch's columns:\n" + "\n".join(lines)
+            f"the loss was not finite at step {step} (epoch {epoch + 1}, batch {batch}), whose "
+            "batch is shown above. A lower learning rate is the usual remedy."
         )
 
     def _best(self) -> int:
         """Index of the epoch with the best monitored value; the newest where none has one."""
         values = [entry["monitor"] for entry in self.history]
         known = [i for i, value in enumerate(values) if value is not None]
-        sign = -1 if self.recipe.train.monitor == "log_loss" else 1
+        sign = -1 if self.recipe.train.monitor in LOWER_IS_BETTER else 1
         return max(known, key=lambda i: sign * values[i], default=len(values) - 1)
+
+    def _save(self, batch: int) -> None:
+        """Writes a checkpoint after a batch of the epoch."""
+        self.position.batch.assign(batch)
+        self.checkpoints.save()
+        run_dir.write_json(self.dir / CURVE, self.curve.points)
 
     def _epoch(self, epoch: int) -> None:
         train, data = self.recipe.train, self.recipe.data
-        total = self.batches
+        self.inputs.check_unchanged()
         first = int(self.position.batch)
-        watch = _Watch(self, first, total)
+        watch = Watch(
+            f"epoch {epoch + 1}/{train.epochs}",
+            steps=self.batches,
+            first=first,
+            before=epoch * self.batches,
+            rows=self.batch_rows,
+            checkpoint_every=train.checkpoint_every,
+            save=self._save,
+            curve=self.curve,
+            quick=self._quick(),
+        )
         start = time.perf_counter()
         fitted = self.model.fit(
             self._dataset(epoch, first),
-            steps_per_epoch=total - first,
+            steps_per_epoch=self.batches - first,
             verbose=0,
             callbacks=[watch],
         )
+        if int(self.model.first_bad_step) >= 0:
+            self._stop_at(int(self.model.first_bad_step))
         entry: dict[str, Any] = {
             "epoch": epoch + 1,
-            "step": (epoch + 1) * total,
+            "step": (epoch + 1) * self.batches,
             "seconds": time.perf_counter() - start,
             "samples_per_second": watch.samples_per_second(),
             "train": {name: float(values[-1]) for name, values in fitted.history.items()},
             "monitor": None,
         }
         if data.valid:
-            entry["valid"] = {
-                head: {label: parts["all"] for label, parts in labels.items()}
-                for head, labels in measured(self.model, data, data.valid).report.items()
-            }
-            found = entry["valid"][self.model.serving_head]
-            mean = float(np.mean([m[train.monitor] for m in found.values()]))
-            entry["monitor"] = mean if math.isfinite(mean) else None  # one class has no AUC
+            entry |= self._validated()
         self.history.append(entry)
         self._tensorboard(entry)
         if self._best() == len(self.history) - 1:
             self.best.save()
-        run_dir.write_json(self.dir / "history.json", self.history)
+        run_dir.write_json(self.dir / HISTORY, self.history)
         self.position.epoch.assign(epoch + 1)
-        self.position.batch.assign(0)
-        self.checkpoints.save()
+        self._save(0)
         print(report.epoch_line(entry))
+
+    def _quick(self) -> Callable[[], Mapping[str, float]] | None:
+        """Log loss of some validation rows, for the curve; None where there are no such rows."""
+        data, schema = self.recipe.data, self.recipe.schema
+        if not data.valid or data.catalogue:
+            return None
+        features, targets = next(iter(readers.dataset(schema, data.valid, batch_size=_QUICK_ROWS)))
+        predict = self.model.probabilities.get_concrete_function(readers.signature(schema)[0])
+
+        def measure() -> dict[str, float]:
+            found = predict(features)[self.model.serving_head]
+            return {"valid": mean_loss(schema, targets["labels"].numpy(), found.numpy())}
+
+        return measure
+
+    def _validated(self) -> dict[str, Any]:
+        """Metrics of the validation rows, and the monitored one: the mean over labels with one."""
+        train, data = self.recipe.train, self.recipe.data
+        found = measured(self.model, data, data.valid).report
+        if data.valid_support and not data.catalogue:
+            most = adapted.measure(self.model, data.valid, data.valid_support)["test"]
+            found |= {"adapted": most["adapted"]}
+        valid = {
+            head: {label: parts["all"] for label, parts in labels.items()}
+            for head, labels in found.items()
+        }
+        head = self.monitor_head
+        if "adapted" in valid and head == self.model.serving_head:
+            head = "adapted"  # what is served
+        values = {label: m[train.monitor] for label, m in valid[head].items()}
+        defined = [value for value in values.values() if math.isfinite(value)]
+        undefined = [label for label, value in values.items() if not math.isfinite(value)]
+        if undefined and not self.history:
+            print(
+                f"note: {train.monitor} of {undefined} is not defined on the validation rows; the "
+                "others decide."
+            )
+        return {"valid": valid, "monitor": float(np.mean(defined)) if defined else None}
+
+    def _choose_serving(self) -> None:
+        """Chooses how the tower adapts in serving, where the recipe leaves it to the rows."""
+        data, meta = self.recipe.data, self.model.meta
+        if meta is None or not data.valid_support or data.catalogue:
+            return
+        if self.recipe.model["meta"].keys() & {"serving_steps", "min_support"}:
+            return  # the recipe says how
+        monitor = self.recipe.train.monitor
+        chosen = adapted.choose(self.model, data.valid, data.valid_support, monitor)
+        run_dir.write_json(self.dir / run_dir.SERVING, chosen._asdict())
+        tried = ", ".join(f"{steps}: {value:.4f}" for steps, value in chosen.tried.items())
+        print(
+            f"In serving {chosen.inner_steps} steps, from {chosen.min_support} support rows on "
+            f"({monitor} on data.valid by steps: {tried})."
+        )
 
     def _tensorboard(self, entry: Mapping[str, Any]) -> None:
         writer = tf.summary.create_file_writer(str(self.dir / "tensorboard"))
@@ -316,44 +379,55 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         """Trains to the end, evaluates, writes the reports; returns what report.json holds."""
+        if self._is_over() and (self.dir / REPORT).exists():
+            print(f"Finished before. Report: {self.dir / 'report.html'}")
+            return dict(run_dir.read_json(self.dir / REPORT, {}))
         with readers.own_errors():
             while not self._is_over():
                 self._epoch(len(self.history))
-        self.best.restore_or_initialize()
+        self.inputs.check_unchanged()
+        run_dir.restore(self.model, self.dir)
         data = self.recipe.data
+        self._choose_serving()
         found: dict[str, Any] = {
             "recipe": run_dir.read_json(self.dir / ASKED, {}),
-            "data_sha256": {
-                name: readers.sha256(path)
-                for name, path in (
-                    ("train", data.train),
-                    ("valid", data.valid),
-                    ("test", data.test),
-                    ("test_support", data.test_support),
-                    ("items", data.items),
-                )
-                if path
-            },
-            "rows": {"train": self.rows},
+            "data": {role: each.to_config() for role, each in self.identities.items()},
+            "look": {role: each.to_config() for role, each in self.looks.items()},
+            "rows": {role: each.rows for role, each in self.identities.items()},
+            "test_labels": list(self.recipe.schema.labels),
             "history": self.history,
+            "curve": self.curve.points,
             "parameters": report.parameters(self.model),
             "latency_ms": report.latency(self.model),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
         scored = None
         if data.test:
-            found["rows"]["test"] = readers.count_rows(self.recipe.schema, data.test)
-            found["test"], text, scored = measured(self.model, data, data.test, progress=True)
+            watched = look.Look(self.recipe.schema)
+            found["test"], text, scored = measured(
+                self.model, data, data.test, progress=True, watched=watched
+            )
+            if watched.rows:
+                summary = watched.summary(self.recipe.schema, self.looks["train"])
+                found["look"]["test"] = summary.to_config()
+                found["drift"] = look.drift(self.looks["train"], summary)
+                print(f"data.test: {data.test}: {look.table(summary, found['drift'])}")
             print(text)
-        if data.test_support and not data.items:
+        if data.test_support and not data.catalogue:
             found["adapted"] = adapted.measure(self.model, data.test, data.test_support)
             print(table(found["adapted"]["test"]))
-        run_dir.write_json(self.dir / "report.json", found)
+        self.inputs.check_unchanged()
+        run_dir.write_json(self.dir / REPORT, found)
         report.write_html(self.dir / "report.html", found, scored)
         print(f"Report: {self.dir / 'report.html'}")
         return found
 
 
 def train(recipe: Recipe, model_dir: str | pathlib.Path) -> dict[str, Any]:
-    """Trains a recipe in a model directory; see `Run`."""
-    return Run(recipe, model_dir).train()
+    """Trains a recipe in a model directory; see `Run`.
+
+    Raises:
+      ValueError: another process trains there; see also `Run`.
+    """
+    with locks.alone(model_dir, "trains"):
+        return Run(recipe, model_dir).train()

@@ -173,7 +173,7 @@ def config(data: pathlib.Path, **changes: Any) -> dict[str, Any]:
             "valid": "",
             "test": "",
             "test_support": "",
-            "items": "",
+            "catalogue": "",
             "shuffle_rows": 500,
             "chunk_rows": 7,
             "chunk_tasks": 5,

@@ -61,8 +61,9 @@ def trained(
     counts = {"user_id": USERS, "domain": 2}
     for feature in config.schema.features:
         feature["num_ids"] = counts.get(feature["name"], 2 * ITEMS + 1)
-    for part in ("train", "valid", "test", "items"):
+    for part in ("train", "valid", "test"):
         config.data[part] = str(data / f"{part}.parquet")
+    config.data.catalogue = str(data / "items.parquet")
     config.model.embedding_l2, config.model.dropout = 0.0, 0.0  # some 1,000 rows are few enough
     config.train.batch_size, config.train.epochs, config.train.patience = 64, 8, 8
     for name in ("optimizer", "table_optimizer"):
@@ -106,7 +107,7 @@ def test_the_export_recommends_items_of_the_user_s_domain(
 ) -> None:
     model, recipe, _ = trained
     rows = first_rows(model.schema, recipe.data.test, 60)
-    items = retrieval.item_rows(model, recipe.data.items)
+    items = retrieval.item_rows(model, recipe.data.catalogue)
     folder, worst = export_retrieval(model, tmp_path / "two_tower", rows, items, best=5)
     assert worst <= 1e-6
     assert export_in_graph(model, tmp_path / "scores", rows)[1] <= 1e-6
@@ -160,7 +161,7 @@ def test_refusals(
     pq.write_table(wrong, tmp_path / "wrong.parquet")
     with pytest.raises(readers.DataError, match=r"item \d+ is of another domain"):
         retrieval.measure(
-            model, str(tmp_path / "wrong.parquet"), recipe.data.items, [recipe.data.train]
+            model, str(tmp_path / "wrong.parquet"), recipe.data.catalogue, [recipe.data.train]
         )
     with pytest.raises(readers.DataError, match=r"`pair` should name two domains.*'left_down'"):
         amazon_cdr.amazon_cdr(data.parent, tmp_path / "new", pair="left_down")

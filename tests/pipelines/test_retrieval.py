@@ -92,8 +92,9 @@ def recipe(folder: pathlib.Path, *, listed: bool, weight: float = 1.0) -> Recipe
         "embedding_stddev": 0.1,
         "meta": {"inner": {"steps": 3, "step_size": 0.5}, "weight": weight},
     }
-    for part in ("train", "valid", "test", "items"):
+    for part in ("train", "valid", "test"):
         config.data[part] = str(folder / f"{part}.parquet")
+    config.data.catalogue = str(folder / "items.parquet")
     if listed:
         config.model.support_feature = "last"
     else:
@@ -171,7 +172,7 @@ def test_ranks_are_those_of_a_loop(trained: Trained, data: pathlib.Path) -> None
 def test_the_export_answers_as_keras_by_stock_ops(trained: Trained, tmp_path: pathlib.Path) -> None:
     model, read, _, _ = trained
     rows = first_rows(model.schema, read.data.test, 20)
-    items = retrieval.item_rows(model, read.data.items)
+    items = retrieval.item_rows(model, read.data.catalogue)
     folder, worst = export_retrieval(model, tmp_path / "two_tower", rows, items, best=5)
     assert worst <= 1e-6
     _, worst = export_fed(model, tmp_path / "scores", rows)
@@ -241,7 +242,7 @@ def test_the_program_measures_what_training_did(
 
 def test_refusals(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
     good = recipe(data, listed=False).to_config()
-    with pytest.raises(ValueError, match=r"should be ndcg_10 with `data.items`"):
+    with pytest.raises(ValueError, match=r"should be ndcg_10 with `data.catalogue`"):
         Recipe.from_config({**good, "train": {**good["train"], "monitor": "auc"}})
     with pytest.raises(ValueError, match="needs the model two_tower"):
         Recipe.from_config({**good, "model": {"name": "mlp", "meta": good["model"]["meta"]}})
@@ -254,7 +255,7 @@ def test_refusals(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
     assert isinstance(model, TwoTower)
     with pytest.raises(readers.DataError, match="item 3 stands there twice"):
         retrieval.catalogue(model, str(tmp_path / "twice.parquet"))
-    with pytest.raises(readers.DataError, match=r"is not in `data.items`"):
+    with pytest.raises(readers.DataError, match=r"is not in `data.catalogue`"):
         retrieval.measure(
             model, good["data"]["test"], str(tmp_path / "few.parquet"), [good["data"]["train"]]
         )

@@ -60,7 +60,7 @@ def config(data, **changes):
         "data": {k: str(data / f"{k}.parquet") for k in ("train", "valid", "test")}
         | {
             "test_support": "",
-            "items": "",
+            "catalogue": "",
             "shuffle_rows": 10_000,
             "chunk_rows": 0,
             "chunk_tasks": 8,
@@ -120,14 +120,14 @@ def test_it_learns_and_reports(finished):
     assert sum(part["rows"] for part in click["group"].values()) == click["all"]["rows"] == 3000
     losses = [entry["train"]["student_bce"] for entry in found["history"]]
     assert losses[1] < losses[0] < 0.65
-    assert found["rows"] == {"train": 30_000, "test": 3000}
+    assert found["rows"] == {"train": 30_000, "valid": 3000, "test": 3000}
     assert found["history"][-1]["samples_per_second"] > 0
     assert found["peak_memory_bytes"] > 2**20
     assert found["parameters"]["teacher"]["dense"] > found["parameters"]["student"]["dense"]
     saved = json.loads((folder / "report.json").read_text())
     assert saved["test"] == run_dir.plain(found["test"])
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png") == 4
+    assert page.count("data:image/png") == 6
     assert list((folder / "tensorboard").glob("events*"))
 
 
@@ -182,7 +182,7 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(finished, data, 
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_columns(data, tmp_path):
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_columns(data, tmp_path, capsys):
     price = np.zeros(1000, np.float32)
     price[700] = 3e38
     write_rows(tmp_path / "train.parquet", 1000, 1, price)
@@ -196,11 +196,12 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_columns(data, tmp
     }
     with pytest.raises(NotFiniteError) as caught:
         train(Recipe.from_config(changed), tmp_path / "model")
-    message = str(caught.value)
+    message, printed = str(caught.value), capsys.readouterr().out
+    assert "\n" not in message
     step = int(message.split("at step ")[1].split()[0])
     assert step > 0  # so that it is not the first batch by chance
     assert f"batch {step}" in message
-    assert "price: min 0.0, max 3.0000000054977558e+38, not finite 0" in message
+    assert "price: min 0.0, max 3.0000000054977558e+38, not finite 0" in printed
     assert not list((tmp_path / "model" / "checkpoints").glob("*.index"))
 
 
@@ -214,7 +215,28 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_columns(data, tmp
         ({"train__batch_size": 0}, r"`train.batch_size` should be >= 1"),
         ({"train__monitor": "ndcg"}, r"`train.monitor` should be"),
         ({"model__name": "deepfn"}, r"`model.name` should be one of"),
-        ({"train__optimizer": {"name": "adam", "rate": 1}}, r"`train.optimizer`: .*rate"),
+        (
+            {"train__optimizer": {"name": "adam", "learning_rate": 1.0, "momentun": 1}},
+            r"`train.optimizer`: .*momentun",
+        ),
+        (
+            {"train__optimizer": {"name": "adam", "learning_rate": -1.0}},
+            r"`train.optimizer.learning_rate` should be > 0\. Received: -1.0",
+        ),
+        (
+            {"train__table_optimizer": {"name": "sgd"}},
+            r"`train.table_optimizer.learning_rate` should be > 0\. Received: None",
+        ),
+        (
+            {"train__optimizer": {"name": "adam", "learning_rate": 1.0, "decay": 252}},
+            r"`train.optimizer.decay` should be a share of the run in \[0, 1\]",
+        ),
+        (
+            {"train__optimizer": {"name": "adam", "learning_rate": 1.0, "decay_steps": 252}},
+            r"`train.optimizer.decay_steps` is now `decay`, a share of the run's steps",
+        ),
+        ({"train__monitor_head": "model"}, r"`train.monitor_head` should be one of"),
+        ({"train__start_except": ["embed"]}, r"`train.start_except` needs `train.start_from`"),
         ({"train__optimizer": {"name": "adom"}}, r"`train.optimizer.name` should be one of"),
         ({"data__train": "nowhere.parquet"}, r"nowhere.parquet"),
     ],
@@ -225,13 +247,15 @@ def test_refusals(data, tmp_path, changes, message):
 
 
 def test_a_learning_rate_decays():
-    made = optimizer({"name": "sgd", "learning_rate": 0.5, "decay_steps": 2}, "train.optimizer")
+    config = {"name": "sgd", "learning_rate": 0.5, "decay": 0.5}
+    made = optimizer(config, "train.optimizer", steps=4)
     weight = tf.Variable(1.0)
     weights = []
     for _ in range(4):
         made.apply_gradients([(tf.constant(1.0), weight)])
         weights.append(weight.numpy())
     np.testing.assert_allclose(weights, [0.5, 0.25, 0.25, 0.25], atol=1e-6)
+    assert optimizer(config, "train.optimizer").learning_rate == 0.5  # of no run: it stays
 
 
 def test_a_mistake_leaves_nothing_that_stands_in_the_way(data, tmp_path):
@@ -267,21 +291,45 @@ def test_a_run_starts_from_another_with_its_vocabularies(finished, data, tmp_pat
             {**f, "dim": 4, "num_ids": 61} if f["name"] == "item" else f for f in SCHEMA["features"]
         ],
     }
-    with pytest.raises(ValueError, match=r"tables \['item'\] are not those of"):
+    with pytest.raises(ValueError, match=r"`embed`: table `item`, `num_ids`: 61 and there 60"):
         train(Recipe.from_config(other), tmp_path / "other")
 
 
-def test_one_class_in_the_validation_rows_and_hints_of_other_widths(data, tmp_path):
+def test_one_class_in_the_validation_rows_is_refused_before_training(data, tmp_path):
     one = pq.read_table(data / "valid.parquet").slice(0, 50)
     one = one.set_column(one.schema.get_field_index("click"), "click", pa.array([1] * 50))
     pq.write_table(one, tmp_path / "valid.parquet")
     write_rows(tmp_path / "train.parquet", 2000, 9)
     changed = config(tmp_path, data__test="", model__hint_weight=0.1, train__epochs=3)
+    for monitor in ("auc", "gauc"):
+        changed["train"]["monitor"] = monitor
+        with pytest.raises(readers.DataError, match=f"`train.monitor` {monitor} is defined for no"):
+            train(Recipe.from_config(changed), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    changed["train"]["monitor"] = "log_loss"
     found = train(Recipe.from_config(changed), tmp_path / "model")
-    assert [e["monitor"] for e in found["history"]] == [None] * 3
+    assert all(e["monitor"] is not None for e in found["history"])
     assert "hint" in found["history"][0]["train"]
     json.loads((tmp_path / "model" / "report.json").read_text(), parse_constant=pytest.fail)
     run_dir.load(tmp_path / "model")
+
+
+def test_a_label_without_a_metric_does_not_switch_early_stopping_off(data, tmp_path, capsys):
+    for part in ("train", "valid"):
+        table = pq.read_table(data / f"{part}.parquet").slice(0, 2000)
+        buys = np.arange(len(table)) % 50 == 0 if part == "train" else np.zeros(len(table), bool)
+        table = table.append_column("buy", pa.array(buys.astype(np.int8)))
+        pq.write_table(table, tmp_path / f"{part}.parquet")
+    changed = config(tmp_path, data__test="", train__epochs=6, train__patience=1)
+    changed["schema"] = {**SCHEMA, "labels": ["click", "buy"]}
+    changed["train"]["optimizer"]["learning_rate"] = 0.1  # so that it soon overfits
+    found = train(Recipe.from_config(changed), tmp_path / "model")
+    monitors = [e["monitor"] for e in found["history"]]
+    clicks = [e["valid"]["student"]["click"]["auc"] for e in found["history"]]
+    assert monitors == clicks
+    assert len(monitors) < 6
+    assert clicks[-1] < max(clicks)
+    assert capsys.readouterr().out.count("auc of ['buy'] is not defined") == 1
 
 
 def test_a_bad_row_met_while_training_names_file_column_and_row(data, tmp_path):

@@ -1,0 +1,510 @@
+"""A look at rows before anything is made of them: what they hold, and what is wrong with them.
+
+Rows, labels, weights and missing values are counted exactly, in a pass that is made anyway. The
+rest is told by a uniform sample of `SAMPLE_ROWS` rows, which is all of a smaller data set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qianmo.layers import metrics
+from qianmo.layers.features import Categorical, Dense, Feature
+from qianmo.layers.schema import Schema
+from qianmo.pipelines.data.readers import Block, DataError, num_rows
+
+SAMPLE_ROWS = 2**17
+TASK_ROWS = 2**22  # of whole tasks, among which duplicates are looked for
+
+# Thresholds of warnings; docs/data.md explains them.
+UNKNOWN_SHARE = 0.2  # values that read a table's row of unknown values
+MISSING_SHARE = 0.5
+RARE_LABEL = 0.001  # a label's rate, or its distance from 1
+EXTREME_DEVIATIONS = 100.0  # of a dense value from the mean, in standard deviations
+DUPLICATE_SHARE = 0.01  # rows of one task and time with another row
+LEAK_AUC = 0.99  # of a feature by itself
+_FEW_POSITIVES = 20  # below which an AUC is chance
+_BINS = 10
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclasses.dataclass
+class Column:
+    """What a feature's values are.
+
+    Attributes:
+      name: of the feature.
+      kind: "dense", "categorical" or "list".
+      missing: share of rows without a value; of lists, of empty ones.
+      distinct: different values in the sample.
+      unknown: share of values that are out of the vocabulary or the range.
+      top: share of the most frequent value.
+      mean, deviation, low, high: of a dense feature's values, or of a list's length.
+      full: share of lists that are as long as `max_length`, or were cut to it.
+      leak: label -> AUC of the feature by itself.
+      histogram: bin -> share of the values, for comparison with other rows.
+      edges: of the bins of a dense feature, or the values of a categorical one.
+    """
+
+    name: str
+    kind: str
+    missing: float
+    distinct: int = 0
+    unknown: float = 0.0
+    top: float = 0.0
+    mean: float = 0.0
+    deviation: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    full: float = 0.0
+    leak: dict[str, float] = dataclasses.field(default_factory=dict)
+    histogram: list[float] = dataclasses.field(default_factory=list)
+    edges: list[Any] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Summary:
+    """What a look at a data set found.
+
+    Attributes:
+      rows: how many there are.
+      sampled: rows of the sample.
+      labels: label -> rows that have it, its mean, least and greatest value.
+      weight: mean, least and greatest weight, and the share of weights 0; empty without weights.
+      columns: of the features.
+      tasks: share of rows whose task and time (and event) another row has; None where not known.
+      warnings: a sentence each.
+    """
+
+    rows: int
+    sampled: int
+    labels: dict[str, dict[str, float]]
+    weight: dict[str, float]
+    columns: list[Column]
+    tasks: float | None
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+    def to_config(self) -> dict[str, Any]:
+        """Plain data that `from_config` takes."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Summary:
+        """Reads what `to_config` made."""
+        return cls(**{**config, "columns": [Column(**c) for c in config["columns"]]})
+
+
+class Look:
+    """Watches the blocks of a pass.
+
+    Args:
+      schema: of the rows; vocabularies need not be known yet.
+      seed: of the sample.
+    """
+
+    def __init__(self, schema: Schema, seed: int = 0) -> None:
+        self._schema = schema
+        self._random = np.random.default_rng(seed)
+        self.rows = 0
+        self._labels = {
+            label: {"rows": 0.0, "sum": 0.0, "low": np.inf, "high": -np.inf}
+            for label in schema.labels
+        }
+        self._weight = {"sum": 0.0, "low": np.inf, "high": -np.inf, "zeros": 0.0}
+        self._missing = dict.fromkeys((f.name for f in schema.features), 0)
+        self._kept: list[Block] = []
+        self._keys: list[Floats] = []
+        self._bound = 1.0  # rows with a greater random key are not in the sample
+        self._events: list[npt.NDArray[np.int64]] = []
+        self._task_share = 1
+
+    def observe(self, block: Block) -> None:
+        """Counts a block's rows, and samples some."""
+        rows = num_rows(block)
+        self.rows += rows
+        for label, seen in self._labels.items():
+            if label in block:
+                values = block[label][~np.isnan(block[label])].astype(np.float64)
+                seen["rows"] += len(values)
+                seen["sum"] += float(values.sum())
+                if len(values):
+                    seen["low"] = min(seen["low"], float(values.min()))
+                    seen["high"] = max(seen["high"], float(values.max()))
+        if self._schema.weight in block:
+            weight = block[self._schema.weight].astype(np.float64)
+            self._weight["sum"] += float(weight.sum())
+            self._weight["zeros"] += int((weight == 0).sum())
+            self._weight["low"] = min(self._weight["low"], float(weight.min(initial=np.inf)))
+            self._weight["high"] = max(self._weight["high"], float(weight.max(initial=-np.inf)))
+        for feature in self._schema.features:
+            if isinstance(feature, Dense):
+                self._missing[feature.name] += int(np.isnan(block[feature.name]).sum())
+            elif feature.is_list:
+                self._missing[feature.name] += int((block[feature.length_name] == 0).sum())
+            elif feature.default is not None:
+                self._missing[feature.name] += int((block[feature.name] == _raw(feature)).sum())
+        self._sample(block, rows)
+        self._watch_events(block)
+
+    def _sample(self, block: Block, rows: int) -> None:
+        keys = self._random.random(rows)
+        own = np.flatnonzero(keys < self._bound)
+        self._kept.append({name: values[own] for name, values in block.items()})
+        self._keys.append(keys[own])
+        if sum(map(len, self._keys)) > 2 * SAMPLE_ROWS:
+            self._shrink()
+
+    def _shrink(self) -> None:
+        keys = np.concatenate(self._keys)
+        own = np.sort(np.argsort(keys, kind="stable")[:SAMPLE_ROWS])
+        names = self._kept[0].keys()
+        block = {name: np.concatenate([b[name] for b in self._kept])[own] for name in names}
+        self._kept, self._keys = [block], [keys[own]]
+        if len(keys) > SAMPLE_ROWS:
+            self._bound = float(keys[own].max())
+
+    def _watch_events(self, block: Block) -> None:
+        schema = self._schema
+        if not (schema.task_id in block and schema.timestamp in block):
+            return
+        columns = [block[schema.task_id], block[schema.timestamp]]
+        if schema.event_id in block:
+            columns.append(block[schema.event_id])
+        keys = np.stack(columns, 1)
+        self._events.append(keys[_mixed(keys[:, 0]) % self._task_share == 0])
+        if sum(map(len, self._events)) > TASK_ROWS:  # half of the tasks, each whole, stay
+            self._task_share *= 2
+            keys = np.concatenate(self._events)
+            self._events = [keys[_mixed(keys[:, 0]) % self._task_share == 0]]
+
+    def sample(self) -> Block:
+        """The sampled rows."""
+        if not self._kept:
+            return {}
+        self._shrink()
+        return self._kept[0]
+
+    def summary(self, schema: Schema, reference: Summary | None = None) -> Summary:
+        """What was found.
+
+        Args:
+          schema: the completed one, with vocabularies.
+          reference: of other rows, whose bins are taken, so that `drift` can compare the two.
+        """
+        bins = {c.name: c.edges for c in reference.columns} if reference else {}
+        sample = self.sample()
+        sampled = num_rows(sample)
+        labels = {
+            label: {
+                "rows": seen["rows"],
+                "mean": seen["sum"] / seen["rows"] if seen["rows"] else float("nan"),
+                "low": seen["low"],
+                "high": seen["high"],
+            }
+            for label, seen in self._labels.items()
+        }
+        weight = {}
+        if self._schema.weight and self.rows:
+            weight = {
+                "mean": self._weight["sum"] / self.rows,
+                "low": self._weight["low"],
+                "high": self._weight["high"],
+                "zeros": self._weight["zeros"] / self.rows,
+            }
+        columns = [
+            _column(
+                schema,
+                feature,
+                sample,
+                self._missing[feature.name] / max(self.rows, 1),
+                bins.get(feature.name),
+            )
+            for feature in schema.features
+        ]
+        found = Summary(self.rows, sampled, labels, weight, columns, self._duplicates())
+        found.warnings = [*_warnings(schema, found)]
+        return found
+
+    def _duplicates(self) -> float | None:
+        if not self._events:
+            return None
+        keys = np.concatenate(self._events)
+        if not len(keys):
+            return 0.0
+        _, counts = np.unique(keys, axis=0, return_counts=True)
+        return float(counts[counts > 1].sum() / len(keys))
+
+
+def _mixed(values: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """Spreads int64 over uint64, so that any remainder of it is a fair draw of tasks."""
+    h = values.astype(np.int64).view(np.uint64)
+    h = (h ^ h >> np.uint64(33)) * np.uint64(0xFF51AFD7ED558CCD)
+    return (h ^ h >> np.uint64(33)) >> np.uint64(8)
+
+
+def _raw(feature: Categorical) -> Any:
+    value = feature.default
+    return value.encode() if isinstance(value, str) else value
+
+
+def _own(schema: Schema, feature: Feature, sample: Block) -> npt.NDArray[np.bool_]:
+    """Which sampled rows have the feature."""
+    if not feature.domains:
+        return np.ones(num_rows(sample), bool)
+    domains = [d.encode() if isinstance(d, str) else d for d in feature.domains]
+    return np.isin(sample[schema.domain], domains)
+
+
+def _column(
+    schema: Schema, feature: Feature, sample: Block, missing: float, edges: list[Any] | None
+) -> Column:
+    own = _own(schema, feature, sample)
+    if isinstance(feature, Dense):
+        found = Column(feature.name, "dense", missing)
+        x = sample[feature.name][own].astype(np.float64)
+        present = x[~np.isnan(x)]
+        if len(present):
+            found.distinct = len(np.unique(present))
+            found.mean, found.deviation = float(present.mean()), float(present.std())
+            found.low, found.high = float(present.min()), float(present.max())
+            if edges is None:
+                quantiles = np.quantile(present, np.linspace(0, 1, _BINS + 1)[1:-1])
+                edges = np.unique(quantiles).tolist()
+            found.edges = edges
+            found.histogram = shares(found, sample[feature.name][own])
+    else:
+        found = Column(feature.name, "list" if feature.is_list else "categorical", missing)
+        values = sample[feature.name][own]
+        if feature.is_list:
+            lengths = sample[feature.length_name][own]
+            values = values[np.arange(feature.max_length) < lengths[:, None]]
+            if len(lengths):
+                found.mean, found.deviation = float(lengths.mean()), float(lengths.std())
+                found.full = float((lengths == feature.max_length).mean())
+        if len(values):
+            distinct, counts = np.unique(values, return_counts=True)
+            found.distinct = len(distinct)
+            found.top = float(counts.max() / counts.sum())
+            found.unknown = float(counts[~_is_known(feature, distinct)].sum() / counts.sum())
+            if edges is None:
+                most = np.argsort(-counts, kind="stable")[: 2 * _BINS]
+                edges = [_text(value) for value in distinct[np.sort(most)].tolist()]
+            found.edges = edges
+            found.histogram = shares(found, values)
+    for label in schema.labels:
+        if schema.kind(label) == "binary" and label in sample:
+            leak = _auc_alone(feature, sample, sample[label], own, schema)
+            if leak is not None:
+                found.leak[label] = leak
+    return found
+
+
+def _text(value: Any) -> Any:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def _is_known(feature: Categorical, values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Which values have a row of their own in the feature's table."""
+    if feature.num_ids:
+        return np.asarray((values >= 0) & (values < feature.num_ids))
+    if feature.hash_buckets or feature.vocabulary is None:
+        return np.ones(len(values), bool)
+    known = [v.encode() if isinstance(v, str) else v for v in feature.vocabulary]
+    return np.isin(values, np.array(known, values.dtype))
+
+
+def shares(column: Column, values: npt.NDArray[Any]) -> list[float]:
+    """The share of values in each bin of a column.
+
+    Bins of a dense feature lie between its `edges`, with one more for missing values; those of a
+    categorical one are the values in `edges`, with one more for all others.
+    """
+    if not len(values):
+        return []
+    if column.kind == "dense":
+        x = values.astype(np.float64)
+        present = x[~np.isnan(x)]
+        counts = np.bincount(
+            np.searchsorted(column.edges, present), minlength=len(column.edges) + 1
+        )
+        counts = np.append(counts, len(x) - len(present))
+    else:
+        distinct, times = np.unique(values, return_counts=True)
+        known = dict(zip(map(_text, distinct.tolist()), times.tolist(), strict=True))
+        counts = np.array([known.get(value, 0) for value in column.edges])
+        counts = np.append(counts, len(values) - counts.sum())
+    return [float(count) for count in counts / len(values)]
+
+
+def _auc_alone(
+    feature: Feature,
+    sample: Block,
+    labels: npt.NDArray[Any],
+    own: npt.NDArray[np.bool_],
+    schema: Schema,
+) -> float | None:
+    """AUC of a feature by itself, above 1/2; None where too little is there to tell.
+
+    A categorical value scores as the label's rate among its rows in the other half of the sample; a
+    list by whether it holds the row's own value of another feature of the same table.
+    """
+    rows = own & np.isin(labels, (0, 1))
+    y = labels[rows]
+    if not _FEW_POSITIVES <= y.sum() <= len(y) - _FEW_POSITIVES:
+        return None
+    if isinstance(feature, Dense):
+        x = sample[feature.name][rows].astype(np.float64)
+        x = np.where(np.isnan(x), np.nanmean(x) if not np.isnan(x).all() else 0.0, x)
+    elif feature.is_list:
+        item = next(
+            (f for f in schema.categorical if f.table == feature.table and not f.is_list), None
+        )
+        if item is None:
+            return None
+        inside = np.arange(feature.max_length) < sample[feature.length_name][rows][:, None]
+        x = ((sample[feature.name][rows] == sample[item.name][rows][:, None]) & inside).any(1)
+    else:
+        _, codes = np.unique(sample[feature.name][rows], return_inverse=True)
+        half = np.arange(len(y)) % 2
+        x = np.empty(len(y))
+        for part in (0, 1):
+            other = half != part
+            count = np.bincount(codes[other], minlength=codes.max() + 1)
+            clicks = np.bincount(codes[other], y[other], minlength=codes.max() + 1)
+            rate = (clicks + y.mean()) / (count + 1)
+            x[half == part] = rate[codes[half == part]]
+    area = metrics.auc(y, x.astype(np.float64))
+    return max(area, 1 - area)
+
+
+def _warnings(schema: Schema, found: Summary) -> Iterator[str]:
+    """What a reader of the table should not overlook."""
+    for label, seen in found.labels.items():
+        if schema.kind(label) == "binary" and seen["rows"]:
+            rate = seen["mean"]
+            if 0 < rate < RARE_LABEL or 1 - RARE_LABEL < rate < 1:
+                yield f"label `{label}` is {rate:.2%} positive"
+    if found.weight and found.weight["zeros"] > MISSING_SHARE:
+        yield f"{found.weight['zeros']:.0%} of the rows have weight 0"
+    for column in found.columns:
+        name = f"`{column.name}`"
+        if column.missing > MISSING_SHARE:
+            what = "empty" if column.kind == "list" else "missing"
+            yield f"{name} is {what} in {column.missing:.0%} of the rows"
+        if column.unknown > UNKNOWN_SHARE:
+            yield f"{name}: {column.unknown:.0%} of the values are unknown to its table"
+        if column.distinct == 1 and column.kind != "list":
+            yield f"{name} is constant, and tells nothing"
+        if column.kind == "dense" and column.deviation > 0:
+            far = max(column.mean - column.low, column.high - column.mean) / column.deviation
+            if far > EXTREME_DEVIATIONS:
+                yield (
+                    f"{name} has values {far:,.0f} standard deviations from its mean "
+                    f"({column.low:g} to {column.high:g}); clip it or take its logarithm"
+                )
+        for label, area in column.leak.items():
+            if area > LEAK_AUC:
+                yield (
+                    f"{name} alone tells `{label}` with AUC {area:.4f}: it may be made of the "
+                    "label itself"
+                )
+    if found.tasks is not None and found.tasks > DUPLICATE_SHARE:
+        event = f", `{schema.event_id}`" if schema.event_id else ""
+        yield (
+            f"{found.tasks:.1%} of the rows have a twin of the same `{schema.task_id}`, "
+            f"`{schema.timestamp}`{event}"
+        )
+
+
+def check_learnable(
+    schema: Schema, found: Summary, path: str, *, positives_alone: bool = False
+) -> None:
+    """Refuses training rows of which nothing can be learned.
+
+    Args:
+      schema: of the rows.
+      found: what they are.
+      path: of the rows, for messages.
+      positives_alone: whether rows of positives are enough, as their negatives are drawn.
+
+    Raises:
+      DataError: a label has one value in all rows, all weights are 0, or no feature tells rows
+        apart.
+    """
+    for label, seen in found.labels.items():
+        if not seen["rows"]:
+            raise DataError(f"{path}, column `{label}`: no row has this label. Take it out.")
+        if seen["low"] == seen["high"] and not (positives_alone and seen["high"] > 0):
+            raise DataError(
+                f"{path}, column `{label}`: it is {seen['low']:g} in all {int(seen['rows']):,} "
+                "rows, so nothing can be learned of it. Check how the column is made, or take the "
+                "label out of the schema."
+            )
+    if found.weight and not found.weight["high"] > 0:
+        raise DataError(
+            f"{path}, column `{schema.weight}`: all weights are 0, so no row is learned from."
+        )
+    useless = [c for c in found.columns if c.distinct <= 1 or c.unknown == 1]
+    if len(useless) == len(found.columns):
+        told = ", ".join(
+            f"`{c.name}` is {'unknown' if c.unknown == 1 else 'constant'}" for c in useless
+        )
+        raise DataError(
+            f"{path}: no feature tells the rows apart: {told}. Check the columns, and the "
+            "vocabularies or `num_ids` of the schema."
+        )
+
+
+def drift(before: Summary, now: Summary) -> dict[str, float]:
+    """Population stability index of each feature against other rows.
+
+        PSI = sum over bins of (q - p) ln(q / p)
+
+    with p and q the bins' shares before and now, each at least 0.0001. Below .1 little has moved;
+    above .25 the rows are of another kind.
+
+    Args:
+      before: of the rows to compare with, such as the training rows.
+      now: of the present rows, in the same bins: `Look.summary` with `before` as its `reference`.
+    """
+    known = {column.name: column for column in before.columns}
+    result = {}
+    for column in now.columns:
+        other = known.get(column.name)
+        if (
+            other is None
+            or other.edges != column.edges
+            or not (other.histogram and column.histogram)
+        ):
+            continue
+        p, q = (np.maximum(each.histogram, 1e-4) for each in (other, column))
+        result[column.name] = float(((q - p) * np.log(q / p)).sum())
+    return result
+
+
+def table(found: Summary, drifts: Mapping[str, float] | None = None) -> str:
+    """A summary as text: rows, labels, a line for each feature, warnings."""
+    lines = [f"{found.rows:,} rows"]
+    for label, seen in found.labels.items():
+        absent = found.rows - int(seen["rows"])
+        more = f", absent in {absent:,}" if absent else ""
+        lines.append(f"  label {label}: mean {seen['mean']:.4g}{more}")
+    if found.weight:
+        w = found.weight
+        lines.append(f"  weight: mean {w['mean']:.4g}, {w['low']:.4g} to {w['high']:.4g}")
+    width = max([len(c.name) for c in found.columns] + [7])
+    header = f"  {'feature':<{width}}  {'kind':<11}{'distinct':>9}{'missing':>9}{'unknown':>9}"
+    lines.append(header + f"{'mean':>11}{'deviation':>11}" + (f"{'PSI':>7}" if drifts else ""))
+    for c in found.columns:
+        numbers = f"{c.mean:>11.4g}{c.deviation:>11.4g}" if c.kind != "categorical" else " " * 22
+        line = f"  {c.name:<{width}}  {c.kind:<11}{c.distinct:>9,}{c.missing:>9.1%}"
+        line += f"{c.unknown:>9.1%}" if c.kind != "dense" else f"{'':>9}"
+        lines.append(line + numbers + (f"{drifts.get(c.name, np.nan):>7.3f}" if drifts else ""))
+    lines += [f"warning: {warning}" for warning in found.warnings]
+    return "\n".join(lines)

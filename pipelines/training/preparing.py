@@ -1,0 +1,129 @@
+"""What happens before a model is built: the schema is completed, and the rows are looked at."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from qianmo.layers import metrics
+from qianmo.layers.schema import Schema
+from qianmo.models.ranker import Ranker
+from qianmo.pipelines import run_dir
+from qianmo.pipelines.data import look, readers, statistics
+from qianmo.pipelines.recipe import Recipe
+from qianmo.pipelines.training import migrate
+
+LOOK = "look.json"
+Looks = Mapping[str, look.Summary]
+
+
+def in_order_of(schema: Schema, start: Schema) -> Schema:
+    """The schema with features and labels in another's order, so that weights keep their meaning.
+
+    What the other does not have comes last.
+    """
+
+    def order(name: str, names: list[str]) -> int:
+        return names.index(name) if name in names else len(names)
+
+    features = [f.name for f in start.features]
+    labels = list(start.labels)
+    return dataclasses.replace(
+        schema,
+        features=tuple(sorted(schema.features, key=lambda f: order(f.name, features))),
+        labels=tuple(sorted(schema.labels, key=lambda label: order(label, labels))),
+    )
+
+
+def completed(recipe: Recipe, watched: look.Look | None = None) -> Recipe:
+    """The recipe with what is counted: by the model it starts from, or the training rows.
+
+    Args:
+      recipe: as it was given.
+      watched: sees the training rows on the way.
+    """
+    schema, migrated = recipe.schema, recipe.migrate
+    if recipe.train.start_from:
+        start = run_dir.read_recipe(recipe.train.start_from).schema
+        schema = in_order_of(statistics.inherit(schema, start), start)
+    else:
+        schema = statistics.without_empty_domains(schema, recipe.data.train)
+    schema = migrate.with_moments(schema, migrated)
+    observe = None if watched is None else watched.observe
+    counted = statistics.complete(schema, recipe.data.train, observe=observe)
+    return dataclasses.replace(recipe, schema=migrate.with_values(schema, counted, migrated))
+
+
+def looked(recipe: Recipe) -> tuple[Recipe, dict[str, look.Summary]]:
+    """The completed recipe, and what its training and validation rows are; prints both.
+
+    The training rows are read once.
+    """
+    watched = look.Look(recipe.schema)
+    done = completed(recipe, watched)
+    found = {"train": watched.summary(done.schema)}
+    if recipe.data.valid:
+        watched = look.Look(done.schema)
+        for block in readers.blocks(done.schema, recipe.data.valid):
+            watched.observe(block)
+        found["valid"] = watched.summary(done.schema, found["train"])
+        _check_monitor(done, watched.sample())
+    for role, summary in found.items():
+        drifts = look.drift(found["train"], summary) if role != "train" else None
+        print(f"data.{role}: {getattr(recipe.data, role)}: {look.table(summary, drifts)}")
+    return done, found
+
+
+def check_learnable(recipe: Recipe, model: Ranker, found: Looks) -> None:
+    """Refuses training rows of which the model can learn nothing.
+
+    Raises:
+      DataError: see `look.check_learnable`.
+    """
+    path, alone = recipe.data.train, model.learns_from_positives
+    look.check_learnable(recipe.schema, found["train"], path, positives_alone=alone)
+
+
+def _check_monitor(recipe: Recipe, sample: readers.Block) -> None:
+    """Refuses a metric to stop by that is defined for no label of the validation rows.
+
+    Raises:
+      DataError: there is none.
+    """
+    monitor, schema = recipe.train.monitor, recipe.schema
+    if monitor == "log_loss":
+        return
+    for label in schema.labels:
+        y = sample[label]
+        is_there = ~np.isnan(y)
+        y = y[is_there]
+        if monitor == "ndcg_10":
+            if (y > 0).any():
+                return
+        elif not np.isin(y, (0, 1)).all():
+            continue
+        elif monitor == "auc" and 0 < y.sum() < len(y):
+            return
+        elif monitor == "gauc":
+            groups = sample[schema.task_id][is_there]
+            if np.isfinite(metrics.gauc(y, y, groups)):
+                return
+    raise readers.DataError(
+        f"{recipe.data.valid}: `train.monitor` {monitor} is defined for no label of these rows, so "
+        "no epoch could be told from another. Give rows with both classes, or "
+        "--config.train.monitor=log_loss."
+    )
+
+
+def write_looks(model_dir: pathlib.Path, found: Looks) -> None:
+    """Keeps what the rows were, for reports and for comparison with later rows."""
+    run_dir.write_json(model_dir / LOOK, {role: each.to_config() for role, each in found.items()})
+
+
+def read_looks(model_dir: pathlib.Path) -> dict[str, look.Summary]:
+    """Reads what `write_looks` wrote."""
+    found = run_dir.read_json(model_dir / LOOK, {})
+    return {role: look.Summary.from_config(config) for role, config in found.items()}
