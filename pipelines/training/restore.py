@@ -128,6 +128,11 @@ class Match:
                 yield f"  {what}: {part} ({why})"
 
 
+def _weights(by_path: Mapping[str, tf.Variable]) -> set[str]:
+    """The paths of weights; counters, such as of dropout's calls, may come and go."""
+    return {path for path, variable in by_path.items() if variable.dtype.is_floating}
+
+
 def match(here: Ranker, there: Ranker, source: str, allowed: Collection[str] = ()) -> Match:
     """Pairs the variables of two models that mean the same.
 
@@ -169,8 +174,8 @@ def match(here: Ranker, there: Ranker, source: str, allowed: Collection[str] = (
                 differs.append(f"other labels: {sorted(labels)}")
         a, b = variables(part), variables(theirs[name])
         if not differs:
-            differs += [f"`{path}` is only here" for path in a.keys() - b.keys()]
-            differs += [f"`{path}` is only there" for path in b.keys() - a.keys()]
+            differs += [f"`{path}` is only here" for path in _weights(a) - b.keys()]
+            differs += [f"`{path}` is only there" for path in _weights(b) - a.keys()]
             differs += [
                 f"`{path}` is {a[path].shape} and there {b[path].shape}"
                 for path in a.keys() & b.keys()
@@ -181,7 +186,7 @@ def match(here: Ranker, there: Ranker, source: str, allowed: Collection[str] = (
             why = "; ".join(differs[:_MAX_SHOWN]) + (f"; and {more} more" if more > 0 else "")
             new[name] = left[name] = why
         else:
-            pairs[name] = [(a[path], b[path]) for path in a]
+            pairs[name] = [(a[path], b[path]) for path in a.keys() & b.keys()]
     surprises = {**left, **new}
     surprises = {name: why for name, why in surprises.items() if name not in allowed}
     if surprises:
