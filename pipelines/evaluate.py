@@ -25,20 +25,16 @@ def define_flags() -> None:
 def run(_: list[str]) -> None:
     """Prints the table, and writes the JSON where asked."""
     from qianmo.pipelines import run_dir
-    from qianmo.pipelines.evaluation.scores import measured
+    from qianmo.pipelines.evaluation.measuring import evaluated
 
     values = flags.FLAGS
     try:
-        model, recipe = run_dir.load(values.model_dir)
-        path = values.data or recipe.data.test
-        if not path:
-            raise ValueError("The recipe names no test rows; give --data.")
-        found = measured(model, recipe.data, path, progress=True)
+        found, text = evaluated(values.model_dir, values.data or "")
     except ValueError as error:
         sys.exit(f"error: {error}")
     if values.output:
-        run_dir.write_json(pathlib.Path(values.output), found.report)
-    print(found.text)
+        run_dir.write_json(pathlib.Path(values.output), found)
+    print(text)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 asked.json      the recipe as given
 recipe.json     the recipe, schema completed from the training rows
 data.json       the identities of the data sets that the run read
+look.json       what their rows were
 history.json    one entry for each epoch
 checkpoints/    where a killed run goes on
 weights/        the weights of the best epoch
@@ -26,10 +27,12 @@ import tf_keras
 from qianmo.models import zoo
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines.data.identity import Identity
+from qianmo.pipelines.data.summaries import Summary
 from qianmo.pipelines.recipe import Recipe
 
 RECIPE = "recipe.json"
 DATA = "data.json"
+LOOK = "look.json"
 WEIGHTS = "weights"
 SERVING = "serving.json"
 
@@ -116,6 +119,18 @@ def read_recipe(model_dir: str | pathlib.Path) -> Recipe:
         return Recipe.from_config(config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no recipe: {error}") from error
+
+
+def write_looks(model_dir: str | pathlib.Path, looks: Mapping[str, Summary]) -> None:
+    """Keeps what the rows of a run were, for comparison with later ones."""
+    config = {role: each.to_config() for role, each in looks.items()}
+    write_json(pathlib.Path(model_dir) / LOOK, config)
+
+
+def read_looks(model_dir: str | pathlib.Path) -> dict[str, Summary]:
+    """Reads what `write_looks` wrote: role in the recipe -> what the rows were."""
+    config = read_json(pathlib.Path(model_dir) / LOOK, {})
+    return {role: Summary.from_config(each) for role, each in config.items()}
 
 
 def fingerprint(model_dir: str | pathlib.Path) -> str:

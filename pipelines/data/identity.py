@@ -165,3 +165,17 @@ def of(schema: Schema, path: readers.PathLike, *, targets: bool = True) -> Ident
     """The identity of a data set that nothing else reads just now; see `Taking`."""
     with taking(schema, path, targets=targets) as taken:
         return taken.result()
+
+
+def differences(before: Mapping[str, Identity], now: Mapping[str, Identity]) -> list[str]:
+    """A sentence for each data set that is not what it was when a run began.
+
+    Args:
+      before: role in the recipe -> identity.
+      now: the same.
+    """
+    return [
+        f"data.{role} ({found.path}) was {before[role]} when the run began, and is {found} now"
+        for role, found in now.items()
+        if role in before and not found.is_same(before[role])
+    ]

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from qianmo.layers import metrics
-from qianmo.pipelines.data.look import Column, Summary
+from qianmo.pipelines.data.summaries import Column, Summary
 from qianmo.pipelines.evaluation.scores import Scored
 
 # Okabe and Ito's colours, which readers with any colour vision tell apart.

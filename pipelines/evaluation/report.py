@@ -16,7 +16,7 @@ from qianmo.export.saved_model import raw_specs
 from qianmo.layers.encode import example
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines import run_dir
-from qianmo.pipelines.data import look
+from qianmo.pipelines.data import summaries
 from qianmo.pipelines.evaluation import pictures, retrieval
 from qianmo.pipelines.evaluation.pictures import picture
 from qianmo.pipelines.evaluation.scores import COLUMNS, Scored, kind_of, left_out, parts_of
@@ -123,7 +123,7 @@ def _metrics_table(test: Mapping[str, Any]) -> str:
 
 def data_section(
     data: Mapping[str, Mapping[str, Any]],
-    looks: Mapping[str, look.Summary],
+    looks: Mapping[str, summaries.Summary],
     drifts: Mapping[str, float],
 ) -> list[str]:
     """What the rows are: identities, warnings, labels, features, as elements of HTML.
@@ -150,7 +150,7 @@ def data_section(
         body.append(picture(pictures.histograms(looks, drifts), "histograms of features"))
         body.append("<details><summary>Every feature</summary>")
         for role, found in looks.items():
-            body.append(f"<pre>{html.escape(f'{role}: {look.table(found)}')}</pre>")
+            body.append(f"<pre>{html.escape(f'{role}: {summaries.table(found)}')}</pre>")
         body.append("</details>")
     return body
 
@@ -177,7 +177,7 @@ def write_html(path: pathlib.Path, found: Mapping[str, Any], scored: Scored | No
     name = recipe["model"]["name"]
     labels = recipe["schema"]["labels"]
     speed = found["history"][-1]["samples_per_second"] or float("nan")  # null in a short run
-    looks = {role: look.Summary.from_config(config) for role, config in found["look"].items()}
+    looks = {role: summaries.Summary.from_config(config) for role, config in found["look"].items()}
     body = [
         f"<h1>{html.escape(name)} on {html.escape(', '.join(labels))}</h1>",
         f"<p>{found['rows']['train']:,} training rows, {len(found['history'])} epochs, "

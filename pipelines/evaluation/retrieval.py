@@ -1,9 +1,10 @@
 """How high a two-tower model ranks the items that came next, among all items.
 
-A row's item is ranked against every item of the catalogue but those that its task is known to have
-had: the training rows' and, beside the test rows, also those of validation and support. One item is
-right, so the hit rate at k is the recall at k too. Where items belong to domains, those of the
-row's own domain alone are ranked.
+A target is a row with a label above 0; other rows say what was shown and not wanted, and are
+neither targets nor taken for items that a task has had. A target's item is ranked against every
+item of the catalogue but those that its task is known to have had: in the training rows and, beside
+the test rows, also in those of validation and support. One item is right, so the hit rate at k is
+the recall at k too. Where items belong to domains, those of the row's own domain alone are ranked.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from qianmo.pipelines.evaluation.task_rows import TaskRows, support_rows
 from qianmo.pipelines.recipe import Data
 
 SIZES = (10, 50, 100)
+_SCORES = 2**24  # of pairs that are held at a time: 64 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +77,27 @@ def item_rows(model: TwoTower, path: str) -> dict[str, npt.NDArray[Any]]:
     return {name: column[order] for name, column in columns.items()}
 
 
-def catalogue(model: TwoTower, path: str) -> Catalogue:
-    """Reads the items of a file and makes their vectors."""
+def catalogue(model: TwoTower, path: str, *, with_vectors: bool = True) -> Catalogue:
+    """Reads the items of a file and makes their vectors, which are of width 0 if none are asked."""
     columns = item_rows(model, path)
     features = {name: tf.constant(c) for name, c in columns.items()}
-    vectors, _ = model.item_vectors(features)
-    return Catalogue(columns[model.item.name], vectors.numpy(), _domain(model, features))
+    ids = columns[model.item.name]
+    vectors = np.zeros((len(ids), 0), np.float32)
+    if with_vectors:
+        vectors = model.item_vectors(features)[0].numpy()
+    return Catalogue(ids, vectors, _domain(model, features))
+
+
+def check_recipe(model: Any, data: Data) -> None:
+    """Looks whether all items to be found stand in the catalogue, before anything is trained.
+
+    Raises:
+      readers.DataError: see `check_targets`.
+    """
+    items = catalogue(model, data.catalogue, with_vectors=False)
+    for path in (data.valid, data.test):
+        if path:
+            check_targets(model, path, items)
 
 
 def _domain(model: TwoTower, features: Mapping[str, tf.Tensor]) -> npt.NDArray[np.int64]:
@@ -107,12 +124,17 @@ class Known:
 
 
 def known(model: TwoTower, items: Catalogue, paths: Sequence[str]) -> Known:
-    """Reads which items the tasks have had in some files."""
+    """Reads which items the tasks have had in some files: those of rows with a label above 0."""
     schema = model.schema
     if not schema.task_id:
         raise ValueError("Retrieval needs `schema.task_id`, whose known items are left out.")
-    alone = Schema(features=(model.item,), labels=schema.labels, task_id=schema.task_id)
-    blocks = [block for path in paths for block in readers.blocks(alone, path)]
+    label = schema.labels[0]
+    alone = Schema(features=(model.item,), labels=(label,), task_id=schema.task_id)
+    blocks = [
+        readers.taken(block, np.flatnonzero(block[label] > 0))
+        for path in paths
+        for block in readers.blocks(alone, path)
+    ]
     task = np.concatenate([b[schema.task_id] for b in blocks])
     place = items.places(np.concatenate([b[model.item.name] for b in blocks]))
     order = np.argsort(task, kind="stable")
@@ -154,6 +176,41 @@ def _vectors(
     return (_listed if model.support_feature else _plain)(model, features)
 
 
+def check_targets(model: TwoTower, path: str, items: Catalogue) -> int:
+    """Looks whether the targets of a file stand in the catalogue; returns how many there are.
+
+    Raises:
+      readers.DataError: there is none, one's item is not in the catalogue, or stands there in
+        another domain.
+    """
+    schema, label = model.schema, model.schema.labels[0]
+    features = [f for f in schema.features if f.name in (model.item.name, schema.domain)]
+    alone = Schema(features=tuple(features), labels=(label,))
+    count = 0
+    for block in readers.blocks(alone, path):
+        block = readers.taken(block, np.flatnonzero(block[label] > 0))
+        count += readers.num_rows(block)
+        ids = block[model.item.name]
+        at = items.places(ids)
+        if (at < 0).any():
+            raise readers.DataError(
+                f"{path}, column `{model.item.name}`: item {ids[at < 0][0]} is not in "
+                f"`data.catalogue`, and {int((at < 0).sum()) - 1:,} more rows of these. Add a row "
+                "for each item there."
+            )
+        wrong = items.domain[at] != _domain(model, {k: tf.constant(v) for k, v in block.items()})
+        if wrong.any():
+            raise readers.DataError(
+                f"{path}, column `{model.item.name}`: item {ids[wrong][0]} is of another domain in "
+                "`data.catalogue`. Give items of different domains different ids."
+            )
+    if not count:
+        raise readers.DataError(
+            f"{path}, column `{label}`: no row has a label above 0, so there is nothing to find."
+        )
+    return count
+
+
 def ranks(
     model: TwoTower,
     path: str,
@@ -162,37 +219,35 @@ def ranks(
     support: TaskRows | None = None,
     batch_size: int = 1024,
 ) -> dict[str, npt.NDArray[np.int64]]:
-    """The rank of each row's item, from 1 on: head "model", and "adapted" where there is support.
+    """The rank of each target's item, from 1 on: head "model", and "adapted" with support.
 
     Raises:
-      readers.DataError: a row's item is not in the catalogue, or stands there in another domain.
+      readers.DataError: see `check_targets`.
+
+    Cost: scores of `_SCORES` pairs at a time, however many items there are.
     """
+    check_targets(model, path, items)
     found: dict[str, list[npt.NDArray[np.int64]]] = {}
     with readers.own_errors():
         for features, targets in readers.dataset(model.schema, path, batch_size=batch_size):
-            ids = features[model.item.name].numpy()
-            right = items.places(ids)
-            if (right < 0).any():
-                raise readers.DataError(
-                    f"{path}, column `{model.item.name}`: item {ids[right < 0][0]} is not in "
-                    "`data.catalogue`. Add its row there."
-                )
+            is_target = targets["labels"][:, 0] > 0
+            features = {k: tf.boolean_mask(v, is_target) for k, v in features.items()}
+            task_id = targets["task_id"].numpy()[is_target.numpy()]
+            if not len(task_id):
+                continue
+            right = items.places(features[model.item.name].numpy())
             domain = _domain(model, features)
-            wrong = items.domain[right] != domain
-            if wrong.any():
-                raise readers.DataError(
-                    f"{path}, column `{model.item.name}`: item {ids[wrong][0]} is of another "
-                    "domain in `data.catalogue`. Give items of different domains different ids."
-                )
-            task_id = targets["task_id"].numpy()
-            rows, places = had.pairs(task_id)
-            is_other = places != right[rows]
             for head, u in _vectors(model, features, task_id, support).items():
-                scores = u.numpy() @ items.vectors.T
-                scores[rows[is_other], places[is_other]] = -np.inf
-                for own in np.unique(domain[domain > 0]):
-                    scores[np.ix_(domain == own, items.domain != own)] = -np.inf
-                found.setdefault(head, []).append(metrics.ranks(scores, right))
+                step = max(1, _SCORES // len(items.ids))
+                for first in range(0, len(task_id), step):
+                    own = slice(first, first + step)
+                    rows, places = had.pairs(task_id[own])
+                    is_other = places != right[own][rows]
+                    scores = u.numpy()[own] @ items.vectors.T
+                    scores[rows[is_other], places[is_other]] = -np.inf
+                    for each in np.unique(domain[own][domain[own] > 0]):
+                        scores[np.ix_(domain[own] == each, items.domain != each)] = -np.inf
+                    found.setdefault(head, []).append(metrics.ranks(scores, right[own]))
     return {head: np.concatenate(parts) for head, parts in found.items()}
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import pathlib
 from collections.abc import Iterator, Mapping
 
 from qianmo.layers.schema import Schema
-from qianmo.pipelines import run_dir
 from qianmo.pipelines.data import identity
 from qianmo.pipelines.data.identity import Identity
 from qianmo.pipelines.evaluation.retrieval import item_schema
@@ -61,26 +59,4 @@ def opened(recipe: Recipe) -> Iterator[Inputs]:
                 for role in ROLES
                 if (path := getattr(recipe.data, role))
             }
-        )
-
-
-def differences(before: Mapping[str, Identity], now: Mapping[str, Identity]) -> list[str]:
-    """A sentence for each data set that is not what it was."""
-    return [
-        f"data.{role} ({found.path}) was {before[role]} when the run began, and is {found} now"
-        for role, found in now.items()
-        if role in before and not found.is_same(before[role])
-    ]
-
-
-def check_same(model_dir: str | pathlib.Path, role: str, found: Identity) -> None:
-    """Refuses a data set that is not the one that a run recorded under that role.
-
-    Raises:
-      ValueError: it is another one.
-    """
-    differs = differences(run_dir.read_identities(model_dir), {role: found})
-    if differs:
-        raise ValueError(
-            f"{differs[0]}. Give the path explicitly (--data) to use the rows that are there now."
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,12 +11,11 @@ from qianmo.layers import metrics
 from qianmo.layers.schema import Schema
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines import run_dir
-from qianmo.pipelines.data import look, readers, statistics
+from qianmo.pipelines.data import look, readers, statistics, summaries
 from qianmo.pipelines.recipe import Recipe
 from qianmo.pipelines.training import migrate
 
-LOOK = "look.json"
-Looks = Mapping[str, look.Summary]
+Looks = Mapping[str, summaries.Summary]
 
 
 def in_order_of(schema: Schema, start: Schema) -> Schema:
@@ -57,7 +55,7 @@ def completed(recipe: Recipe, watched: look.Look | None = None) -> Recipe:
     return dataclasses.replace(recipe, schema=migrate.with_values(schema, counted, migrated))
 
 
-def looked(recipe: Recipe) -> tuple[Recipe, dict[str, look.Summary]]:
+def looked(recipe: Recipe) -> tuple[Recipe, dict[str, summaries.Summary]]:
     """The completed recipe, and what its training and validation rows are; prints both.
 
     The training rows are read once.
@@ -72,8 +70,8 @@ def looked(recipe: Recipe) -> tuple[Recipe, dict[str, look.Summary]]:
         found["valid"] = watched.summary(done.schema, found["train"])
         _check_monitor(done, watched.sample())
     for role, summary in found.items():
-        drifts = look.drift(found["train"], summary) if role != "train" else None
-        print(f"data.{role}: {getattr(recipe.data, role)}: {look.table(summary, drifts)}")
+        drifts = summaries.drift(found["train"], summary) if role != "train" else None
+        print(f"data.{role}: {getattr(recipe.data, role)}: {summaries.table(summary, drifts)}")
     return done, found
 
 
@@ -81,10 +79,10 @@ def check_learnable(recipe: Recipe, model: Ranker, found: Looks) -> None:
     """Refuses training rows of which the model can learn nothing.
 
     Raises:
-      DataError: see `look.check_learnable`.
+      DataError: see `summaries.check_learnable`.
     """
     path, alone = recipe.data.train, model.learns_from_positives
-    look.check_learnable(recipe.schema, found["train"], path, positives_alone=alone)
+    summaries.check_learnable(recipe.schema, found["train"], path, positives_alone=alone)
 
 
 def _check_monitor(recipe: Recipe, sample: readers.Block) -> None:
@@ -116,14 +114,3 @@ def _check_monitor(recipe: Recipe, sample: readers.Block) -> None:
         "no epoch could be told from another. Give rows with both classes, or "
         "--config.train.monitor=log_loss."
     )
-
-
-def write_looks(model_dir: pathlib.Path, found: Looks) -> None:
-    """Keeps what the rows were, for reports and for comparison with later rows."""
-    run_dir.write_json(model_dir / LOOK, {role: each.to_config() for role, each in found.items()})
-
-
-def read_looks(model_dir: pathlib.Path) -> dict[str, look.Summary]:
-    """Reads what `write_looks` wrote."""
-    found = run_dir.read_json(model_dir / LOOK, {})
-    return {role: look.Summary.from_config(config) for role, config in found.items()}

@@ -16,12 +16,12 @@ import tf_keras
 from qianmo.models import zoo
 from qianmo.models.ranker import Ranker, Weight
 from qianmo.pipelines import locks, run_dir
-from qianmo.pipelines.data import chunks, look, readers
-from qianmo.pipelines.evaluation import adapted, report
+from qianmo.pipelines.data import chunks, identity, look, readers, summaries
+from qianmo.pipelines.evaluation import adapted, report, retrieval
 from qianmo.pipelines.evaluation.scores import LOWER_IS_BETTER, mean_loss, measured, table
 from qianmo.pipelines.recipe import Recipe, optimizer
 from qianmo.pipelines.training import inputs, migrate, restore, runtime
-from qianmo.pipelines.training.preparing import check_learnable, looked, read_looks, write_looks
+from qianmo.pipelines.training.preparing import check_learnable, looked
 from qianmo.pipelines.training.watch import Curve, NotFiniteError, Watch
 
 ASKED = "asked.json"  # the recipe as given, before anything was counted
@@ -65,13 +65,15 @@ class Run:
             if known is None:
                 self.recipe, self.looks = looked(recipe)
             else:
-                self.recipe, self.looks = known, read_looks(self.dir)
+                self.recipe, self.looks = known, run_dir.read_looks(self.dir)
             self.identities = self.inputs.identities()
         if known is not None:
             self._check_same_data()
         self.model: Ranker = run_dir.build(self.recipe)
         if known is None:
             check_learnable(self.recipe, self.model, self.looks)
+        if recipe.data.catalogue:
+            retrieval.check_recipe(self.model, recipe.data)
         self.monitor_head = train.monitor_head or self.model.serving_head
         if self.monitor_head not in self.model.head_names:
             raise ValueError(
@@ -116,7 +118,7 @@ class Run:
         self.curve.cut(int(self.position.epoch) * self.batches + int(self.position.batch))
         if known is None:  # all that can be refused has been looked at
             run_dir.write_json(self.dir / ASKED, recipe.to_config())
-            write_looks(self.dir, self.looks)
+            run_dir.write_looks(self.dir, self.looks)
             run_dir.write_identities(self.dir, self.identities)
             run_dir.write_json(self.dir / run_dir.RECIPE, self.recipe.to_config())
 
@@ -145,7 +147,7 @@ class Run:
         Raises:
           ValueError: a data set is another one.
         """
-        differs = inputs.differences(run_dir.read_identities(self.dir), self.identities)
+        differs = identity.differences(run_dir.read_identities(self.dir), self.identities)
         if not differs:
             return
         is_over = (self.dir / REPORT).exists()
@@ -410,8 +412,8 @@ class Run:
             if watched.rows:
                 summary = watched.summary(self.recipe.schema, self.looks["train"])
                 found["look"]["test"] = summary.to_config()
-                found["drift"] = look.drift(self.looks["train"], summary)
-                print(f"data.test: {data.test}: {look.table(summary, found['drift'])}")
+                found["drift"] = summaries.drift(self.looks["train"], summary)
+                print(f"data.test: {data.test}: {summaries.table(summary, found['drift'])}")
             print(text)
         if data.test_support and not data.catalogue:
             found["adapted"] = adapted.measure(self.model, data.test, data.test_support)

@@ -172,7 +172,7 @@ def test_parts_that_are_named_start_new() -> None:
 def test_a_directory_of_another_build_of_the_model_is_refused(tmp_path: pathlib.Path) -> None:
     weights = tf.train.Checkpoint(model=model(config={**MLP, "units": (6, 6)}))
     tf.train.CheckpointManager(weights, str(tmp_path / run_dir.WEIGHTS), max_to_keep=1).save()
-    with pytest.raises(ValueError, match="cannot be read into the model of|weights that the model"):
+    with pytest.raises(ValueError, match="was written by a version of this package"):
         run_dir.restore(model(), tmp_path)
     with pytest.raises(ValueError, match="cannot be read into the model of"):
         run_dir.restore(model(config={**MLP, "units": (6, 6, 6)}), tmp_path)
