@@ -53,7 +53,7 @@ def _finish(*axes: Any) -> None:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False)
+            axis.legend(fontsize=8, framealpha=0.7, edgecolor="none")
 
 
 def headline(found: Mapping[str, float]) -> str:

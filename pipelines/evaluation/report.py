@@ -19,7 +19,14 @@ from qianmo.pipelines import run_dir
 from qianmo.pipelines.data import summaries
 from qianmo.pipelines.evaluation import pictures, retrieval
 from qianmo.pipelines.evaluation.pictures import picture
-from qianmo.pipelines.evaluation.scores import COLUMNS, Scored, kind_of, left_out, parts_of
+from qianmo.pipelines.evaluation.scores import (
+    COLUMNS,
+    FEWEST_ROWS,
+    Scored,
+    kind_of,
+    left_out,
+    parts_of,
+)
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto;
@@ -162,7 +169,7 @@ def _label_section(scored: Scored, k: int, label: str, found: Mapping[str, Any])
     if "teacher" in scored.probabilities and len(scored.probabilities) > 1:
         body.append(picture(pictures.agreement(scored, k, label), "student against teacher"))
     domains = {
-        head: {d: m for d, m in labels[label]["domain"].items() if m["rows"]}
+        head: {d: m for d, m in labels[label]["domain"].items() if m["rows"] >= FEWEST_ROWS}
         for head, labels in found["test"].items()
         if "domain" in labels[label]
     }

@@ -218,21 +218,26 @@ def _gate_on(model: Ranker, plan: Plan) -> Iterator[None]:
             gate.only = None
 
 
-def compare(recipe: Recipe, model: Ranker, plan: Plan) -> float | None:
-    """Largest difference of logits between both models, with the gate on the expert.
+def compare(recipe: Recipe, model: Ranker, plan: Plan) -> tuple[str, float] | None:
+    """Largest difference between both models, with the gate on the expert that took weights.
 
-    Rows are the first training rows of the entry's domain, labels those that both models have.
-    None where they need not agree, as not all of the other's tables, or not its tower, were taken.
+    Rows are the first training rows of the entry's domain. What is compared are the logits of
+    labels that both models have, or, where the other's tower was not taken, what crosses the tower
+    seam. None where neither need agree, as not all of the other's tables or bottom were taken.
+
+    Returns:
+      What was compared, and the difference.
 
     Raises:
       ValueError: they differ, or the other model reads what this one does not.
     """
     other = plan.model
     tower: Any = other.tower_of(other.serving_head)
-    needed = {v.ref() for v in tower.trainable_variables}
-    if not needed <= {source.variable.ref() for _, _, _, source in plan.weights}:
-        return None
-    if set(plan.tables) < set(other.schema.tables):
+    taken = {source.variable.ref() for _, _, _, source in plan.weights}
+    of_tower = {v.ref() for v in tower.trainable_variables}
+    of_tables = {v.ref() for v in other.embed.trainable_variables}
+    below = {v.ref() for v in other.trainable_variables} - of_tower - of_tables
+    if not below <= taken or set(plan.tables) < set(other.schema.tables):
         return None
     where = f"`migrate.{plan.name}`"
     missing = sorted(set(other.schema.input_names) - set(recipe.schema.input_names))
@@ -242,24 +247,32 @@ def compare(recipe: Recipe, model: Ranker, plan: Plan) -> float | None:
     if plan.migration.domain is not None:
         schema = dataclasses.replace(schema, only_domains=(plan.migration.domain,))
     features, _ = next(iter(readers.dataset(schema, recipe.data.train, batch_size=ROWS)))
+    shared = [label for label in schema.labels if label in other.schema.labels]
     with _gate_on(model, plan):
-        here, there = model(features)[model.serving_head], other(features)[other.serving_head]
-    pairs = [
-        (here[:, k], there[:, other.schema.labels.index(label)])
-        for k, label in enumerate(schema.labels)
-        if label in other.schema.labels
-    ]
-    if not pairs:
-        return None
+        if of_tower <= taken and shared:
+            what = "logits"
+            here = model(features)[model.serving_head]
+            there = other(features)[other.serving_head]
+            pairs = [
+                (here[:, schema.labels.index(label)], there[:, other.schema.labels.index(label)])
+                for label in shared
+            ]
+        else:
+            what = "tower inputs"
+            h = model.tower_input(features, model.serving_head)
+            h_there = other.tower_input(features, other.serving_head)
+            if h.shape[1] < h_there.shape[1]:
+                return None
+            pairs = [(h[:, : h_there.shape[1]], h_there)]
     difference = max(float(tf.reduce_max(tf.abs(a - b))) for a, b in pairs)
     if not difference <= TOLERANCE:
         raise ValueError(
-            f"{where}: before the first step logits differ by {difference:.1e} from those of "
+            f"{where}: before the first step {what} differ by {difference:.1e} from those of "
             f"{plan.migration.model_dir}. Its features should be those of the expert, in the same "
             "order, with the same settings, means and variances; the weights named should be all "
             "that its score comes from."
         )
-    return difference
+    return what, difference
 
 
 def start(recipe: Recipe, model: Ranker) -> list[tuple[Weight, float]]:
@@ -273,11 +286,14 @@ def start(recipe: Recipe, model: Ranker) -> list[tuple[Weight, float]]:
         take(model, plan)
     for plan in found:
         print("\n".join(plan.lines()))
-        difference = compare(recipe, model, plan)
-        if difference is None:
-            print("  scores not compared: not all they come from was taken, or no label is in both")
+        compared = compare(recipe, model, plan)
+        if compared is None:
+            print(
+                "  warning: nothing could be compared, as not all that a score comes from was taken"
+            )
         else:
-            print(f"  largest difference of logits before the first step: {difference:.1e}")
+            what, difference = compared
+            print(f"  largest difference of {what} before the first step: {difference:.1e}")
     return [
         (slot, plan.migration.learning_rate_factor)
         for plan in found

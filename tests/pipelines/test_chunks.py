@@ -159,8 +159,8 @@ def test_refusals(data: pathlib.Path) -> None:
         schema = {**SCHEMA, role: ""}
         with pytest.raises(ValueError, match=f"`schema.{role}`, the column they are cut by"):
             ChunkReader(Schema.from_config(schema), data, rows=2, tasks=2)
-        with pytest.raises(ValueError, match=rf"`data.chunk_rows` needs `schema.{role}`"):
-            Recipe.from_config({**config(data), "schema": schema})
+    with pytest.raises(ValueError, match=r"`data.chunk_rows` needs `schema.task_id`"):
+        Recipe.from_config({**config(data), "schema": {**SCHEMA, "task_id": ""}})
     for key, value in (("chunk_rows", -1), ("chunk_tasks", 0)):
         with pytest.raises(ValueError, match=rf"`data.{key}` should be >="):
             Recipe.from_config(config(data, **{key: value}))

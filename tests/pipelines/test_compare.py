@@ -20,7 +20,7 @@ from qianmo.pipelines.evaluation import compare, cost, paired
 from qianmo.pipelines.evaluation.report import head_function
 from qianmo.pipelines.evaluation.scores import Scored, evaluate, score, table
 from qianmo.pipelines.recipe import Recipe
-from qianmo.pipelines.training.run import completed
+from qianmo.pipelines.training.preparing import completed
 
 SCENES = (1, 4, 7)
 ROWS = 1200

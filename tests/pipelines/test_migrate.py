@@ -19,7 +19,8 @@ from qianmo.pipelines import run_dir
 from qianmo.pipelines.data import readers
 from qianmo.pipelines.recipe import Migration, Recipe
 from qianmo.pipelines.training import migrate
-from qianmo.pipelines.training.run import Run, completed, train
+from qianmo.pipelines.training.preparing import completed
+from qianmo.pipelines.training.run import Run, train
 
 SCENES = (1, 4)
 # By whether scene 4 owns a feature: its experts are layers of their own then.
@@ -218,7 +219,7 @@ def test_scores_that_differ_are_refused(case: Any, data: pathlib.Path) -> None:
     model = run_dir.build(whole)
     (plan,) = migrate.plans(whole, model)
     migrate.take(model, plan)
-    assert migrate.compare(whole, model, plan) == 0.0
+    assert migrate.compare(whole, model, plan) == ("logits", 0.0)
     plan.weights[0][1].assign(plan.weights[0][1].value + 0.1)
     with pytest.raises(ValueError, match=r"before the first step logits differ by .* from those"):
         migrate.compare(whole, model, plan)

@@ -32,7 +32,8 @@ from qianmo.pipelines.data.streams import FolderStream, RedisStream
 from qianmo.pipelines.recipe import Recipe
 from qianmo.pipelines.training import online as online_training
 from qianmo.pipelines.training.online import Online, Pace, hot_start
-from qianmo.pipelines.training.run import NotFiniteError, train
+from qianmo.pipelines.training.run import train
+from qianmo.pipelines.training.watch import NotFiniteError
 
 BATCH = 64
 SCHEMA = {

@@ -6,6 +6,7 @@ last rows knows the shelf of the next.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -238,6 +239,49 @@ def test_the_program_measures_what_training_did(
     found, text, _ = scores.measured(model, read.data, read.data.test)
     assert found == report["test"]
     assert "adapted" in text
+
+
+def test_rows_that_are_no_positives_are_neither_targets_nor_known(
+    trained: Trained, tmp_path: pathlib.Path
+) -> None:
+    model, read, report, _ = trained
+    paths = {}
+    for part in ("train", "valid", "test"):
+        rows = pq.read_table(getattr(read.data, part))
+        shown = rows.set_column(
+            rows.schema.get_field_index("label"), "label", pa.array(np.zeros(len(rows), np.int8))
+        )
+        # Each item of the half that a user does not like was shown, and passed over.
+        item = pa.array((rows["item"].to_numpy() + ITEMS // 2) % ITEMS)
+        shown = shown.set_column(rows.schema.get_field_index("item"), "item", item)
+        paths[part] = str(tmp_path / f"{part}.parquet")
+        pq.write_table(pa.concat_tables([rows, shown.cast(rows.schema)]), paths[part])
+    data = dataclasses.replace(read.data, **paths)
+    assert retrieval.of_recipe(model, data, data.test) == report["test"]
+    pq.write_table(pq.read_table(paths["test"]).slice(USERS), paths["test"])
+    with pytest.raises(readers.DataError, match="no row has a label above 0"):
+        retrieval.of_recipe(model, data, data.test)
+
+
+def test_many_items_are_scored_in_blocks(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read, report, _ = trained
+    monkeypatch.setattr(retrieval, "_SCORES", 7 * ITEMS)  # seven rows at a time
+    assert retrieval.of_recipe(model, read.data, read.data.test) == report["test"]
+
+
+def test_an_item_that_the_catalogue_lacks_is_refused_before_training(
+    data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    good = recipe(data, listed=False)
+    items = pq.read_table(good.data.catalogue)
+    own = pq.read_table(good.data.valid)["item"].to_numpy()[0]
+    pq.write_table(items.filter(items["item"].to_numpy() != own), tmp_path / "items.parquet")
+    lacking = dataclasses.replace(
+        good, data=dataclasses.replace(good.data, catalogue=str(tmp_path / "items.parquet"))
+    )
+    with pytest.raises(readers.DataError, match=rf"item {own} is not in `data.catalogue`"):
+        Run(lacking, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_refusals(data: pathlib.Path, tmp_path: pathlib.Path) -> None:

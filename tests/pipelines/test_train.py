@@ -17,7 +17,8 @@ import tensorflow as tf
 from qianmo.pipelines import run_dir
 from qianmo.pipelines.data import readers
 from qianmo.pipelines.recipe import Recipe, optimizer
-from qianmo.pipelines.training.run import NotFiniteError, Run, train
+from qianmo.pipelines.training.run import Run, train
+from qianmo.pipelines.training.watch import NotFiniteError
 
 SCHEMA = {
     "features": [
