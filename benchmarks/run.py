@@ -37,6 +37,7 @@ NAMES = {
     "embedding_exports": "the forms of an export against Keras, and AUC lost by small dtypes",
     "embedding_faults": "swaps of graphs and embeddings under load, and damaged files",
     "embedding_lookup": "rows/s of the op against tf.gather, memory, time to open",
+    "identity": "knowing which data a run read, against an epoch",
     "kuairand": "KuaiRand clicks",
     "meta_coldstart": "new users and new films, MeLU's four states",
     "meta_ctr": "towers that adapt to each user, on clicks and likes",
