@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import platform
+import subprocess
 import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -52,6 +53,20 @@ NAMES = {
 }
 
 
+def commit() -> str:
+    """The commit that is checked out, with a + when files differ from it; empty outside git."""
+    root = pathlib.Path(__file__).parents[1]
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=root, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
+    return git("rev-parse", "--short=12", "HEAD") + "+" * bool(changed)
+
+
 def environment() -> dict[str, object]:
     """What the numbers were measured on."""
     cpu = platform.processor()
@@ -61,6 +76,7 @@ def environment() -> dict[str, object]:
         cpu = lines[0].split(":")[1].strip() if lines else cpu
     return {
         "qianmo": qianmo.__version__,
+        "commit": commit(),
         "tensorflow": tf.__version__,
         "python": platform.python_version(),
         "cpu": cpu,
