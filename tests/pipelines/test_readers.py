@@ -576,7 +576,7 @@ def test_a_fault_in_the_midst_reaches_who_iterates(tmp_path: pathlib.Path) -> No
 
 def test_one_column_cannot_be_of_two_types(tmp_path: pathlib.Path) -> None:
     schema = Schema.from_config(
-        {"features": [{"kind": "dense", "name": "id"}], "labels": ["y"], "task_id": "id"}
+        {"features": [{"kind": "dense", "name": "id"}], "labels": ["y"], "timestamp": "id"}
     )
     with pytest.raises(
         ValueError, match=r"`id` should be of one type\. Received: float32 and, as "
