@@ -77,7 +77,7 @@ def vector_specs(model: Ranker) -> dict[str, tf.TensorSpec]:
     if name := domain_input(model):
         if name in specs:
             raise ExportError(f"feature `{name}` has the name of the input for the raw domain.")
-        specs[name] = tf.TensorSpec([None], tf.int64, name)
+        specs[name] = tf.TensorSpec([None], tf.as_dtype(model.schema.domain_dtype), name)
     return specs
 
 

@@ -13,7 +13,7 @@ from qianmo.layers.features import Categorical
 from qianmo.layers.schema import Domain, Schema
 
 OK = 0
-BAD_DENSE = 1  # a dense value was NaN or infinite and was read as the mean
+BAD_DENSE = 1  # a dense value was infinite, or NaN where it may not be, and was read as the mean
 BAD_LENGTH = 2  # a list's length was below 0 or above the list's width, and was clipped
 
 
@@ -23,7 +23,7 @@ class Encoded(NamedTuple):
     Attributes:
       ids: feature -> row of its table, int64, [B], or [B, L] for lists.
       lengths: list feature -> valid ids in each row, int64 [B].
-      dense: standardised dense features, [B, N].
+      dense: standardised dense features and their indicators, [B, `schema.dense_width`].
       status: bits `BAD_DENSE`, `BAD_LENGTH`, int32 [B]; 0 means that the row was read as given.
     """
 
@@ -108,7 +108,10 @@ class Encode(tf_keras.layers.Layer):
               = 1 + place of x        vocabulary
               = 1 + x                 identity, 0 <= x < num_ids
               = 1 + hash(x) mod n     hash
-        dense(x) = (x - mean) / sqrt(variance), and 0 in rows whose domain does not own it
+        dense(x) = (x - mean) / sqrt(variance), in float64
+                 = dense(default), or 0    x is NaN, which stands for no value
+                 = 0                       a row whose domain does not own it
+        indicator(x) = 1 where x is NaN, else 0
 
     The lookups are tf_keras preprocessing layers, so they travel in the SavedModel. No row can make
     the call fail: what cannot be read gets a stated value and a bit in `status`.
@@ -173,24 +176,33 @@ class Encode(tf_keras.layers.Layer):
     def dense(
         self, features: Mapping[str, tf.Tensor], domain: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Standardised dense features [B, N] and which rows were finite, bool [B].
+        """Standardised dense features [B, `schema.dense_width`], and which rows were read as given.
 
         What a row's domain does not own is 0, whatever came in.
         """
         dense = self.schema.dense
         x = tf.stack([tf.cast(features[f.name], tf.float32) for f in dense], 1)
-        finite = tf.math.is_finite(x)
-        is_given = finite
+        missing = tf.math.is_nan(x)
+        good = tf.math.is_finite(x) | (missing & [f.may_be_missing for f in dense])
+        own = tf.ones_like(missing)
         if any(f.domains for f in dense):
             every = tf.ones_like(domain, tf.bool)
             own = tf.stack(
                 [owns(self.schema, f.domains, domain) if f.domains else every for f in dense], 1
             )
-            is_given, finite = own & finite, finite | ~own
-        mean = tf.constant([f.mean for f in dense], tf.float32)
-        scale = tf.constant([f.variance for f in dense], tf.float32) ** -0.5
-        standard = tf.where(is_given, (x - mean) * scale, tf.zeros_like(x))
-        return tf.cast(standard, self.compute_dtype), tf.reduce_all(finite, 1)
+            good |= ~own
+        # In float64, which holds the moments of any float32 values.
+        mean = np.array([f.mean for f in dense], np.float64)
+        scale = np.array([f.variance for f in dense], np.float64) ** -0.5
+        default = [f.mean if f.default is None else f.default for f in dense]
+        filled = tf.where(tf.math.is_finite(x), tf.cast(x, tf.float64), mean)
+        filled = tf.where(missing & good, np.array(default, np.float64), filled)
+        standard = tf.where(own, (filled - mean) * scale, tf.zeros([], tf.float64))
+        columns = [tf.cast(standard, self.compute_dtype)]
+        if indicators := [i for i, f in enumerate(dense) if f.indicator]:
+            is_missing = tf.gather(missing & own, indicators, axis=1)
+            columns.append(tf.cast(is_missing, self.compute_dtype))
+        return tf.concat(columns, 1), tf.reduce_all(good, 1)
 
     def call(self, features: Mapping[str, tf.Tensor]) -> Encoded:
         """Encodes one batch."""

@@ -12,11 +12,19 @@ from typing import Any, Literal
 import numpy.typing as npt
 import pyarrow as pa
 
-from qianmo.layers.features import Dense, Keep
-from qianmo.layers.schema import Domain, Schema
+from qianmo.layers.features import Categorical, Dense, Keep
+from qianmo.layers.schema import DAY, UNITS, Domain, Schema
 from qianmo.pipelines.data.errors import DataError
 
 Block = dict[str, npt.NDArray[Any]]
+Kind = Literal["int64", "string", "float32", "time", "name", "key"]
+
+_EXPECTED = {
+    "time": "int64 or a time such as 2024-05-01T12:30:00Z",
+    "name": "string or int64",
+    "key": "one value a row",
+}
+_DEFAULT = "Give it a value, or give the feature a `default`."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,31 +32,53 @@ class Column:
     """What a column should hold.
 
     Attributes:
-      any_key: whether integers are also taken for the strings that `dtype` asks for.
+      kind: besides the types of values that stay as they are, "time" (int64, or datetimes, which
+        become int64), "name" (strings, or integers, which become strings) and "key" (anything,
+        which becomes an int64 that is equal where values are).
+      max_length, keep: as for `Categorical`.
+      default: what a null is read as; None: it is an error. NaN for float32, () for lists.
       low, high: bounds of float32 values, themselves allowed.
+      unit: of a time, in a second.
       tells_domain: whether it is the column of the rows' domains.
-      only: ids of the domains whose rows are kept; empty for all. Of the domains' column.
-      owners: ids of the domains whose rows have a value; empty for all.
+      only: the domains whose rows are kept; empty for all. Of the domains' column.
+      owners: the domains whose rows have a value; empty for all.
       is_label: whether values in rows of other domains are passed over instead of refused.
+      remedy: what to do when the file holds another type.
+      null_remedy: what to do when a value is missing.
     """
 
     name: str
-    dtype: Literal["int64", "string", "float32"]
+    kind: Kind
     max_length: int = 0
     keep: Keep = "last"
-    any_key: bool = False
+    default: int | float | str | tuple[()] | None = None
     low: float = -math.inf
     high: float = math.inf
+    unit: int = 1
     tells_domain: bool = False
     only: tuple[Domain, ...] = ()
     owners: tuple[Domain, ...] = ()
     is_label: bool = False
+    remedy: str = "Convert it."
+    null_remedy: str = "Give it a value."
+
+    @property
+    def dtype(self) -> Literal["int64", "string", "float32"]:
+        """The type of the block's array."""
+        if self.kind in ("time", "key"):
+            return "int64"
+        return "string" if self.kind == "name" else self.kind  # type: ignore[return-value]
 
     @property
     def expected(self) -> str:
         """The type, as messages say it."""
-        kind = "string or int64" if self.any_key else self.dtype
+        kind = _EXPECTED.get(self.kind, self.kind)
         return f"a list of {kind}" if self.max_length else kind
+
+    @property
+    def may_be_absent(self) -> bool:
+        """Whether a row may be without a value."""
+        return self.default is not None or bool(self.owners)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,67 +106,122 @@ class Entries(Part):
         return DataError(f"{self.file}, entry {self.ids[row]}, column `{column}`: {fault}")
 
 
-def of_schema(schema: Schema, targets: bool = True) -> dict[str, Column]:
-    """The columns that the schema's features and, with `targets`, its other roles ask for."""
-    found: dict[str, Column] = {}
+def of_schema(schema: Schema, targets: bool = True, gauc: bool = False) -> dict[str, Column]:
+    """The columns that the schema asks for.
 
-    def add(column: Column, role: str) -> None:
-        first = found.setdefault(column.name, column)
-        if first.expected != column.expected:
-            raise ValueError(
-                f"column `{column.name}` should be of one type. Received: {first.expected} and, "
-                f"as the {role}, {column.expected}; copy it under another name."
-            )
-        low, high = max(first.low, column.low), min(first.high, column.high)
-        found[column.name] = dataclasses.replace(
-            first,
-            low=low,
-            high=high,
-            tells_domain=first.tells_domain or column.tells_domain,
-            only=first.only or column.only,
-            owners=first.owners if first.owners == column.owners else (),
-        )
+    Args:
+      schema: the schema.
+      targets: whether to read what its other roles name beside its features.
+      gauc: whether to read what `gauc_by` names.
 
-    for feature in schema.features:
-        if isinstance(feature, Dense):
-            add(Column(name=feature.name, dtype="float32", owners=feature.domains), "feature")
-        else:
-            column = Column(
-                name=feature.name,
-                dtype=feature.dtype,
-                max_length=feature.max_length,
-                keep=feature.keep,
-                tells_domain=feature.name == schema.domain,
-                owners=feature.domains,
-            )
-            add(column, "feature")
-    if not targets:
-        return found
-    for label in schema.labels:
-        owners = schema.label_domains.get(label, ())
-        column = Column(
-            name=label, dtype="float32", low=0.0, high=1.0, owners=owners, is_label=True
-        )
-        add(column, "label")
-    if schema.weight:
-        add(Column(name=schema.weight, dtype="float32", low=0.0), "weight")
-    for role in ("timestamp", "task_id"):
-        if name := getattr(schema, role):
-            add(Column(name=name, dtype="int64"), role)
-    if schema.domain:
-        column = Column(
-            name=schema.domain, dtype="int64", tells_domain=True, only=schema.only_domains
-        )
-        add(column, "domain")
-    if schema.group and getattr(found.get(schema.group), "expected", "") not in ("int64", "string"):
-        add(Column(name=schema.group, dtype="string", any_key=True), "group")
+    Raises:
+      ValueError: two roles ask one column for two types.
+    """
+    columns = {feature.name: _of_feature(schema, feature) for feature in schema.features}
+    for role, column in _of_roles(schema, gauc) if targets else ():
+        before = columns.get(column.name)
+        columns[column.name] = column if before is None else _merged(before, column, role)
     for feature in schema.categorical:
-        if feature.is_list and feature.length_name in found:
+        if feature.is_list and feature.length_name in columns:
             raise ValueError(
                 f"column `{feature.length_name}` is the length of the list `{feature.name}`; "
                 "rename the column."
             )
+    return columns
+
+
+def _of_feature(schema: Schema, feature: Categorical | Dense) -> Column:
+    if isinstance(feature, Dense):
+        return Column(
+            name=feature.name,
+            kind="float32",
+            default=math.nan if feature.may_be_missing else None,
+            owners=feature.domains,
+            remedy="Convert it, or declare the feature as categorical.",
+            null_remedy=_DEFAULT,
+        )
+    return Column(
+        name=feature.name,
+        kind=feature.dtype,
+        max_length=feature.max_length,
+        keep=feature.keep,
+        default=feature.default,
+        tells_domain=feature.name == schema.domain,
+        owners=feature.domains,
+        remedy="Convert it, or declare the feature with that `dtype`.",
+        null_remedy=_DEFAULT,
+    )
+
+
+def _of_roles(schema: Schema, gauc: bool) -> list[tuple[str, Column]]:
+    """Role and column, for each that describes a row or is to be predicted."""
+    found: list[tuple[str, Column]] = []
+
+    def add(role: str, name: str, kind: Kind, **more: Any) -> None:
+        if name:
+            found.append((role, Column(name=name, kind=kind, **more)))
+
+    for label in schema.labels:
+        is_binary = schema.kind(label) == "binary"
+        own = {"owners": schema.label_domains.get(label, ()), "is_label": True}
+        add(
+            "label",
+            label,
+            "float32",
+            low=0.0 if is_binary else -math.inf,
+            high=1.0 if is_binary else math.inf,
+            default=math.nan if label in schema.optional_labels else None,
+            null_remedy="Give it a value, or name the label in `optional_labels`.",
+            **own,
+        )
+        weight = schema.label_weights.get(label, 1.0)
+        if isinstance(weight, str):
+            remedy = "Give it a value, 0 where the row does not have the label."
+            add("label's weight", weight, "float32", low=0.0, null_remedy=remedy, **own)
+    add("weight", schema.weight, "float32", low=0.0)
+    add("timestamp", schema.timestamp, "time", unit=UNITS[schema.timestamp_unit])
+    add("event_id", schema.event_id, "int64")
+    other = {"int64": "string", "string": "int64"}
+    task, domain = schema.task_dtype, schema.domain_dtype
+    remedy = f'Convert it, or set `task_dtype` to "{other[task]}".'
+    add("task_id", schema.task_id, task, remedy=remedy)
+    remedy = f'Convert it, or declare it as a feature of dtype "{other[domain]}".'
+    only = schema.only_domains
+    add("domain", schema.domain, domain, tells_domain=True, only=only, remedy=remedy)
+    add("group", schema.group, "name")
+    for name in schema.gauc_by if gauc else ():
+        add("gauc_by", name if name != DAY else "", "key")
     return found
+
+
+def _merged(first: Column, other: Column, role: str) -> Column:
+    """One column for two roles.
+
+    Raises:
+      ValueError: they ask for two types.
+    """
+    kinds = {first.kind, other.kind}
+    takes_any = other.kind == "key" or (other.kind == "name" and first.kind != "float32")
+    is_time = kinds == {"int64", "time"}
+    if first.max_length or not (len(kinds) == 1 or takes_any or is_time):
+        raise ValueError(
+            f"column `{first.name}` should be of one type. Received: {first.expected} and, "
+            f"as the {role}, {other.expected}. Copy it under another name."
+        )
+    # What a feature reads nulls as may name a task or a domain, but is no label, weight or time.
+    needs_value = other.default is None and other.kind in ("float32", "time")
+    return dataclasses.replace(
+        first,
+        kind="time" if is_time else first.kind,
+        unit=max(first.unit, other.unit),
+        default=None if needs_value else first.default,
+        null_remedy=other.null_remedy if needs_value else first.null_remedy,
+        low=max(first.low, other.low),
+        high=min(first.high, other.high),
+        tells_domain=first.tells_domain or other.tells_domain,
+        only=first.only or other.only,
+        owners=first.owners if first.owners == other.owners else (),
+    )
 
 
 def check_names(file: pathlib.Path, names: Sequence[str], columns: Mapping[str, Column]) -> None:
@@ -167,7 +252,8 @@ def is_list(found: pa.DataType) -> bool:
     )
 
 
-def _is_string(found: pa.DataType) -> bool:
+def is_string(found: pa.DataType) -> bool:
+    """Whether an Arrow type is one of strings or bytes."""
     types = pa.types
     return bool(
         types.is_string(found)
@@ -178,22 +264,38 @@ def _is_string(found: pa.DataType) -> bool:
     )
 
 
+def is_time(found: pa.DataType) -> bool:
+    """Whether an Arrow type is one of datetimes or dates."""
+    return bool(pa.types.is_timestamp(found) or pa.types.is_date(found))
+
+
 def check_type(part: Part, column: Column, found: pa.DataType) -> None:
-    """Checks the type that a file gives to a column; CSV gives none."""
-    if pa.types.is_null(found) and column.owners:
+    """Checks the type that a file gives to a column; CSV gives none.
+
+    Raises:
+      DataError: it is another one.
+    """
+    value = found.value_type if is_list(found) else found
+    if pa.types.is_dictionary(value):
+        value = value.value_type
+    if pa.types.is_null(found) and column.may_be_absent:
         return  # no row of this file has one
-    value = found
+    remedy = column.remedy
     if is_list(found) == bool(column.max_length):
-        value = found.value_type if is_list(found) else found
-        if pa.types.is_dictionary(value):
-            value = value.value_type
-        is_int = pa.types.is_integer(value) or pa.types.is_boolean(value)
+        is_int = bool(pa.types.is_integer(value) or pa.types.is_boolean(value))
+        is_float = bool(pa.types.is_floating(value))
         fits = {
             "int64": is_int,
-            "string": _is_string(value) or (column.any_key and pa.types.is_integer(value)),
-            "float32": is_int or pa.types.is_floating(value),
+            "string": is_string(value),
+            "float32": is_int or is_float or bool(pa.types.is_decimal(value)),
+            "time": is_int or is_time(value) or is_string(value),
+            "name": is_string(value) or is_int,
+            "key": is_string(value) or is_int or is_float or is_time(value),
         }
-        if fits[column.dtype] or pa.types.is_null(value):
+        if fits[column.kind] or pa.types.is_null(value):
             return
-    fault = f"should be {column.expected}. Found: {found} in the whole column. Convert it"
-    raise part.error(column.name, part.first_row, f"{fault}, or declare it so.")
+    elif column.kind in ("int64", "string"):
+        how = "without `max_length`" if column.max_length else "with `max_length`"
+        remedy = f"Convert it, or declare it {how}."
+    fault = f"should be {column.expected}. Found: {found} in the whole column. {remedy}"
+    raise part.error(column.name, part.first_row, fault)

@@ -20,19 +20,19 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import tensorflow as tf
 
 from qianmo.layers.schema import Schema
-from qianmo.pipelines.data import csv_files, parquet, tfrecord
+from qianmo.pipelines.data import csv_files, keys, parquet, tfrecord
 from qianmo.pipelines.data.columns import Block, Column, Entries, Part, of_schema
-from qianmo.pipelines.data.convert import convert
+from qianmo.pipelines.data.convert import block_of, is_of
 from qianmo.pipelines.data.errors import DataError, NoRowsError
 from qianmo.pipelines.data.files import PathLike, extension, files, has_format, sha256
+from qianmo.pipelines.data.keys import task_ids
 from qianmo.pipelines.data.shuffling import num_rows, shuffled, taken
 
 __all__ = [
@@ -45,11 +45,14 @@ __all__ = [
     "count_rows",
     "dataset",
     "has_format",
+    "is_of",
+    "labels_and_weights",
     "num_rows",
     "own_errors",
     "sha256",
     "signature",
     "taken",
+    "task_ids",
     "text_block",
 ]
 
@@ -88,6 +91,7 @@ def blocks(
     shuffle_rows: int = 2**18,
     shard: tuple[int, int] = (0, 1),
     targets: bool = True,
+    gauc: bool = False,
 ) -> Iterator[Block]:
     """Reads the schema's columns as NumPy blocks of many rows.
 
@@ -103,16 +107,18 @@ def blocks(
       shuffle_rows: rows of the shuffle buffer.
       shard: `(index, count)`: this worker's share of the rows among `count` workers. It is every
         count-th file if there are that many files, else row group, else row.
-      targets: whether to read labels, weight, timestamp, task_id, domain and group, which rows to
-        be scored need not have.
+      targets: whether to read labels, weights, timestamp, event_id, task_id, domain and group,
+        which rows to be scored need not have.
+      gauc: whether to read the columns of `gauc_by` too.
 
     Yields:
       Arrays by column name, of the rows of `schema.only_domains` if any are named: features int64
-      `[n]`, bytes (UTF-8, as objects) `[n]` or float32 `[n]`; lists `[n, max_length]`, padded at
-      the end with 0 or b"", with `<name>_length` int64 `[n]`; labels and weight float32 `[n]`,
-      labels NaN in rows whose domain does not have them; what other domains own, as padding;
-      timestamp, task_id and domain int64 `[n]`; group as bytes `[n]`, unless its column is also
-      one of the int64 columns above.
+      `[n]`, bytes (UTF-8, as objects) `[n]` or float32 `[n]`, NaN where there is no value; lists
+      `[n, max_length]`, padded at the end with 0 or b"", with `<name>_length` int64 `[n]`; labels
+      and weights float32 `[n]`, labels NaN in rows that do not have them; what other domains own,
+      as padding; timestamp and event_id int64 `[n]`; task_id and domain int64 or bytes `[n]`, as
+      the schema says; group as bytes `[n]`; columns that `gauc_by` alone names as int64 `[n]`. A
+      column of several roles is there once, as its first role in this list has it.
 
     Raises:
       DataError: the data do not fit the schema or cannot be read.
@@ -120,7 +126,7 @@ def blocks(
     """
     if shuffle_rows < 1:
         raise ValueError(f"`shuffle_rows` should be >= 1. Received: {shuffle_rows}")
-    columns = of_schema(schema, targets)
+    columns = of_schema(schema, targets, gauc)
     return _blocks(columns, _plan(columns, path, shard), path, seed, epoch, shuffle_rows)
 
 
@@ -135,6 +141,7 @@ def dataset(
     shard: tuple[int, int] = (0, 1),
     skip_batches: int = 0,
     drop_remainder: bool = False,
+    gauc: bool = False,
 ) -> tf.data.Dataset:
     """Reads batches `(features, targets)` for training and evaluation.
 
@@ -151,12 +158,15 @@ def dataset(
       shard: this worker's share.
       skip_batches: leaves out that many batches from the start, and changes nothing in the others.
       drop_remainder: whether a last batch of fewer rows is left out.
+      gauc: whether targets hold the groups of `gauc_by`, which evaluation alone needs.
 
     Returns:
       A dataset whose `features` are the tensors of `schema.input_names` (lists `[B, L]`) and whose
-      `targets` are `labels` float32 `[B, K]` in the schema's order, `weight` float32 `[B]` (ones
-      if none is declared, times the rows' `domain_weights`) and, where declared, `task_id`,
-      `domain`, `timestamp` int64 `[B]` and `group` `[B]`.
+      `targets` are `labels` float32 `[B, K]` in the schema's order, NaN where a row does not have
+      the label; `weight` float32 `[B]`, ones if none is declared, times the rows'
+      `domain_weights`; and, where declared, `label_weights` float32 `[B, K]` (see there), `task_id`
+      int64 `[B]` (names as their `task_key`), `domain` int64 or string `[B]`, `timestamp` and
+      `event_id` int64 `[B]`, `group` `[B]`, and `gauc` int64 `[B]` (see `keys.groups`).
 
     Raises:
       DataError: no such files, or their columns do not fit the schema.
@@ -164,7 +174,7 @@ def dataset(
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` should be >= 1. Received: {batch_size}")
-    columns = of_schema(schema)
+    columns = of_schema(schema, gauc=gauc)
     plan = _plan(columns, path, shard)
 
     def generate() -> Iterator[tuple[Block, Block]]:
@@ -174,24 +184,52 @@ def dataset(
             skip -= skipped
             if skipped == num_rows(block):
                 continue
-            yield batch(schema, {name: values[skipped:] for name, values in block.items()})
+            yield batch(schema, {name: values[skipped:] for name, values in block.items()}, gauc)
 
-    rows = tf.data.Dataset.from_generator(generate, output_signature=signature(schema))
+    rows = tf.data.Dataset.from_generator(generate, output_signature=signature(schema, gauc))
     return rows.rebatch(batch_size, drop_remainder=drop_remainder).prefetch(tf.data.AUTOTUNE)
 
 
-def batch(schema: Schema, block: Block) -> tuple[Block, Block]:
+def batch(schema: Schema, block: Block, gauc: bool = False) -> tuple[Block, Block]:
     """The features and targets of a block, as `dataset` gives them."""
-    labels = np.stack([block[name] for name in schema.labels], axis=1)
+    labels, label_weights = labels_and_weights(schema, block)
     weight = block[schema.weight] if schema.weight else np.ones(len(labels), np.float32)
     for domain, factor in schema.domain_weights:
-        weight = np.where(block[schema.domain] == domain, np.float32(factor) * weight, weight)
-    features = {name: block[name] for name in schema.input_names}
+        own = is_of(block[schema.domain], (domain,))
+        weight = np.where(own, np.float32(factor) * weight, weight)
     targets = {role: block[name] for role, name in _roles(schema).items()}
+    if schema.task_id:
+        targets["task_id"] = task_ids(schema, block)
+    if schema.label_weights:
+        targets["label_weights"] = label_weights
+    if gauc and schema.gauc_by:
+        targets["gauc"] = keys.groups(schema, block)
+    features = {name: block[name] for name in schema.input_names}
     return features, {"labels": labels, "weight": weight, **targets}
 
 
-def signature(schema: Schema) -> tuple[dict[str, tf.TensorSpec], dict[str, tf.TensorSpec]]:
+def labels_and_weights(schema: Schema, block: Block) -> tuple[Any, Any]:
+    """A block's labels, float32 [n, K], and what their losses are multiplied by, [n, K].
+
+    A label is NaN where the row does not have it, or a column of its weights holds 0.
+    """
+    labels, weights = [], []
+    for name in schema.labels:
+        weight = schema.label_weights.get(name, 1.0)
+        label = block[name]
+        if isinstance(weight, str):
+            factor = block[weight]
+            label = np.where(factor == 0, np.float32(np.nan), label)
+        else:
+            factor = np.full(len(label), weight, np.float32)
+        labels.append(label)
+        weights.append(np.where(np.isnan(label), np.float32(0), factor))
+    return np.stack(labels, axis=1), np.stack(weights, axis=1)
+
+
+def signature(
+    schema: Schema, gauc: bool = False
+) -> tuple[dict[str, tf.TensorSpec], dict[str, tf.TensorSpec]]:
     """The types and shapes of `batch`, with any number of rows."""
     columns = of_schema(schema)
 
@@ -200,22 +238,25 @@ def signature(schema: Schema) -> tuple[dict[str, tf.TensorSpec], dict[str, tf.Te
         return tf.TensorSpec(shape, tf.as_dtype(column.dtype))
 
     lengths = [f.length_name for f in schema.categorical if f.is_list]
-    return (
-        {
-            **{feature.name: spec(columns[feature.name]) for feature in schema.features},
-            **{name: tf.TensorSpec([None], tf.int64) for name in lengths},
-        },
-        {
-            "labels": tf.TensorSpec([None, len(schema.labels)], tf.float32),
-            "weight": tf.TensorSpec([None], tf.float32),
-            **{role: spec(columns[name]) for role, name in _roles(schema).items()},
-        },
-    )
+    num_labels = len(schema.labels)
+    targets = {
+        "labels": tf.TensorSpec([None, num_labels], tf.float32),
+        "weight": tf.TensorSpec([None], tf.float32),
+        **{role: spec(columns[name]) for role, name in _roles(schema).items()},
+    }
+    if schema.task_id:
+        targets["task_id"] = tf.TensorSpec([None], tf.int64)
+    if schema.label_weights:
+        targets["label_weights"] = tf.TensorSpec([None, num_labels], tf.float32)
+    if gauc and schema.gauc_by:
+        targets["gauc"] = tf.TensorSpec([None], tf.int64)
+    features = {feature.name: spec(columns[feature.name]) for feature in schema.features}
+    return features | {name: tf.TensorSpec([None], tf.int64) for name in lengths}, targets
 
 
 def _roles(schema: Schema) -> dict[str, str]:
-    """The columns that describe a row, where declared."""
-    roles = ("task_id", "domain", "timestamp", "group")
+    """The columns that become targets as they are, where declared."""
+    roles = ("domain", "timestamp", "event_id", "group")
     return {role: getattr(schema, role) for role in roles if getattr(schema, role)}
 
 
@@ -322,7 +363,7 @@ def _in_order(
         kind = _format(part.file)
         for arrays in kind.read(part, columns, decoded_rows):
             here = dataclasses.replace(part, first_row=row)
-            block = _block(here, ordered, arrays, kind.is_text)
+            block = block_of(here, ordered, arrays, kind.is_text)
             rows = num_rows(block)
             empty = empty and not rows
             if plan.stride > 1:
@@ -330,7 +371,7 @@ def _in_order(
                 block = {name: values[own] for name, values in block.items()}
             row += rows
             if only := ordered[0].only:
-                block = taken(block, np.flatnonzero(np.isin(block[ordered[0].name], only)))
+                block = taken(block, np.flatnonzero(is_of(block[ordered[0].name], only)))
             if num_rows(block):
                 none_kept = False
                 yield block
@@ -346,19 +387,6 @@ def _in_order(
 def _domain_first(columns: Mapping[str, Column]) -> list[Column]:
     """The columns in the order to convert them: the domain says which rows have the others'."""
     return sorted(columns.values(), key=lambda column: not column.tells_domain)
-
-
-def _block(
-    part: Part, ordered: Sequence[Column], arrays: Mapping[str, pa.Array], is_text: bool
-) -> Block:
-    """Checks consecutive rows' columns and makes them a block."""
-    block: Block = {}
-    domain: npt.NDArray[np.int64] | None = None
-    for column in ordered:
-        block.update(convert(part, column, arrays[column.name], is_text, domain))
-        if column.tells_domain:
-            domain = block[column.name]
-    return block
 
 
 def text_block(
@@ -381,4 +409,4 @@ def text_block(
         key = name.encode()
         cells = pa.array([row.get(key) for row in rows], pa.binary())
         arrays[name] = csv_files.split(cells) if column.max_length else cells
-    return _block(Entries(pathlib.Path(source), ids=ids), _domain_first(columns), arrays, True)
+    return block_of(Entries(pathlib.Path(source), ids=ids), _domain_first(columns), arrays, True)

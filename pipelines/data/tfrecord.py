@@ -17,7 +17,14 @@ from qianmo.pipelines.data.errors import DataError
 
 _DTYPES = {"int64_list": tf.int64, "bytes_list": tf.string, "float_list": tf.float32}
 _LOOKED_AT = 1000  # records
-_KINDS = {"int64": "int64_list", "string": "bytes_list", "float32": "float_list"}
+_KINDS = {
+    "int64": "int64_list",
+    "string": "bytes_list",
+    "float32": "float_list",
+    "time": "int64_list",
+    "name": "bytes_list",
+    "key": "bytes_list",
+}
 
 
 def parts(file: pathlib.Path, columns: Mapping[str, Column]) -> list[Part]:
@@ -58,13 +65,11 @@ def read(
                 values = pa.LargeListArray.from_arrays(splits, values)
             else:
                 lengths = np.diff(splits)
-                wrong = lengths > 1 if column.owners else lengths != 1
-                if wrong.any():
-                    i = int(np.argmax(wrong))
-                    held = f"holds {lengths[i]} values. Write one" if lengths[i] else "is absent"
-                    fault = f"{held}. Give it a value." if not lengths[i] else f"{held} value."
+                if (lengths > 1).any():
+                    i = int(np.argmax(lengths > 1))
+                    fault = f"holds {lengths[i]} values. Write one value."
                     raise part.error(name, row + i, fault)
-                if column.owners:
+                if len(values) < len(lengths):
                     values = values.take(pa.array(splits[:-1], mask=lengths == 0))
             arrays[name] = values
         yield arrays
@@ -74,14 +79,15 @@ def read(
 def _kinds(file: pathlib.Path, columns: Mapping[str, Column]) -> dict[str, str]:
     """How the first record that has a column stores it; the others should do likewise."""
     kinds: dict[str, str] = {}
-    # Only what domains own may be absent from the first record.
-    count = _LOOKED_AT if any(c.owners for c in columns.values()) else 1
+    count = _LOOKED_AT if any(c.may_be_absent for c in columns.values()) else 1
     try:
         for row, record in enumerate(tf.data.TFRecordDataset(str(file)).take(count)):
             found = tf.train.Example.FromString(record.numpy()).features.feature
             if not row:
                 # A list that is empty in the first row need not be there.
-                required = {n: c for n, c in columns.items() if not (c.max_length or c.owners)}
+                required = {
+                    n: c for n, c in columns.items() if not (c.max_length or c.may_be_absent)
+                }
                 check_names(file, [*found], required)
             for name in columns.keys() - kinds.keys():
                 if name in found and (kind := found[name].WhichOneof("kind")):
@@ -94,7 +100,7 @@ def _kinds(file: pathlib.Path, columns: Mapping[str, Column]) -> dict[str, str]:
         raise DataError(
             f"{file}, row {row} (counted from 0): should be a tf.train.Example; write it again."
         ) from error
-    return {name: kinds.get(name, _KINDS[c.dtype]) for name, c in columns.items()}
+    return {name: kinds.get(name, _KINDS[c.kind]) for name, c in columns.items()}
 
 
 def _loss(file: pathlib.Path) -> DataError:
