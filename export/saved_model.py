@@ -139,7 +139,7 @@ def _save(
     }
     module.used = list({v.ref(): v for f in concrete.values() for v in f.graph.variables}.values())
     captured = {id(x) for f in concrete.values() for x, _ in f.graph.captures}
-    tables = [x.lookup_table for x in model.encode.lookups if hasattr(x, "lookup_table")]
+    tables = model.encode.vocabularies.values()
     module.lookups = [table for table in tables if id(table.resource_handle) in captured]
     tf.saved_model.save(module, str(folder), signatures=concrete)
 

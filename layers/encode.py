@@ -65,24 +65,26 @@ def completed(schema: Schema, features: Mapping[str, tf.Tensor]) -> dict[str, tf
     }
 
 
-def _lookup(table: Categorical) -> tf_keras.layers.Layer | None:
-    if table.num_ids:
-        return None
-    if table.hash_buckets:
-        return tf_keras.layers.Hashing(table.hash_buckets, name=f"hash_{table.table}")
-    vocabulary = table.vocabulary
-    if not vocabulary:
+def _vocabulary(table: Categorical) -> tf.lookup.StaticHashTable:
+    """The rows of a vocabulary's values, from 1 on, and 0 for any other value.
+
+    The lookup layers of Keras know unknown values by a token of their own, which data may hold.
+
+    Raises:
+      ValueError: the vocabulary has not been counted, or is empty.
+    """
+    if not table.vocabulary:
         raise ValueError(
             f"table `{table.table}`: `vocabulary` should hold at least one value. Received: "
-            f"{vocabulary!r}. Count it from the training rows, or use hash_buckets or num_ids."
+            f"{table.vocabulary!r}. Count it from the training rows, or use hash_buckets or "
+            "num_ids."
         )
-    # Keras takes a vocabulary's first value for its own mark of unknown values when they are equal,
-    # as -1 and "[UNK]" may be: so a mark that no data holds.
-    values, name = list(vocabulary), f"lookup_{table.table}"
-    if table.dtype == "int64":
-        lowest = int(np.iinfo(np.int64).min)
-        return tf_keras.layers.IntegerLookup(vocabulary=values, oov_token=lowest, name=name)
-    return tf_keras.layers.StringLookup(vocabulary=values, oov_token="\0unknown", name=name)
+    # Strings as bytes: NumPy would cut zeros off their ends.
+    values = [v.encode() if isinstance(v, str) else v for v in table.vocabulary]
+    with tf.init_scope():
+        keys = tf.constant(values, tf.as_dtype(table.dtype))
+        rows = tf.range(1, len(values) + 1, dtype=tf.int64)
+        return tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer(keys, rows), 0)
 
 
 def _truncate(
@@ -113,11 +115,14 @@ class Encode(tf_keras.layers.Layer):
                  = 0                       a row whose domain does not own it
         indicator(x) = 1 where x is NaN, else 0
 
-    The lookups are tf_keras preprocessing layers, so they travel in the SavedModel. No row can make
-    the call fail: what cannot be read gets a stated value and a bit in `status`.
+    Vocabularies are hash tables of stock TensorFlow, which travel in the SavedModel. No row can
+    make the call fail: what cannot be read gets a stated value and a bit in `status`.
 
     Args:
       schema: the features, as a `Schema` or its config; its vocabularies must be known.
+
+    Attributes:
+      vocabularies: hash table of each embedding table that has a vocabulary.
 
     Inputs: a mapping with exactly the names of `schema.input_names`: [B] each, [B, L] for lists.
     Outputs: `Encoded`.
@@ -134,23 +139,28 @@ class Encode(tf_keras.layers.Layer):
     def __init__(self, schema: Schema | Mapping[str, Any], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.schema = schema if isinstance(schema, Schema) else Schema.from_config(schema)
-        self._lookups = {name: _lookup(table) for name, table in self.schema.tables.items()}
+        tables = self.schema.tables.items()
+        self._hashes = {
+            name: tf_keras.layers.Hashing(table.hash_buckets, name=f"hash_{name}")
+            for name, table in tables
+            if table.hash_buckets
+        }
+        self.vocabularies = {
+            name: _vocabulary(table)
+            for name, table in tables
+            if not table.hash_buckets and not table.num_ids
+        }
         missing = [f.name for f in self.schema.dense if f.mean is None]
         if missing:
             raise ValueError(f"dense features {missing}: mean and variance are not known yet.")
 
-    @property
-    def lookups(self) -> list[tf_keras.layers.Layer]:
-        """The preprocessing layers that hold vocabularies or hash."""
-        return [lookup for lookup in self._lookups.values() if lookup is not None]
-
     def _ids(self, table: Categorical, raw: tf.Tensor) -> tf.Tensor:
-        lookup = self._lookups[table.table]
-        if lookup is None:
+        if table.num_ids:
             inside = tf.logical_and(raw >= 0, raw < table.num_ids)
             return tf.where(inside, raw + 1, tf.zeros_like(raw))
-        ids = lookup(raw)
-        return ids + 1 if table.hash_buckets else ids
+        if table.hash_buckets:
+            return self._hashes[table.table](raw) + 1
+        return self.vocabularies[table.table].lookup(raw)
 
     def ids(self, features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Rows of the tables: feature -> [B] or [B, L]."""

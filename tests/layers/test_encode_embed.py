@@ -213,14 +213,39 @@ def test_interactions_refuse_fields_of_unequal_dims():
         _ = embedded.stacked
 
 
-@pytest.mark.parametrize(("dtype", "values"), [("int64", (-1, 5)), ("string", ("[UNK]", "a"))])
-def test_a_vocabulary_may_hold_what_keras_takes_for_unknown(dtype, values):
+LOWEST = -(2**63)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        ("int64", (LOWEST, -1, 0, 2**63 - 1, 5)),
+        ("int64", (-1, LOWEST)),
+        ("string", ("[UNK]", "a", "", "a\0", "\0unknown", "\0")),
+        ("string", ("\0unknown", "[UNK]")),
+        ("string", ("", "-1")),
+    ],
+)
+def test_a_vocabulary_may_hold_any_value(dtype, values, tmp_path):
+    """Also those by which libraries mark what they do not know, before and after a save."""
     schema = Schema(
         features=(Categorical(name="a", dtype=dtype, vocabulary=values),), labels=("y",)
     )
-    other = {"int64": 7, "string": "b"}[dtype]
-    ids = Encode(schema)({"a": tf.constant([*values, other], dtype)}).ids["a"]
-    assert ids.numpy().tolist() == [1, 2, 0]
+    others = {"int64": [7, LOWEST + 1], "string": ["b", "a\0\0"]}[dtype]
+    encode = Encode(schema)
+    expected = [*range(1, len(values) + 1), 0, 0]
+
+    @tf.function(input_signature=[tf.TensorSpec([None], dtype)])
+    def ids(raw):
+        return encode.ids({"a": raw})["a"]
+
+    raw = tf.constant([*values, *others], dtype)
+    assert ids(raw).numpy().tolist() == expected
+    module = tf.Module()
+    module.ids, module.encode = ids, encode
+    tf.saved_model.save(module, tmp_path)
+    del module
+    assert tf.saved_model.load(tmp_path).ids(raw).numpy().tolist() == expected
 
 
 def test_dropped_values_train_the_row_of_unknown_ones():
