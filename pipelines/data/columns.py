@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ import pyarrow as pa
 from qianmo.layers.features import Categorical, Dense, Keep
 from qianmo.layers.schema import DAY, UNITS, Domain, Schema
 from qianmo.pipelines.data.errors import DataError
+from qianmo.pipelines.data.files import DataFile
 
 Block = dict[str, npt.NDArray[Any]]
 Kind = Literal["int64", "string", "float32", "time", "name", "key"]
@@ -85,7 +85,7 @@ class Column:
 class Part:
     """What is read in one go: a file, or a row group of a Parquet file."""
 
-    file: pathlib.Path
+    file: DataFile
     first_row: int = 0
     row_group: int = 0
     metadata: Any = None
@@ -93,6 +93,13 @@ class Part:
     def error(self, column: str, row: int, fault: str) -> DataError:
         """What to raise for a value."""
         return DataError(f"{self.file}, column `{column}`, row {row} (counted from 0): {fault}")
+
+    def constants(self, count: int) -> dict[str, pa.Array]:
+        """What the folders' names say of each of `count` rows, as text."""
+        return {
+            name: pa.repeat(pa.scalar(value and value.encode(), pa.binary()), count)
+            for name, value in self.file.partitions.items()
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,18 +231,31 @@ def _merged(first: Column, other: Column, role: str) -> Column:
     )
 
 
-def check_names(file: pathlib.Path, names: Sequence[str], columns: Mapping[str, Column]) -> None:
+def check_names(file: DataFile, names: Sequence[str], columns: Mapping[str, Column]) -> None:
     """Checks the names of a file's columns.
 
     Raises:
       DataError: a column of the schema is missing, or there twice.
     """
     for name, column in columns.items():
+        if name in file.partitions:
+            if name in names:
+                raise DataError(
+                    f"{file}: column `{name}` is in the file and in the name of its folder, "
+                    f"{name}={file.partitions[name]}. Take it out of one of them."
+                )
+            if column.max_length:
+                raise DataError(
+                    f"{file}: column `{name}` should be {column.expected}. Found: the name of its "
+                    f"folder, {name}={file.partitions[name]}. Declare it without `max_length`."
+                )
+            continue
         if name not in names:
             if column.owners:
                 continue  # a file of other domains' rows
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else f"it holds: {', '.join(names)}."
+            known = [*names, *file.partitions]
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"it holds: {', '.join(known)}."
             raise DataError(
                 f"{file}: no column `{name}`; {hint} Add it to the file or take it out of the "
                 "schema."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ def is_of(values: _Array, domains: Iterable[Domain]) -> npt.NDArray[np.bool_]:
 
 
 def block_of(
-    part: Part, columns: Sequence[Column], arrays: Mapping[str, pa.Array], is_text: bool
+    part: Part, columns: Sequence[Column], arrays: Mapping[str, pa.Array], text: Container[str]
 ) -> Block:
     """Checks consecutive rows' columns and makes them a block.
 
@@ -40,7 +40,7 @@ def block_of(
       part: where they come from; its `first_row` is that of the arrays' first values.
       columns: what they should be, the domain first: it says which rows have the others.
       arrays: the values.
-      is_text: whether they are a CSV's, still to be parsed.
+      text: the columns that come as text, still to be parsed.
 
     Raises:
       DataError: a value does not fit.
@@ -49,6 +49,7 @@ def block_of(
     domain: _Array | None = None
     for column in columns:
         array = arrays[column.name]
+        is_text = column.name in text
         if not is_text:
             check_type(part, column, array.type)
         if pa.types.is_null(array.type):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,18 +14,19 @@ import pyarrow.csv as pa_csv
 
 from qianmo.pipelines.data.columns import Column, Part, check_names
 from qianmo.pipelines.data.errors import DataError, readable
+from qianmo.pipelines.data.files import DataFile
 
 _BLOCK_BYTES = 2**22
 
 
-def parts(file: pathlib.Path, columns: Mapping[str, Column]) -> list[Part]:
+def parts(file: DataFile, columns: Mapping[str, Column]) -> list[Part]:
     """The file as one part, its columns' names checked."""
     check_names(file, _header(file), columns)
     return [Part(file)]
 
 
-def _header(file: pathlib.Path) -> list[str]:
-    with readable(file, "CSV"), pa.input_stream(str(file)) as stream:
+def _header(file: DataFile) -> list[str]:
+    with readable(file, "CSV"), pa.input_stream(str(file.path)) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
         header = next(csv.reader(text), None)
     if header is None:
@@ -43,7 +43,7 @@ def read(
     names = [name for name in columns if name in header]
     with readable(part.file, "CSV"), _equal_rows(part.file) as remember:
         reader = pa_csv.open_csv(
-            str(part.file),
+            str(part.file.path),
             read_options=pa_csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
             parse_options=pa_csv.ParseOptions(
                 newlines_in_values=True, invalid_row_handler=remember
@@ -63,11 +63,11 @@ def read(
             for name, column in columns.items():
                 if column.max_length:
                     arrays[name] = split(arrays[name])
-            yield arrays
+            yield arrays | part.constants(len(batch))
 
 
 @contextlib.contextmanager
-def _equal_rows(file: pathlib.Path) -> Iterator[Callable[[Any], str]]:
+def _equal_rows(file: DataFile) -> Iterator[Callable[[Any], str]]:
     """Gives a handler of rows with too few or too many cells, and raises the error that names one.
 
     What a handler itself raises, pyarrow would only print.

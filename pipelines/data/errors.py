@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pathlib
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -21,7 +20,7 @@ class NoRowsError(DataError):
 
 
 @contextlib.contextmanager
-def readable(file: pathlib.Path, kind: str) -> Iterator[None]:
+def readable(file: object, kind: str) -> Iterator[None]:
     """Turns what pyarrow raises on a bad file into a `DataError`."""
     try:
         yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Iterator, Mapping
 
 import pyarrow as pa
@@ -10,12 +9,13 @@ import pyarrow.parquet as pq
 
 from qianmo.pipelines.data.columns import Column, Part, check_names, check_type
 from qianmo.pipelines.data.errors import readable
+from qianmo.pipelines.data.files import DataFile
 
 
-def parts(file: pathlib.Path, columns: Mapping[str, Column]) -> list[Part]:
+def parts(file: DataFile, columns: Mapping[str, Column]) -> list[Part]:
     """The file's row groups, its columns' names and types checked."""
     with readable(file, "Parquet"):
-        opened = pq.ParquetFile(file)
+        opened = pq.ParquetFile(file.path)
     check_names(file, opened.schema_arrow.names, columns)
     # The types of a shard without rows mean nothing, and writers get them wrong.
     present = [c for c in columns.values() if c.name in opened.schema_arrow.names]
@@ -36,7 +36,7 @@ def read(
     # Without pre_buffer and with a buffer size, a row group of any size streams page by page.
     with readable(part.file, "Parquet"):
         file = pq.ParquetFile(
-            part.file,
+            part.file.path,
             metadata=part.metadata,
             buffer_size=2**18,
             pre_buffer=False,
@@ -47,4 +47,5 @@ def read(
             decoded_rows, row_groups=[part.row_group], columns=names, use_threads=False
         ):
             absent = dict.fromkeys(columns, pa.nulls(len(batch)))
-            yield absent | {name: batch.column(name) for name in names}
+            own = {name: batch.column(name) for name in names}
+            yield absent | own | part.constants(len(batch))

@@ -1,6 +1,7 @@
 """Rows of a schema, read from Parquet, TFRecord and CSV files as NumPy blocks or tf.data batches.
 
-A path is one file, a folder of files (shards) or a glob. The extension tells the format:
+A path is one file, a folder of files (shards) or of partition folders, or a glob; see `files`. The
+extension tells the format:
 
 | extension | what a row is | a list |
 |---|---|---|
@@ -31,7 +32,7 @@ from qianmo.pipelines.data import csv_files, keys, parquet, tfrecord
 from qianmo.pipelines.data.columns import Block, Column, Entries, Part, of_schema
 from qianmo.pipelines.data.convert import block_of, is_of
 from qianmo.pipelines.data.errors import DataError, NoRowsError
-from qianmo.pipelines.data.files import PathLike, extension, files, has_format, sha256
+from qianmo.pipelines.data.files import DataFile, PathLike, extension, files, has_format, sha256
 from qianmo.pipelines.data.keys import task_ids
 from qianmo.pipelines.data.shuffling import num_rows, shuffled, taken
 
@@ -68,7 +69,7 @@ class _Format(NamedTuple):
       is_text: whether values come as bytes, still to be parsed.
     """
 
-    parts: Callable[[pathlib.Path, Mapping[str, Column]], list[Part]]
+    parts: Callable[[DataFile, Mapping[str, Column]], list[Part]]
     read: Callable[[Part, Mapping[str, Column], int], Iterator[dict[str, pa.Array]]]
     is_text: bool = False
 
@@ -293,8 +294,8 @@ def count_rows(schema: Schema, path: PathLike) -> int:
     return count
 
 
-def _format(file: pathlib.Path) -> _Format:
-    return _FORMATS[extension(file)]
+def _format(file: DataFile) -> _Format:
+    return _FORMATS[extension(file.path)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,8 +320,8 @@ def _plan(columns: Mapping[str, Column], path: PathLike, shard: tuple[int, int])
     ):
         raise _no_rows(path)
     if by_file:
-        own = set(found[index::count])
-        return _Plan([part for part in parts if part.file in own])
+        own = {file.path for file in found[index::count]}
+        return _Plan([part for part in parts if part.file.path in own])
     if len(parts) >= count:
         return _Plan(parts[index::count])
     return _Plan(parts, index, count)
@@ -363,7 +364,8 @@ def _in_order(
         kind = _format(part.file)
         for arrays in kind.read(part, columns, decoded_rows):
             here = dataclasses.replace(part, first_row=row)
-            block = block_of(here, ordered, arrays, kind.is_text)
+            text = arrays if kind.is_text else part.file.partitions
+            block = block_of(here, ordered, arrays, text)
             rows = num_rows(block)
             empty = empty and not rows
             if plan.stride > 1:
@@ -409,4 +411,5 @@ def text_block(
         key = name.encode()
         cells = pa.array([row.get(key) for row in rows], pa.binary())
         arrays[name] = csv_files.split(cells) if column.max_length else cells
-    return block_of(Entries(pathlib.Path(source), ids=ids), _domain_first(columns), arrays, True)
+    part = Entries(DataFile(pathlib.Path(source)), ids=ids)
+    return block_of(part, _domain_first(columns), arrays, arrays)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from google.protobuf.message import DecodeError
 
 from qianmo.pipelines.data.columns import Column, Part, check_names
 from qianmo.pipelines.data.errors import DataError
+from qianmo.pipelines.data.files import DataFile
 
 _DTYPES = {"int64_list": tf.int64, "bytes_list": tf.string, "float_list": tf.float32}
 _LOOKED_AT = 1000  # records
@@ -27,7 +27,7 @@ _KINDS = {
 }
 
 
-def parts(file: pathlib.Path, columns: Mapping[str, Column]) -> list[Part]:
+def parts(file: DataFile, columns: Mapping[str, Column]) -> list[Part]:
     """The file as one part, the names of its first record's features checked."""
     _kinds(file, columns)
     return [Part(file)]
@@ -37,6 +37,7 @@ def read(
     part: Part, columns: Mapping[str, Column], decoded_rows: int
 ) -> Iterator[dict[str, pa.Array]]:
     """Yields the columns of consecutive rows, `decoded_rows` of them at most."""
+    columns = {name: c for name, c in columns.items() if name not in part.file.partitions}
     kinds = _kinds(part.file, columns)
     features = {
         name: tf.io.RaggedFeature(_DTYPES[kind], row_splits_dtype=tf.int64)
@@ -44,14 +45,14 @@ def read(
     }
     row = 0
     with tf.device("CPU:0"):
-        records = iter(tf.data.TFRecordDataset(str(part.file)).batch(decoded_rows))
+        records = iter(tf.data.TFRecordDataset(str(part.file.path)).batch(decoded_rows))
     while True:
         batch: Any = None
         try:
             batch = next(records, None)
             if batch is None:
                 return
-            parsed = tf.io.parse_example(batch, features)
+            parsed = tf.io.parse_example(batch, features) if features else {}
         except tf.errors.DataLossError as error:
             raise _loss(part.file) from error
         except tf.errors.InvalidArgumentError as error:
@@ -72,16 +73,17 @@ def read(
                 if len(values) < len(lengths):
                     values = values.take(pa.array(splits[:-1], mask=lengths == 0))
             arrays[name] = values
-        yield arrays
+        yield arrays | part.constants(len(batch))
         row += len(batch)
 
 
-def _kinds(file: pathlib.Path, columns: Mapping[str, Column]) -> dict[str, str]:
+def _kinds(file: DataFile, columns: Mapping[str, Column]) -> dict[str, str]:
     """How the first record that has a column stores it; the others should do likewise."""
     kinds: dict[str, str] = {}
+    in_file = {name for name in columns if name not in file.partitions}
     count = _LOOKED_AT if any(c.may_be_absent for c in columns.values()) else 1
     try:
-        for row, record in enumerate(tf.data.TFRecordDataset(str(file)).take(count)):
+        for row, record in enumerate(tf.data.TFRecordDataset(str(file.path)).take(count)):
             found = tf.train.Example.FromString(record.numpy()).features.feature
             if not row:
                 # A list that is empty in the first row need not be there.
@@ -89,10 +91,10 @@ def _kinds(file: pathlib.Path, columns: Mapping[str, Column]) -> dict[str, str]:
                     n: c for n, c in columns.items() if not (c.max_length or c.may_be_absent)
                 }
                 check_names(file, [*found], required)
-            for name in columns.keys() - kinds.keys():
+            for name in in_file - kinds.keys():
                 if name in found and (kind := found[name].WhichOneof("kind")):
                     kinds[name] = kind
-            if len(kinds) == len(columns):
+            if len(kinds) == len(in_file):
                 break
     except tf.errors.DataLossError as error:
         raise _loss(file) from error
@@ -100,14 +102,14 @@ def _kinds(file: pathlib.Path, columns: Mapping[str, Column]) -> dict[str, str]:
         raise DataError(
             f"{file}, row {row} (counted from 0): should be a tf.train.Example; write it again."
         ) from error
-    return {name: kinds.get(name, _KINDS[c.kind]) for name, c in columns.items()}
+    return {name: kinds.get(name, _KINDS[columns[name].kind]) for name in in_file}
 
 
-def _loss(file: pathlib.Path) -> DataError:
+def _loss(file: DataFile) -> DataError:
     """Names the first record that cannot be read."""
     row = 0
     with contextlib.suppress(tf.errors.DataLossError):
-        for _ in tf.data.TFRecordDataset(str(file)):
+        for _ in tf.data.TFRecordDataset(str(file.path)):
             row += 1
     return DataError(
         f"{file}: row {row} (counted from 0) cannot be read as TFRecord: it is truncated or "
@@ -116,7 +118,7 @@ def _loss(file: pathlib.Path) -> DataError:
 
 
 def _mismatch(
-    file: pathlib.Path,
+    file: DataFile,
     records: Iterable[bytes],
     first_row: int,
     kinds: Mapping[str, str],
