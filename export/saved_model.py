@@ -77,7 +77,7 @@ def vector_specs(model: Ranker) -> dict[str, tf.TensorSpec]:
     if name := domain_input(model):
         if name in specs:
             raise ExportError(f"feature `{name}` has the name of the input for the raw domain.")
-        specs[name] = tf.TensorSpec([None], tf.int64, name)
+        specs[name] = tf.TensorSpec([None], tf.as_dtype(model.schema.domain_dtype), name)
     return specs
 
 
@@ -139,7 +139,7 @@ def _save(
     }
     module.used = list({v.ref(): v for f in concrete.values() for v in f.graph.variables}.values())
     captured = {id(x) for f in concrete.values() for x, _ in f.graph.captures}
-    tables = [x.lookup_table for x in model.encode.lookups if hasattr(x, "lookup_table")]
+    tables = model.encode.vocabularies.values()
     module.lookups = [table for table in tables if id(table.resource_handle) in captured]
     tf.saved_model.save(module, str(folder), signatures=concrete)
 

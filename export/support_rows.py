@@ -62,7 +62,7 @@ class FeatureRows:
         self._model = model
         self._widths = {f.name: f.max_length or 1 for f in model.schema.categorical}
         self._lists = [f.name for f in model.schema.categorical if f.is_list]
-        self._num_dense = len(model.schema.dense)
+        self._num_dense = model.schema.dense_width
         self.dim = 2 * sum(self._widths.values()) + len(self._lists) + self._num_dense
         self.version = _version(model)
 

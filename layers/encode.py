@@ -13,7 +13,7 @@ from qianmo.layers.features import Categorical
 from qianmo.layers.schema import Domain, Schema
 
 OK = 0
-BAD_DENSE = 1  # a dense value was NaN or infinite and was read as the mean
+BAD_DENSE = 1  # a dense value was infinite, or NaN where it may not be, and was read as the mean
 BAD_LENGTH = 2  # a list's length was below 0 or above the list's width, and was clipped
 
 
@@ -23,7 +23,7 @@ class Encoded(NamedTuple):
     Attributes:
       ids: feature -> row of its table, int64, [B], or [B, L] for lists.
       lengths: list feature -> valid ids in each row, int64 [B].
-      dense: standardised dense features, [B, N].
+      dense: standardised dense features and their indicators, [B, `schema.dense_width`].
       status: bits `BAD_DENSE`, `BAD_LENGTH`, int32 [B]; 0 means that the row was read as given.
     """
 
@@ -65,24 +65,26 @@ def completed(schema: Schema, features: Mapping[str, tf.Tensor]) -> dict[str, tf
     }
 
 
-def _lookup(table: Categorical) -> tf_keras.layers.Layer | None:
-    if table.num_ids:
-        return None
-    if table.hash_buckets:
-        return tf_keras.layers.Hashing(table.hash_buckets, name=f"hash_{table.table}")
-    vocabulary = table.vocabulary
-    if not vocabulary:
+def _vocabulary(table: Categorical) -> tf.lookup.StaticHashTable:
+    """The rows of a vocabulary's values, from 1 on, and 0 for any other value.
+
+    The lookup layers of Keras know unknown values by a token of their own, which data may hold.
+
+    Raises:
+      ValueError: the vocabulary has not been counted, or is empty.
+    """
+    if not table.vocabulary:
         raise ValueError(
             f"table `{table.table}`: `vocabulary` should hold at least one value. Received: "
-            f"{vocabulary!r}. Count it from the training rows, or use hash_buckets or num_ids."
+            f"{table.vocabulary!r}. Count it from the training rows, or use hash_buckets or "
+            "num_ids."
         )
-    # Keras takes a vocabulary's first value for its own mark of unknown values when they are equal,
-    # as -1 and "[UNK]" may be: so a mark that no data holds.
-    values, name = list(vocabulary), f"lookup_{table.table}"
-    if table.dtype == "int64":
-        lowest = int(np.iinfo(np.int64).min)
-        return tf_keras.layers.IntegerLookup(vocabulary=values, oov_token=lowest, name=name)
-    return tf_keras.layers.StringLookup(vocabulary=values, oov_token="\0unknown", name=name)
+    # Strings as bytes: NumPy would cut zeros off their ends.
+    values = [v.encode() if isinstance(v, str) else v for v in table.vocabulary]
+    with tf.init_scope():
+        keys = tf.constant(values, tf.as_dtype(table.dtype))
+        rows = tf.range(1, len(values) + 1, dtype=tf.int64)
+        return tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer(keys, rows), 0)
 
 
 def _truncate(
@@ -108,13 +110,19 @@ class Encode(tf_keras.layers.Layer):
               = 1 + place of x        vocabulary
               = 1 + x                 identity, 0 <= x < num_ids
               = 1 + hash(x) mod n     hash
-        dense(x) = (x - mean) / sqrt(variance), and 0 in rows whose domain does not own it
+        dense(x) = (x - mean) / sqrt(variance), in float64
+                 = dense(default), or 0    x is NaN, which stands for no value
+                 = 0                       a row whose domain does not own it
+        indicator(x) = 1 where x is NaN, else 0
 
-    The lookups are tf_keras preprocessing layers, so they travel in the SavedModel. No row can make
-    the call fail: what cannot be read gets a stated value and a bit in `status`.
+    Vocabularies are hash tables of stock TensorFlow, which travel in the SavedModel. No row can
+    make the call fail: what cannot be read gets a stated value and a bit in `status`.
 
     Args:
       schema: the features, as a `Schema` or its config; its vocabularies must be known.
+
+    Attributes:
+      vocabularies: hash table of each embedding table that has a vocabulary.
 
     Inputs: a mapping with exactly the names of `schema.input_names`: [B] each, [B, L] for lists.
     Outputs: `Encoded`.
@@ -131,23 +139,28 @@ class Encode(tf_keras.layers.Layer):
     def __init__(self, schema: Schema | Mapping[str, Any], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.schema = schema if isinstance(schema, Schema) else Schema.from_config(schema)
-        self._lookups = {name: _lookup(table) for name, table in self.schema.tables.items()}
+        tables = self.schema.tables.items()
+        self._hashes = {
+            name: tf_keras.layers.Hashing(table.hash_buckets, name=f"hash_{name}")
+            for name, table in tables
+            if table.hash_buckets
+        }
+        self.vocabularies = {
+            name: _vocabulary(table)
+            for name, table in tables
+            if not table.hash_buckets and not table.num_ids
+        }
         missing = [f.name for f in self.schema.dense if f.mean is None]
         if missing:
             raise ValueError(f"dense features {missing}: mean and variance are not known yet.")
 
-    @property
-    def lookups(self) -> list[tf_keras.layers.Layer]:
-        """The preprocessing layers that hold vocabularies or hash."""
-        return [lookup for lookup in self._lookups.values() if lookup is not None]
-
     def _ids(self, table: Categorical, raw: tf.Tensor) -> tf.Tensor:
-        lookup = self._lookups[table.table]
-        if lookup is None:
+        if table.num_ids:
             inside = tf.logical_and(raw >= 0, raw < table.num_ids)
             return tf.where(inside, raw + 1, tf.zeros_like(raw))
-        ids = lookup(raw)
-        return ids + 1 if table.hash_buckets else ids
+        if table.hash_buckets:
+            return self._hashes[table.table](raw) + 1
+        return self.vocabularies[table.table].lookup(raw)
 
     def ids(self, features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Rows of the tables: feature -> [B] or [B, L]."""
@@ -173,24 +186,33 @@ class Encode(tf_keras.layers.Layer):
     def dense(
         self, features: Mapping[str, tf.Tensor], domain: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Standardised dense features [B, N] and which rows were finite, bool [B].
+        """Standardised dense features [B, `schema.dense_width`], and which rows were read as given.
 
         What a row's domain does not own is 0, whatever came in.
         """
         dense = self.schema.dense
         x = tf.stack([tf.cast(features[f.name], tf.float32) for f in dense], 1)
-        finite = tf.math.is_finite(x)
-        is_given = finite
+        missing = tf.math.is_nan(x)
+        good = tf.math.is_finite(x) | (missing & [f.may_be_missing for f in dense])
+        own = tf.ones_like(missing)
         if any(f.domains for f in dense):
             every = tf.ones_like(domain, tf.bool)
             own = tf.stack(
                 [owns(self.schema, f.domains, domain) if f.domains else every for f in dense], 1
             )
-            is_given, finite = own & finite, finite | ~own
-        mean = tf.constant([f.mean for f in dense], tf.float32)
-        scale = tf.constant([f.variance for f in dense], tf.float32) ** -0.5
-        standard = tf.where(is_given, (x - mean) * scale, tf.zeros_like(x))
-        return tf.cast(standard, self.compute_dtype), tf.reduce_all(finite, 1)
+            good |= ~own
+        # In float64, which holds the moments of any float32 values.
+        mean = np.array([f.mean for f in dense], np.float64)
+        scale = np.array([f.variance for f in dense], np.float64) ** -0.5
+        default = [f.mean if f.default is None else f.default for f in dense]
+        filled = tf.where(tf.math.is_finite(x), tf.cast(x, tf.float64), mean)
+        filled = tf.where(missing & good, np.array(default, np.float64), filled)
+        standard = tf.where(own, (filled - mean) * scale, tf.zeros([], tf.float64))
+        columns = [tf.cast(standard, self.compute_dtype)]
+        if indicators := [i for i, f in enumerate(dense) if f.indicator]:
+            is_missing = tf.gather(missing & own, indicators, axis=1)
+            columns.append(tf.cast(is_missing, self.compute_dtype))
+        return tf.concat(columns, 1), tf.reduce_all(good, 1)
 
     def call(self, features: Mapping[str, tf.Tensor]) -> Encoded:
         """Encodes one batch."""

@@ -32,17 +32,18 @@ class Schema:
         number, learned by squared error. Labels not named are binary.
       label_moments: rating -> its mean and variance in the training rows, counted when not given.
       label_weights: label -> what its loss is multiplied by: a number, or the name of a column of
-        numbers >= 0, where 0 leaves the row out of this label's loss and metrics. 1 if not named.
-      optional_labels: labels that may be null: such a row does not have the label.
+        numbers >= 0. A row where the column holds 0 does not have the label; it is in neither its
+        loss nor its metrics. A number of 0 leaves the metrics. 1 if not named.
+      optional_labels: labels that may be null or NaN: such a row does not have the label.
       label_domains: label -> the domains whose rows have it. Labels not named here are those of
         every row; those of other domains' rows are not read.
       weight: column of the rows' weights (>= 0), if any.
-      timestamp: column of event times, if any: int64, or datetimes, which are read as int64 in
-        `timestamp_unit` since 1970, UTC.
+      timestamp: column of event times, if any: int64, or datetimes, dates and ISO 8601 text, which
+        are read as int64 in `timestamp_unit` since 1970, UTC, rounded down.
       timestamp_unit: "s", "ms" or "us".
       event_id: int64 column that tells apart events of one task at one time, if any.
       task_id: column of the task (user, scene, adgroup), if any; the unit of GAUC.
-      task_dtype: "int64" or "string". Strings are known by a hash of 64 bits.
+      task_dtype: "int64" or "string". Strings are known by a hash of 64 bits, `task_key`.
       domain: column of the domain (scene), if any: int64 or string. A model whose parts differ by
         domain needs it among its features too, with a vocabulary or `num_ids`.
       domain_weights: pairs of a domain and the weight of its rows in the training loss, by which
@@ -50,8 +51,8 @@ class Schema:
       only_domains: the domains whose rows are read, so that one recipe trains a model of one domain
         on the rows of all; empty for every row.
       group: column (int64 or string) by which evaluation reports groups of users, if any.
-      gauc_by: columns whose equal values make a group of GAUC; "day" is the day of the timestamp.
-        Default: the task.
+      gauc_by: columns of any type whose equal values make a group of GAUC; "day" is the day of the
+        timestamp, UTC. Read by evaluation alone. Default: the task.
     """
 
     features: tuple[Feature, ...]
@@ -283,6 +284,17 @@ class Schema:
     def dense(self) -> tuple[Dense, ...]:
         """The dense features, in order."""
         return tuple(f for f in self.features if isinstance(f, Dense))
+
+    @property
+    def dense_columns(self) -> tuple[str, ...]:
+        """The feature of each column of `Encoded.dense`: values in order, then indicators."""
+        values = [f.name for f in self.dense]
+        return (*values, *(f.name for f in self.dense if f.indicator))
+
+    @property
+    def dense_width(self) -> int:
+        """Columns of `Encoded.dense`."""
+        return len(self.dense_columns)
 
     @property
     def tables(self) -> Mapping[str, Categorical]:

@@ -78,7 +78,7 @@ class Select(tf_keras.layers.Layer):
             linear += [first + place for place in places]
             first += len(group)
         self._linear = _Columns(linear, first)
-        dense = [f.name for f in self.schema.dense]
+        dense = self.schema.dense_columns
         self._dense = _Columns([i for i, name in enumerate(dense) if name in features], len(dense))
 
     @property

@@ -17,7 +17,7 @@ from concurrent import futures
 from typing import Any
 
 from qianmo.layers.schema import Schema
-from qianmo.pipelines.data import readers
+from qianmo.pipelines.data import files, readers
 
 _CHUNK_BYTES = 2**20
 
@@ -55,9 +55,10 @@ class Identity:
     def sha256(self) -> str:
         """The hash of the only file; of several, the hash of the lines that `sha256sum *` prints.
 
-        For a folder of shards that is `cd rows && sha256sum *.parquet | sha256sum`.
+        For a folder of shards that is `cd rows && sha256sum *.parquet | sha256sum`. The names of
+        partition folders, which are values of columns, are in these lines.
         """
-        if len(self.files) == 1:
+        if len(self.files) == 1 and "/" not in self.files[0].name:
             return self.files[0].sha256
         lines = "".join(f"{file.sha256}  {file.name}\n" for file in self.files)
         return hashlib.sha256(lines.encode()).hexdigest()
@@ -113,7 +114,7 @@ class Taking:
 
     def __init__(self, schema: Schema, path: readers.PathLike, targets: bool = True) -> None:
         self._path = os.fspath(path)
-        self._files = readers.files(path)
+        self._files = [file.path for file in files.files(path)]
         self._stamps = [_stamp(file) for file in self._files]
         self._rows = readers.count_rows(schema, path, targets=targets)
         top = pathlib.Path(self._path) if os.path.isdir(self._path) else None

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from qianmo.layers import metrics
 from qianmo.layers.features import Categorical, Dense, Feature
 from qianmo.layers.schema import Schema
+from qianmo.pipelines.data import readers
 from qianmo.pipelines.data.readers import Block, num_rows
 from qianmo.pipelines.data.summaries import Column, Summary, warnings
 
@@ -99,7 +100,11 @@ class Look:
         schema = self._schema
         if not (schema.task_id in block and schema.timestamp in block):
             return
-        columns = [block[schema.task_id], block[schema.timestamp]]
+        task = block[schema.task_id]
+        columns = [
+            readers.task_ids(schema, block) if task.dtype == object else task,
+            block[schema.timestamp],
+        ]
         if schema.event_id in block:
             columns.append(block[schema.event_id])
         keys = np.stack(columns, 1)

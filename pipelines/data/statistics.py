@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qianmo.layers.features import Categorical, Dense, Feature
-from qianmo.layers.schema import Schema
+from qianmo.layers.schema import Domain, Schema
 from qianmo.pipelines.data import readers
 
 
@@ -31,9 +31,10 @@ class _Moments:
     squares: float = 0.0
 
     def add(self, values: np.ndarray[Any, Any]) -> None:
+        """Counts the values that are not NaN."""
+        values = values[~np.isnan(values)].astype(np.float64)
         if not values.size:
             return
-        values = values.astype(np.float64)
         mean = float(values.mean())
         count = self.count + len(values)
         delta = mean - self.mean
@@ -62,9 +63,9 @@ def without_empty_domains(schema: Schema, path: readers.PathLike) -> Schema:
     if feature is None or not feature.vocabulary:
         return schema
     alone = Schema(features=(feature,), labels=schema.labels, domain=schema.domain)
-    seen: set[int] = set()
+    seen: set[Domain] = set()
     for block in readers.blocks(alone, path, targets=False):
-        seen.update(np.unique(block[feature.name]).tolist())
+        seen.update(map(_plain, set(block[feature.name].tolist())))
     empty = [domain for domain in feature.vocabulary if domain not in seen]
     if not empty or not seen.intersection(feature.vocabulary):
         return schema
@@ -85,8 +86,13 @@ def without_empty_domains(schema: Schema, path: readers.PathLike) -> Schema:
     return schema.with_features(features)
 
 
+def _plain(value: Any) -> Any:
+    """A value as schemas hold it."""
+    return value.decode() if isinstance(value, bytes) else value
+
+
 def inherit(schema: Schema, start: Schema) -> Schema:
-    """Takes what is not counted yet from another schema's features of the same names."""
+    """Takes what is not counted yet from another schema's features and labels of the same names."""
     known = {feature.name: feature for feature in start.features}
     features: list[Feature] = []
     for feature in schema.features:
@@ -101,12 +107,24 @@ def inherit(schema: Schema, start: Schema) -> Schema:
         ):
             feature = dataclasses.replace(feature, vocabulary=other.vocabulary)
         features.append(feature)
+    moments = {
+        label: start.label_moments[label]
+        for label in _ratings(schema)
+        if label in start.label_moments
+    }
+    schema = dataclasses.replace(schema, label_moments={**moments, **schema.label_moments})
     return schema.with_features(features)
+
+
+def _ratings(schema: Schema) -> list[str]:
+    return [label for label in schema.labels if schema.kind(label) == "rating"]
 
 
 def _own_rows(schema: Schema, feature: Feature, block: readers.Block) -> Any:
     """Index of the rows whose domains have the feature."""
-    return np.isin(block[schema.domain], feature.domains) if feature.domains else slice(None)
+    if not feature.domains:
+        return slice(None)
+    return readers.is_of(block[schema.domain], feature.domains)
 
 
 def complete(
@@ -118,8 +136,9 @@ def complete(
     """Counts in one pass what the schema does not give, and checks every row on the way.
 
     Features that share a table are counted together. A vocabulary is ordered by count, largest
-    first, then by value. Items cut off from long lists are not counted. What a domain owns is
-    counted from its own rows.
+    first, then by value. Items cut off from long lists are not counted. A null is counted as the
+    value that it is read as. What a domain owns is counted from its own rows. Means and variances
+    are those of the values that are there; of a rating, in the rows whose weight for it is not 0.
 
     Args:
       schema: any schema; returned as it is when nothing is left to count.
@@ -127,7 +146,8 @@ def complete(
       observe: sees every block, also where nothing is left to count.
 
     Raises:
-      DataError: the rows do not fit the schema, or no value is as frequent as `min_count` asks.
+      DataError: the rows do not fit the schema, no value is as frequent as `min_count` asks, or a
+        dense feature or rating has no value at all.
     """
     if schema.is_complete and observe is None:
         return schema
@@ -137,6 +157,7 @@ def complete(
         if feature.vocabulary is None and not feature.num_ids and not feature.hash_buckets
     }
     moments = {feature.name: _Moments() for feature in schema.dense if feature.mean is None}
+    moments |= {r: _Moments() for r in _ratings(schema) if r not in schema.label_moments}
     for block in readers.blocks(schema, path):
         if observe is not None:
             observe(block)
@@ -157,7 +178,16 @@ def complete(
         for dense in schema.dense:
             if dense.name in moments:
                 moments[dense.name].add(block[dense.name][_own_rows(schema, dense, block)])
+        labels, _ = readers.labels_and_weights(schema, block)
+        for label, values in zip(schema.labels, labels.T, strict=True):
+            if label in moments:
+                moments[label].add(values)
 
+    for name, seen in moments.items():
+        if not seen.count:
+            raise readers.DataError(
+                f"{path}, column `{name}`: no row has a value. Take it out of the schema."
+            )
     vocabularies: dict[str, tuple[Any, ...]] = {}
     for name, counter in counts.items():
         feature = schema.tables[name]
@@ -167,9 +197,7 @@ def complete(
                 f"{path}, column `{feature.name}`: no value occurs `min_count` = "
                 f"{feature.min_count} times. Lower it, or take the feature out of the schema."
             )
-        vocabularies[name] = tuple(
-            value.decode() if isinstance(value, bytes) else value for _, value in sorted(frequent)
-        )
+        vocabularies[name] = tuple(_plain(value) for _, value in sorted(frequent))
 
     def completed(feature: Feature) -> Feature:
         if isinstance(feature, Categorical):
@@ -181,4 +209,10 @@ def complete(
         seen = moments[feature.name]
         return dataclasses.replace(feature, mean=seen.mean, variance=seen.variance)
 
+    of_labels = {
+        label: (moments[label].mean, moments[label].variance)
+        for label in schema.labels
+        if label in moments
+    }
+    schema = dataclasses.replace(schema, label_moments={**schema.label_moments, **of_labels})
     return schema.with_features(map(completed, schema.features))

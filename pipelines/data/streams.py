@@ -326,7 +326,7 @@ class RedisStream:
             rows = [fields for _, fields in there]
             block = readers.text_block(self._schema, self.name, ids, rows)
             if self._schema.only_domains:
-                own = np.isin(block[self._schema.domain], self._schema.only_domains)
+                own = readers.is_of(block[self._schema.domain], self._schema.only_domains)
                 places = np.flatnonzero(own)
                 block, ids = readers.taken(block, places), [ids[i] for i in places]
             self._buffer.add(block, ids)

@@ -57,8 +57,18 @@ def narrowed(table: pa.Table) -> pa.Table:
 
 
 def filled(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Gives the publisher's nulls a value of their own."""
-    return pc.fill_null(values, "unknown" if pa.types.is_string(values.type) else -1)
+    """Gives the publisher's nulls a value of their own: "unknown", or -1.
+
+    Raises:
+      DataError: the publisher uses that value too.
+    """
+    value = pa.scalar("unknown" if pa.types.is_string(values.type) else -1, values.type)
+    if values.null_count and pc.index(values, value).as_py() >= 0:
+        raise readers.DataError(
+            f"nulls should become {value.as_py()!r}, which a column of the source already holds. "
+            "Take another value for them."
+        )
+    return pc.fill_null(values, value)
 
 
 def rows_of(table: pa.Table, key: str, wanted: pa.ChunkedArray) -> pa.Table:

@@ -12,7 +12,7 @@ import tensorflow as tf
 from qianmo.layers.inner_loop import Support
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines.data import readers
-from qianmo.pipelines.evaluation.scores import LOWER_IS_BETTER, Scored, defined_labels, evaluate
+from qianmo.pipelines.evaluation.scores import LOWER_IS_BETTER, Scored, evaluate
 from qianmo.pipelines.evaluation.task_rows import TaskRows, support_rows
 
 SIZES = (1, 2, 5, 10, 20)
@@ -59,7 +59,9 @@ def score(
     found: dict[str, list[Any]] = {}
     columns: dict[str, list[Any]] = {}
     with readers.own_errors():
-        for features, targets in readers.dataset(model.schema, path, batch_size=batch_size):
+        for features, targets in readers.dataset(
+            model.schema, path, batch_size=batch_size, gauc=True
+        ):
             task_id = targets["task_id"].numpy()
             place, every = support.of(task_id)
             rows = {k: Support(*map(tf.constant, s.of(task_id)[1])) for k, s in supports.items()}
@@ -70,7 +72,7 @@ def score(
                 columns.setdefault(name, []).append(np.asarray(value))
     joined = {name: np.concatenate(values) for name, values in columns.items()}
     heads = {name: np.concatenate(values) for name, values in found.items()}
-    return Scored(heads, defined_labels(joined), joined)
+    return Scored(heads, joined.pop("labels"), joined)
 
 
 def _named(counts: npt.NDArray[np.floating]) -> npt.NDArray[Any]:

@@ -129,13 +129,18 @@ def known(model: TwoTower, items: Catalogue, paths: Sequence[str]) -> Known:
     if not schema.task_id:
         raise ValueError("Retrieval needs `schema.task_id`, whose known items are left out.")
     label = schema.labels[0]
-    alone = Schema(features=(model.item,), labels=(label,), task_id=schema.task_id)
+    alone = Schema(
+        features=(model.item,),
+        labels=(label,),
+        task_id=schema.task_id,
+        task_dtype=schema.task_dtype,
+    )
     blocks = [
         readers.taken(block, np.flatnonzero(block[label] > 0))
         for path in paths
         for block in readers.blocks(alone, path)
     ]
-    task = np.concatenate([b[schema.task_id] for b in blocks])
+    task = np.concatenate([readers.task_ids(schema, b) for b in blocks])
     place = items.places(np.concatenate([b[model.item.name] for b in blocks]))
     order = np.argsort(task, kind="stable")
     order = order[place[order] >= 0]

@@ -27,7 +27,7 @@ class Scored:
 
     Attributes:
       probabilities: head -> probabilities, or means of ratings, [N, K].
-      labels: [N, K]; NaN where a row does not have the label, or its weight for it is 0.
+      labels: [N, K]; NaN where a row does not have the label.
       columns: what describes the rows, such as `task_id`, [N] each.
     """
 
@@ -60,7 +60,7 @@ def score(
     """
     probabilities: dict[str, list[np.ndarray]] = {name: [] for name in model.head_names}
     columns: dict[str, list[np.ndarray]] = {}
-    data = readers.dataset(model.schema, path, batch_size=batch_size)
+    data = readers.dataset(model.schema, path, batch_size=batch_size, gauc=True)
     # One graph for all batch sizes, made before it is called.
     predict = model.probabilities.get_concrete_function(readers.signature(model.schema)[0])
     total = readers.count_rows(model.schema, path)
@@ -78,17 +78,9 @@ def score(
     joined = {name: np.concatenate(parts) for name, parts in columns.items()}
     return Scored(
         {name: np.concatenate(parts) for name, parts in probabilities.items()},
-        defined_labels(joined),
+        joined.pop("labels"),
         joined,
     )
-
-
-def defined_labels(columns: dict[str, np.ndarray]) -> np.ndarray:
-    """Takes the labels out of the targets' columns; those of weight 0 become NaN."""
-    labels = columns.pop("labels")
-    if "label_weights" in columns:
-        labels = np.where(columns["label_weights"] > 0, labels, np.float32(np.nan))
-    return labels
 
 
 def _block(

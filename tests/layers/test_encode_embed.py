@@ -213,14 +213,39 @@ def test_interactions_refuse_fields_of_unequal_dims():
         _ = embedded.stacked
 
 
-@pytest.mark.parametrize(("dtype", "values"), [("int64", (-1, 5)), ("string", ("[UNK]", "a"))])
-def test_a_vocabulary_may_hold_what_keras_takes_for_unknown(dtype, values):
+LOWEST = -(2**63)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        ("int64", (LOWEST, -1, 0, 2**63 - 1, 5)),
+        ("int64", (-1, LOWEST)),
+        ("string", ("[UNK]", "a", "", "a\0", "\0unknown", "\0")),
+        ("string", ("\0unknown", "[UNK]")),
+        ("string", ("", "-1")),
+    ],
+)
+def test_a_vocabulary_may_hold_any_value(dtype, values, tmp_path):
+    """Also those by which libraries mark what they do not know, before and after a save."""
     schema = Schema(
         features=(Categorical(name="a", dtype=dtype, vocabulary=values),), labels=("y",)
     )
-    other = {"int64": 7, "string": "b"}[dtype]
-    ids = Encode(schema)({"a": tf.constant([*values, other], dtype)}).ids["a"]
-    assert ids.numpy().tolist() == [1, 2, 0]
+    others = {"int64": [7, LOWEST + 1], "string": ["b", "a\0\0"]}[dtype]
+    encode = Encode(schema)
+    expected = [*range(1, len(values) + 1), 0, 0]
+
+    @tf.function(input_signature=[tf.TensorSpec([None], dtype)])
+    def ids(raw):
+        return encode.ids({"a": raw})["a"]
+
+    raw = tf.constant([*values, *others], dtype)
+    assert ids(raw).numpy().tolist() == expected
+    module = tf.Module()
+    module.ids, module.encode = ids, encode
+    tf.saved_model.save(module, tmp_path)
+    del module
+    assert tf.saved_model.load(tmp_path).ids(raw).numpy().tolist() == expected
 
 
 def test_dropped_values_train_the_row_of_unknown_ones():
@@ -259,3 +284,70 @@ def test_dropped_values_train_the_row_of_unknown_ones():
 def test_a_drop_rate_of_one_is_refused():
     with pytest.raises(ValueError, match=r"`drop_rate` should be in \[0, 1\). Received: 1"):
         Categorical(name="item", num_ids=9, drop_rate=1)
+
+
+MISSING = Schema(
+    features=(
+        Dense(name="a", mean=2.0, variance=4.0),
+        Dense(name="b", mean=2.0, variance=4.0, indicator=True),
+        Dense(name="c", mean=2.0, variance=4.0, default=6.0),
+        Dense(name="d", mean=2.0, variance=4.0, default=0.0, indicator=True),
+    ),
+    labels=("y",),
+)
+
+
+def test_no_value_is_read_as_the_default_or_the_mean_and_told_by_the_indicator():
+    nan, inf = np.nan, np.inf
+    x = tf.constant([4.0, nan, inf], tf.float32)
+    encoded = Encode(MISSING)({name: x for name in "abcd"})
+    assert MISSING.dense_columns == ("a", "b", "c", "d", "b", "d")
+    assert encoded.dense.shape == (3, MISSING.dense_width)
+    expected = [[1, 1, 1, 1, 0, 0], [0, 0, 2, -1, 1, 1], [0, 0, 0, 0, 0, 0]]
+    np.testing.assert_array_equal(encoded.dense, expected)
+    # NaN is an error of `a` alone, which has neither; an infinite value is one of all.
+    assert encoded.status.numpy().tolist() == [0, BAD_DENSE, BAD_DENSE]
+    others = MISSING.with_features(MISSING.features[1:])
+    assert Encode(others)({name: x for name in "bcd"}).status.numpy().tolist() == [0, 0, BAD_DENSE]
+
+
+def test_what_a_row_does_not_own_is_not_missing():
+    scene = Categorical(name="scene", dtype="string", vocabulary=("home", "search"))
+    depth = Dense(name="depth", mean=2.0, variance=4.0, default=6.0, indicator=True)
+    owned = Dense(name="owned", mean=2.0, variance=4.0, domains=("search",), indicator=True)
+    schema = Schema(features=(scene, depth, owned), labels=("y",), domain="scene")
+    nan = np.nan
+    encoded = Encode(schema)(
+        {
+            "scene": tf.constant(["search", "home", "elsewhere", "search"]),
+            "depth": tf.constant([nan, 4.0, nan, 2.0], tf.float32),
+            "owned": tf.constant([4.0, nan, nan, nan], tf.float32),
+        }
+    )
+    assert encoded.ids["scene"].numpy().tolist() == [2, 1, 0, 2]
+    expected = [[2, 1, 1, 0], [1, 0, 0, 0], [2, 0, 1, 0], [0, 0, 0, 1]]
+    np.testing.assert_array_equal(encoded.dense, expected)
+    assert encoded.status.numpy().tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e-20, 1e-30, 3e30])
+def test_dense_values_of_any_scale_are_standardised_alike(scale):
+    """float32 holds x times the scale to 6e-8 of x, and |x| is below 8 deviations here."""
+    values = np.random.default_rng(0).normal(3.0, 2.0, 1000)
+    x = (values * scale).astype(np.float32)
+    exact = x.astype(np.float64)
+    schema = Schema(
+        features=(Dense(name="x", mean=exact.mean(), variance=exact.var()),), labels=("y",)
+    )
+    found = Encode(schema)({"x": tf.constant(x)}).dense[:, 0].numpy()
+    expected = (values - values.mean()) / values.std()
+    np.testing.assert_allclose(found, expected, atol=8 * 1.2e-7)
+
+
+def test_a_small_spread_around_a_large_mean_is_kept():
+    """Seconds of a day, of which float32 arithmetic on the mean would keep steps of 128."""
+    x = np.float32(1.7e9) + 128 * np.arange(8, dtype=np.float32)
+    mean, variance = x.astype(np.float64).mean(), x.astype(np.float64).var()
+    schema = Schema(features=(Dense(name="x", mean=mean, variance=variance),), labels=("y",))
+    found = Encode(schema)({"x": tf.constant(x)}).dense[:, 0].numpy()
+    np.testing.assert_allclose(found, (np.arange(8) - 3.5) / np.sqrt(5.25), rtol=1e-6)

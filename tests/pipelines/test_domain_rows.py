@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
+from row_files import WRITERS, Row, write_parquet, write_tfrecord
 
 from qianmo.layers.schema import Schema
 from qianmo.pipelines.data import readers, statistics
 from qianmo.pipelines.evaluation import scores
-
-Row = dict[str, Any]
 
 SCHEMA = Schema.from_config(
     {
@@ -41,47 +38,9 @@ ROWS: list[Row] = [
     {"user": 8, "scene": 9, "click": 1},
     {"user": 9, "scene": 4, "topic": "b", "seen": [4], "click": 0, "buy": 1},  # passed over
 ]
-NAMES = ["user", "scene", "topic", "seen", "price", "click", "buy"]
 
 
-def write_parquet(file: pathlib.Path, rows: Sequence[Row]) -> None:
-    found = [name for name in NAMES if any(name in row for row in rows)]
-    table = pa.table({name: [row.get(name) for row in rows] for name in found})
-    pq.write_table(table, file, row_group_size=3)
-
-
-def write_csv(file: pathlib.Path, rows: Sequence[Row]) -> None:
-    with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, NAMES)
-        writer.writeheader()
-        for row in rows:
-            text = {**row, "seen": "|".join(map(str, row.get("seen", [])))}
-            writer.writerow({name: text.get(name, "") for name in NAMES})
-
-
-def write_tfrecord(file: pathlib.Path, rows: Sequence[Row]) -> None:
-    with tf.io.TFRecordWriter(str(file)) as writer:
-        for row in rows:
-            features = {}
-            for name, value in row.items():
-                values = value if isinstance(value, list) else [value]
-                if isinstance(values[0], str):
-                    kind = {"bytes_list": tf.train.BytesList(value=[v.encode() for v in values])}
-                elif isinstance(values[0], float):
-                    kind = {"float_list": tf.train.FloatList(value=values)}
-                else:
-                    kind = {"int64_list": tf.train.Int64List(value=values)}
-                features[name] = tf.train.Feature(**kind)
-            example = tf.train.Example(features=tf.train.Features(feature=features))
-            writer.write(example.SerializeToString())
-
-
-WRITERS: dict[str, Callable[[pathlib.Path, Sequence[Row]], None]] = {
-    "parquet": write_parquet,
-    "csv": write_csv,
-    "tfrecord": write_tfrecord,
-}
-each_format = pytest.mark.parametrize("extension", WRITERS)
+each_format = pytest.mark.parametrize("extension", ["parquet", "csv", "tfrecord"])
 
 
 def read(schema: Schema, path: pathlib.Path) -> dict[str, Any]:

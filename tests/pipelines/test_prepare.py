@@ -20,6 +20,7 @@ from qianmo.layers.schema import Schema
 from qianmo.pipelines import prepare
 from qianmo.pipelines.data import readers, statistics
 from qianmo.pipelines.datasets import kuairand, movielens_1m
+from qianmo.pipelines.datasets.tables import filled
 
 OUTCOMES = {"is_click", "long_view", "is_like", "is_follow", "is_profile_enter"}
 
@@ -438,6 +439,14 @@ def test_an_output_is_whole_or_absent(
         "train.parquet",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ml-1m", "out"]
+
+
+def test_nulls_get_a_value_that_no_row_holds() -> None:
+    assert filled(pa.chunked_array([[3, None]])).to_pylist() == [3, -1]
+    assert filled(pa.chunked_array([["a", None]])).to_pylist() == ["a", "unknown"]
+    assert filled(pa.chunked_array([["unknown", "a"]])).to_pylist() == ["unknown", "a"]
+    with pytest.raises(readers.DataError, match=r"nulls should become -1, which a column .* holds"):
+        filled(pa.chunked_array([[-1, None]]))
 
 
 def test_bad_sources_are_named(tmp_path: pathlib.Path) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
 import itertools
 import pathlib
 import tracemalloc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
+from row_files import WRITERS, Row, write_csv, write_parquet, write_tfrecord
 
 from qianmo.layers.schema import Schema
 from qianmo.pipelines.data import readers
-
-Row = dict[str, Any]
 
 SCHEMA = Schema.from_config(
     {
@@ -62,50 +59,6 @@ def make_rows(count: int) -> list[Row]:
         }
         for i in range(count)
     ]
-
-
-def write_parquet(file: pathlib.Path, rows: Sequence[Row], row_group_size: int = 64) -> None:
-    pq.write_table(pa.Table.from_pylist(list(rows)), file, row_group_size=row_group_size)
-
-
-def write_csv(file: pathlib.Path, rows: Sequence[Row]) -> None:
-    opened = gzip.open if file.name.endswith(".gz") else open
-    with opened(file, "wt", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(rows[0])
-        for row in rows:
-            cells = ["|".join(map(str, v)) if isinstance(v, list) else v for v in row.values()]
-            writer.writerow(cells)
-
-
-def example(row: Row) -> bytes:
-    features = {}
-    for name, value in row.items():
-        values = value if isinstance(value, list) else [value]
-        if not values:
-            continue
-        if isinstance(values[0], str):
-            encoded = tf.train.BytesList(value=[v.encode() for v in values])
-            features[name] = tf.train.Feature(bytes_list=encoded)
-        elif isinstance(values[0], float):
-            features[name] = tf.train.Feature(float_list=tf.train.FloatList(value=values))
-        else:
-            features[name] = tf.train.Feature(int64_list=tf.train.Int64List(value=values))
-    return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
-
-
-def write_tfrecord(file: pathlib.Path, rows: Sequence[Row]) -> None:
-    with tf.io.TFRecordWriter(str(file)) as writer:
-        for row in rows:
-            writer.write(example(row))
-
-
-WRITERS: dict[str, Callable[[pathlib.Path, Sequence[Row]], None]] = {
-    "parquet": write_parquet,
-    "csv": write_csv,
-    "csv.gz": write_csv,
-    "tfrecord": write_tfrecord,
-}
 
 
 def ids_file(file: pathlib.Path, ids: Iterable[int], row_group_size: int = 100) -> pathlib.Path:
@@ -402,16 +355,12 @@ def test_a_bad_value_is_named(tmp_path: pathlib.Path, extension: str, case: str)
     column, value, fault = BAD_VALUES[case]
     rows = make_rows(100)
     rows[71][column] = value
-    if extension == "tfrecord" and value is None:
-        rows[71][column] = []
     file = tmp_path / f"a.{extension}"
     WRITERS[extension](file, rows)
     with pytest.raises(readers.DataError) as error:
         list(readers.blocks(SCHEMA, file, seed=1, shuffle_rows=30))  # decodes 30 rows at a time
     place = f"{file}, column `{column}`, row 71 (counted from 0): "
-    assert str(error.value).startswith(
-        place + ("is absent" if value is None and extension == "tfrecord" else fault)
-    )
+    assert str(error.value).startswith(place + fault)
 
 
 CSV_FAULTS = {
@@ -466,7 +415,7 @@ PARQUET_FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
         "Received: 18446744073709551615",
     ),
     "string labels": ({"y": ["0", "1"]}, "`y`, row 0", "should be float32. Found: string"),
-    "times": ({"t": pa.array([1, 2], pa.timestamp("ms"))}, "`t`, row 0", "Found: timestamp[ms]"),
+    "fractions of a time": ({"t": [1.0, 2.0]}, "`t`, row 0", "int64 or a time such as 2024-05"),
     "float32 overflow": ({"x": [0.0, 1e39]}, "`x`, row 1", "a finite number. Received: 1e+39"),
 }
 
@@ -576,7 +525,7 @@ def test_a_fault_in_the_midst_reaches_who_iterates(tmp_path: pathlib.Path) -> No
 
 def test_one_column_cannot_be_of_two_types(tmp_path: pathlib.Path) -> None:
     schema = Schema.from_config(
-        {"features": [{"kind": "dense", "name": "id"}], "labels": ["y"], "task_id": "id"}
+        {"features": [{"kind": "dense", "name": "id"}], "labels": ["y"], "timestamp": "id"}
     )
     with pytest.raises(
         ValueError, match=r"`id` should be of one type\. Received: float32 and, as "

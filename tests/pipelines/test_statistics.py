@@ -11,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tensorflow as tf
 
+from qianmo.layers.encode import Encode
 from qianmo.layers.features import Dense
 from qianmo.layers.schema import Schema
 from qianmo.pipelines.data import readers, statistics
@@ -99,6 +101,39 @@ def test_mean_and_variance(tmp_path: pathlib.Path, shift: float) -> None:
     exact = values.astype(np.float64)
     assert found.mean == pytest.approx(exact.mean(), rel=1e-12)
     assert found.variance == pytest.approx(exact.var(), rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e-20, 1e-30])
+def test_moments_of_any_scale(tmp_path: pathlib.Path, scale: float) -> None:
+    values = (np.random.default_rng(2).normal(3.0, 2.0, 5000) * scale).astype(np.float32)
+    path = write(tmp_path, 70, x=values)
+    found = statistics.complete(schema_of({"kind": "dense", "name": "x"}), path).dense[0]
+    exact = values.astype(np.float64) / scale
+    assert found.mean == pytest.approx(exact.mean() * scale, rel=1e-12)
+    assert found.variance == pytest.approx(exact.var() * scale**2, rel=1e-9)
+    encoded = Encode(Schema(features=(found,), labels=("y",)))({"x": tf.constant(values)})
+    standard = (exact - exact.mean()) / exact.std()
+    # Rounded to float32 once, after arithmetic in float64.
+    np.testing.assert_allclose(encoded.dense[:, 0], standard, rtol=2**-23, atol=1e-12)
+
+
+@pytest.mark.parametrize("text", ["inf", "-inf", "Infinity", "1e39", "-1e40"])
+def test_infinities_are_refused_with_their_row(tmp_path: pathlib.Path, text: str) -> None:
+    (tmp_path / "a.csv").write_text(f"x,y\n1,0\n2,0\n{text},0\n")
+    schema = schema_of({"kind": "dense", "name": "x", "indicator": True})
+    with pytest.raises(readers.DataError, match=r"`x`, row 2 .* should be a finite number\. Rec"):
+        statistics.complete(schema, tmp_path)
+
+
+def test_the_lowest_integer_is_a_value_like_any_other(tmp_path: pathlib.Path) -> None:
+    """NumPy makes it of a NaN, so it may be the most frequent one."""
+    lowest = -(2**63)
+    path = write(tmp_path, a=np.array([lowest, 5, lowest, lowest, 5, 6]))
+    schema = statistics.complete(schema_of({"name": "a"}), path)
+    assert schema.categorical[0].vocabulary == (lowest, 5, 6)
+    raw = tf.constant([lowest, 5, 6, 7], tf.int64)
+    assert Encode(schema)({"a": raw}).ids["a"].numpy().tolist() == [1, 2, 3, 0]
+    assert Schema.from_config(json.loads(json.dumps(schema.to_config()))) == schema
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -3e7])

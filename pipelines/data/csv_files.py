@@ -1,0 +1,97 @@
+"""CSV files."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+
+from qianmo.pipelines.data.columns import Column, Part, check_names
+from qianmo.pipelines.data.errors import DataError, readable
+from qianmo.pipelines.data.files import DataFile
+
+_BLOCK_BYTES = 2**22
+
+
+def parts(file: DataFile, columns: Mapping[str, Column]) -> list[Part]:
+    """The file as one part, its columns' names checked."""
+    check_names(file, _header(file), columns)
+    return [Part(file)]
+
+
+def _header(file: DataFile) -> list[str]:
+    with readable(file, "CSV"), pa.input_stream(str(file.path)) as stream:
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
+        header = next(csv.reader(text), None)
+    if header is None:
+        raise DataError(f"{file}: empty, without even the header line that names the columns.")
+    return header
+
+
+def read(
+    part: Part, columns: Mapping[str, Column], decoded_rows: int
+) -> Iterator[dict[str, pa.Array]]:
+    """Yields the bytes of consecutive rows' cells, as many as there are in a block of bytes."""
+    del decoded_rows
+    header = _header(part.file)
+    names = [name for name in columns if name in header]
+    with readable(part.file, "CSV"), _equal_rows(part.file) as remember:
+        reader = pa_csv.open_csv(
+            str(part.file.path),
+            read_options=pa_csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
+            parse_options=pa_csv.ParseOptions(
+                newlines_in_values=True, invalid_row_handler=remember
+            ),
+            # An empty cell is a null; "" in quotes is an empty string.
+            convert_options=pa_csv.ConvertOptions(
+                include_columns=names,
+                column_types=dict.fromkeys(names, pa.binary()),
+                null_values=[""],
+                strings_can_be_null=True,
+                quoted_strings_can_be_null=False,
+            ),
+        )
+        for batch in reader:
+            absent = dict.fromkeys(columns, pa.nulls(len(batch), pa.binary()))
+            arrays = absent | {name: batch.column(name) for name in names}
+            for name, column in columns.items():
+                if column.max_length:
+                    arrays[name] = split(arrays[name])
+            yield arrays | part.constants(len(batch))
+
+
+@contextlib.contextmanager
+def _equal_rows(file: DataFile) -> Iterator[Callable[[Any], str]]:
+    """Gives a handler of rows with too few or too many cells, and raises the error that names one.
+
+    What a handler itself raises, pyarrow would only print.
+    """
+    invalid = []
+
+    def remember(row: Any) -> str:
+        invalid.append(row)
+        return "error"
+
+    try:
+        yield remember
+    except pa.ArrowInvalid:
+        if not invalid:
+            raise
+        row = invalid[0]
+        raise DataError(
+            f"{file}, row {row.number - 2} (counted from 0): should have {row.expected_columns} "
+            f"cells, as the header has. Received: {row.actual_columns}. Correct the row."
+        ) from None
+
+
+def split(cells: pa.Array) -> pa.Array:
+    """Lists of the items between vertical bars; of none when a cell is empty."""
+    cells = pc.fill_null(cells, b"")
+    none = pa.scalar([], pa.list_(pa.binary()))
+    return pc.if_else(pc.equal(cells, b""), none, pc.split_pattern(cells, pattern="|"))
