@@ -15,11 +15,12 @@ from qianmo.layers.cross import CrossNetwork
 from qianmo.layers.embed import Embedded
 from qianmo.layers.fm import FM
 from qianmo.layers.fwfm import FwFM
-from qianmo.layers.losses import Distance, binary_cross_entropy, distillation
+from qianmo.layers.label_heads import present, weighted
+from qianmo.layers.losses import Distance, distillation
 from qianmo.layers.schema import Schema
 from qianmo.layers.seeding import derive_seed, pick_seed
 from qianmo.layers.tower import Tower, TowerOutput
-from qianmo.models.ranker import Ranker
+from qianmo.models.ranker import Ranker, Targets
 from qianmo.models.road import Road
 
 EmbeddingsFrom = Literal["teacher", "both"]
@@ -33,13 +34,15 @@ TABLES, TEACHER, STUDENT = range(3)  # paths of the parts' seeds
 class DualDNN(Ranker):
     """Two networks on one embedding; the teacher's has an interaction layer, the student's not.
 
-        L = BCE(y, z_T) + BCE(y, z_S) + w * D(sg(z_T), z_S)
+        L = l(y, z_T) + l(y, z_S) + w * D(sg(z_T), z_S)
             + hint_weight * sum_l ||sg(a_T^l) - R_l a_S^l||^2
         w = kd_weight * min(1, step / kd_warmup_steps)
 
-    a^l are the towers' hidden layers, paired from the last one back; R_l is a learned projection
-    where their widths differ and the identity where they agree. The student reads sg(embedding), so
-    the teacher and the tables move exactly as they do when the teacher is trained alone.
+    l is the loss of the labels (`label_losses`), D the `distillation` distance; both are sums over
+    the labels that the row has, by the labels' weights. a^l are the towers' hidden layers, paired
+    from the last one back; R_l is a learned projection where their widths differ and the identity
+    where they agree. The student reads sg(embedding), so the teacher and the tables move exactly as
+    they do when the teacher is trained alone.
 
     The related methods are the same model with other arguments:
 
@@ -195,23 +198,29 @@ class DualDNN(Ranker):
             raise ValueError("A student alone has no teacher.")
         return tower
 
-    def loss_terms(self, heads: Mapping[str, TowerOutput], labels: tf.Tensor) -> dict[str, Any]:
+    def loss_terms(self, heads: Mapping[str, TowerOutput], targets: Targets) -> dict[str, Any]:
         """The parts of L; weights of 0 leave their part out."""
         student = heads["student"]
-        terms = {"student_bce": binary_cross_entropy(labels, student.logits)}
+        terms = {"student_loss": self.label_loss(student.logits, targets)}
         if "teacher" not in heads:
             return terms
         teacher = heads["teacher"]
         if not self.teacher_frozen:
-            terms["teacher_bce"] = binary_cross_entropy(labels, teacher.logits)
+            terms["teacher_loss"] = self.label_loss(teacher.logits, targets)
         if self.kd_weight:
             weight = self.kd_weight
             if self.kd_warmup_steps:
                 step = tf.cast(self.optimizer.iterations, tf.float32)
                 weight *= tf.minimum(1.0, step / self.kd_warmup_steps)
-            terms["kd"] = weight * distillation(
-                teacher.logits, student.logits, self.distance, self.temperature
+            distances = distillation(
+                teacher.logits,
+                student.logits,
+                self.distance,
+                self.temperature,
+                [self.schema.kind(label) for label in self.schema.labels],
             )
+            _, of_labels = present(targets["labels"], self.label_weights(targets))
+            terms["kd"] = weight * tf.reduce_sum(weighted(of_labels, distances), 1)
         if self.hint_weight:
             pairs = zip(
                 reversed(teacher.hidden),

@@ -277,7 +277,6 @@ def test_hidden_layers_of_bfloat16_adapt(rates):
         ({"steps": 0}, "steps.*Received: 0"),
         ({"step_size": 0.0}, "step_size"),
         ({"rates": "meta"}, "rates.*Received: 'meta'"),
-        ({"loss": "hinge"}, "loss"),
         ({"form": "primal"}, "form"),
         ({"shrinkage": -1.0}, "shrinkage"),
         ({"form": "dual", "rates": "per_weight"}, "dual form"),

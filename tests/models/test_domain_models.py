@@ -100,7 +100,7 @@ def test_a_domains_gradients_touch_no_other_domains_weights(name: str) -> None:
             embedded = model.embed(model.encode(rows(scene, scene, scene, scene)))
             heads = model.heads(embedded, ("model",))
             labels = tf.constant([[0.0, 1], [1, 0], [1, 1], [0, 0]])
-            loss = tf.reduce_sum(model.loss_terms(heads, labels)["bce"])
+            loss = tf.reduce_sum(model.loss_terms(heads, {"labels": labels})["label_loss"])
         moved = set()
         for (owner, _, row), gradient in zip(parts, tape.gradient(loss, variables), strict=True):
             if gradient is None:
@@ -166,7 +166,7 @@ def test_a_label_that_a_row_lacks_teaches_nothing() -> None:
     labels = tf.constant([[1.0, np.nan], [1.0, 0.0]])
     with tf.GradientTape() as tape:
         tape.watch(z)
-        found = model.loss_terms({"model": TowerOutput(z, [], z)}, labels)["bce"]
+        found = model.loss_terms({"model": TowerOutput(z, [], z)}, {"labels": labels})["label_loss"]
     gradient = tape.gradient(found, z).numpy()
     expected = 1 / (1 + np.exp(-z.numpy())) - np.array([[1, np.nan], [1, 0]])
     expected[0, 1] = 0
@@ -257,7 +257,7 @@ def test_towers_by_domain_and_by_label_can_be_meta_towers(config: dict[str, Any]
     targets = {"labels": tf.constant(labels), "weight": tf.ones([20]), "task_id": batch["user"]}
     found = {name: float(value) for name, value in model.train_step((batch, targets)).items()}
     assert np.isfinite(found["loss"])
-    assert found["loss"] == pytest.approx(found["bce"] + found["meta"])
+    assert found["loss"] == pytest.approx(found["label_loss"] + found["meta"])
 
 
 @pytest.mark.parametrize(
