@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -13,6 +14,7 @@ from qianmo.layers.bottom import Bottom
 from qianmo.layers.cin import CIN
 from qianmo.layers.cross import CrossNetwork
 from qianmo.layers.embed import Embedded
+from qianmo.layers.encode import example
 from qianmo.layers.fm import FM
 from qianmo.layers.fwfm import FwFM
 from qianmo.layers.label_heads import present, weighted
@@ -64,6 +66,9 @@ class DualDNN(Ranker):
       **kwargs: arguments of `Ranker`.
 
     Outputs: logits of the heads "teacher" and "student".
+
+    Raises:
+      ValueError: a wrong argument.
 
     References: the dual-DNN ranking model of iQIYI; Zhou et al. 2018, Rocket Launching.
     """
@@ -170,6 +175,47 @@ class DualDNN(Ranker):
                 if project is not None and not project.built:
                     project.build((None, width))
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Sets the optimisers; see `Ranker`.
+
+        Raises:
+          ValueError: the student reads table columns that nothing would teach.
+        """
+        super().compile(*args, **kwargs)
+        if self.teacher_tower is None or (
+            self.embeddings_from == "both" and not self.teacher_frozen
+        ):
+            return
+        self.build()
+        read = {head: self._read_columns(head) for head in self.head_names}
+        missing = [name for name in read["student"] if name not in read["teacher"]]
+        if missing:
+            raise ValueError(
+                f"The student reads {missing[0]}, which the teacher does not, and the tables take "
+                "the teacher's gradient alone: they would stay as they start. Choose a teacher "
+                "that reads them, a student that does not, or `embeddings_from` both."
+            )
+
+    def _read_columns(self, head: str) -> list[str]:
+        """Names of the tables' columns that have a derivative in a head's logits of random rows."""
+        places = self.schema.num_domains + 1 if self.schema.domain_feature else 1
+        embedded = self.embed(self.encode(example(self.schema, 8 * places)))
+        *fields, linear, dense = (
+            tf.cast(tf.random.stateless_normal(tf.shape(x), [0, i]), x.dtype)
+            for i, x in enumerate((*embedded.fields, embedded.linear, embedded.dense))
+        )
+        domain = tf.range(8 * places, dtype=tf.int64) % places
+        with tf.GradientTape() as tape:
+            tape.watch([*fields, linear])
+            logits = self._head(head, Embedded(tuple(fields), linear, dense, domain)).logits
+        *of_fields, of_linear = tape.gradient(
+            logits, [*fields, linear], unconnected_gradients="zero"
+        )
+        names = [f.name for dim in self.embed.dims for f in self.embed.features_of(dim)]
+        is_read = [one for g in of_fields for one in (g.numpy() != 0).any((0, 2))]
+        found = [f"the vectors of `{name}`" for name in itertools.compress(names, is_read)]
+        return found + ["first-order terms"] * bool((of_linear.numpy() != 0).any())
+
     @property
     def starts_trained(self) -> bool:
         """A frozen teacher must have learned before."""
@@ -180,16 +226,19 @@ class DualDNN(Ranker):
     ) -> dict[str, TowerOutput]:
         """Computes "teacher" and "student", or one of them; the other leaves no trace."""
         found = {}
-        if "teacher" in names and self.teacher_bottom and self.teacher_tower:
-            learns = training and not self.teacher_frozen  # a frozen teacher drops nothing out
-            h = self.teacher_bottom(embedded, training=learns)
-            found["teacher"] = self.teacher_tower(h, training=learns)
+        if "teacher" in names and self.teacher_tower is not None:
+            # A frozen teacher drops nothing out.
+            learns = training and not self.teacher_frozen
+            found["teacher"] = self._head("teacher", embedded, learns)
         if "student" in names:
             if self.teacher_tower is not None and self.embeddings_from == "teacher":
                 embedded = tf.nest.map_structure(tf.stop_gradient, embedded)
-            h = self.student_bottom(embedded, training=training)
-            found["student"] = self.student_tower(h, training=training)
+            found["student"] = self._head("student", embedded, training)
         return found
+
+    def _head(self, head: str, embedded: Embedded, training: bool = False) -> TowerOutput:
+        bottom: Any = self.student_bottom if head == "student" else self.bottom
+        return self.tower_of(head)(bottom(embedded, training=training), training=training)
 
     def tower_of(self, head: str) -> Tower:
         """The teacher's tower or the student's."""
