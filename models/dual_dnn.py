@@ -163,6 +163,11 @@ class DualDNN(Ranker):
         """The teacher's tower, if there is a teacher."""
         return self.tower
 
+    def trained_apart(self) -> Sequence[tf.Variable]:
+        """The teacher's weights."""
+        parts = [part for part in (self.bottom, self.tower) if part is not None]
+        return [variable for part in parts for variable in part.trainable_variables]
+
     def _hint_widths(self) -> list[tuple[int, int]]:
         teacher = self.teacher_tower.mlp.units if self.teacher_tower else ()
         return list(zip(reversed(teacher), reversed(self.student_tower.mlp.units), strict=False))

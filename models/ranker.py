@@ -188,7 +188,12 @@ class Ranker(tf_keras.Model):
         """Sets the optimisers: for dense weights, embedding tables, and learned step sizes.
 
         Weights in `slowed` move by that factor of what their optimiser would move them; 0 freezes.
+
+        Raises:
+          ValueError: an optimiser that averages weights, which Keras can do for one alone.
         """
+        if any(getattr(o, "use_ema", False) for o in (optimizer, table_optimizer, meta_optimizer)):
+            raise ValueError("`use_ema` should be False: a model has several optimisers.")
         super().compile(optimizer=optimizer, **kwargs)
         # Not as they are, or Keras would take them for its own.
         self._slowed: Callable[[], Sequence[tuple[Weight, float]]] = lambda: slowed
@@ -227,7 +232,7 @@ class Ranker(tf_keras.Model):
             if optimizer is self.table_optimizer and table_loss is not loss:
                 own = tape.gradient(table_loss, group)
             with self._slowly(group):
-                optimizer.apply_gradients(zip(own, group, strict=True))
+                self._apply(optimizer, own, group)
         first = tf.logical_and(self.first_bad_step < 0, tf.logical_not(tf.math.is_finite(loss)))
         self.first_bad_step.assign(
             tf.where(first, self.optimizer.iterations - 1, self.first_bad_step)
@@ -254,6 +259,27 @@ class Ranker(tf_keras.Model):
         tower = self.tower_of(self.serving_head)
         return self.meta.loss(tower, **rows, step=step)
 
+    def _apply(
+        self, optimizer: Any, gradients: Sequence[Any], variables: Sequence[tf.Variable]
+    ) -> None:
+        """Applies gradients; those of `trained_apart` are clipped by a norm of their own."""
+        norm = optimizer.global_clipnorm
+        if not norm:
+            optimizer.apply_gradients(zip(gradients, variables, strict=True))
+            return
+        pairs = optimizer.aggregate_gradients(zip(gradients, variables, strict=True))
+        apart = {variable.ref() for variable in self.trained_apart()}
+        clipped: list[tuple[Any, tf.Variable]] = []
+        for is_apart in (True, False):
+            part = [(g, v) for g, v in pairs if (v.ref() in apart) == is_apart]
+            found, _ = tf.clip_by_global_norm([g for g, _ in part], norm)
+            clipped += zip(found, [v for _, v in part], strict=True)
+        try:
+            optimizer.global_clipnorm = None
+            optimizer.apply_gradients(clipped, skip_gradients_aggregation=True)
+        finally:
+            optimizer.global_clipnorm = norm
+
     @contextlib.contextmanager
     def _slowly(self, group: Sequence[tf.Variable]) -> Iterator[None]:
         """Takes back a part of what happens to the weights of a group that should be slow."""
@@ -278,6 +304,10 @@ class Ranker(tf_keras.Model):
             (self.meta_optimizer, rates),
         )
         return [(optimizer, group) for optimizer, group in groups if group]
+
+    def trained_apart(self) -> Sequence[tf.Variable]:
+        """Weights that move as if the others were not there."""
+        return ()
 
     def _mean(self, name: str) -> tf_keras.metrics.Mean:
         if name not in self._means:

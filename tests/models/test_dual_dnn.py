@@ -39,15 +39,19 @@ def batches(count=12, size=64):
         yield features, {"labels": labels, "weight": np.ones(size, np.float32)}
 
 
-def trained(steps=12, **config):
-    """A model after some steps of Keras fit, as the trainer does them."""
+def trained(steps=12, adam=None, tables=None, **config):
+    """A model after some steps of Keras fit, as the trainer does them.
+
+    `adam` has arguments of the dense weights' optimiser, `tables` the tables' optimiser.
+    """
     runtime.settle()
     tf_keras.utils.set_random_seed(3)
     model = zoo.build(SCHEMA, config)
     features, _ = next(batches(1))
     model({k: tf.constant(v) for k, v in features.items()})
     start = [(v, v.numpy()) for v in model.variables]
-    model.compile(tf_keras.optimizers.Adam(0.01), SparseAdam(0.01))
+    adam = {"learning_rate": 0.01, **(adam or {})}
+    model.compile(tf_keras.optimizers.Adam(**adam), tables or SparseAdam(0.01))
     data = tf.data.Dataset.from_generator(
         lambda: batches(steps),
         output_signature=tf.nest.map_structure(
@@ -58,8 +62,8 @@ def trained(steps=12, **config):
     return model, start, history
 
 
-def dual(**changes):
-    return trained(name="dual_dnn", **{**TEACHER, **UNITS, **changes})
+def dual(*how, **changes):
+    return trained(*how, name="dual_dnn", **{**TEACHER, **UNITS, **changes})
 
 
 def teacher_weights(model):
@@ -86,6 +90,43 @@ def test_the_teacher_moves_as_if_alone_bit_for_bit():
         np.testing.assert_array_equal(a, b)
     student = {v.ref() for v in both.student_tower.trainable_variables}
     assert student < moved(start)  # the student learns too
+
+
+@pytest.mark.parametrize(
+    "adam",
+    [
+        {"global_clipnorm": 0.05},
+        {"clipnorm": 0.02},
+        {"clipvalue": 0.001},
+        {"weight_decay": 0.5},
+        {"learning_rate": tf_keras.optimizers.schedules.CosineDecay(0.01, 4)},
+    ],
+    ids=lambda adam: next(iter(adam)),
+)
+def test_the_teacher_moves_as_if_alone_under_any_optimiser(adam):
+    def tables():
+        return tf_keras.optimizers.Adam(0.01, global_clipnorm=0.01)
+
+    both, _, _ = dual(4, adam, tables(), kd_weight=3.0, hint_weight=0.5)
+    of_teacher = {"name": "teacher_alone", **TEACHER, "teacher_units": (16, 8)}
+    alone, _, _ = trained(4, adam, tables(), **of_teacher)
+    plain, _, _ = trained(4, None, tables(), **of_teacher)
+    for a, b in zip(teacher_weights(alone), teacher_weights(both), strict=True):
+        np.testing.assert_array_equal(a, b)
+    differs = zip(teacher_weights(alone), teacher_weights(plain), strict=True)
+    assert any(not np.array_equal(a, b) for a, b in differs)  # the argument does something
+
+
+def test_teacher_and_student_are_clipped_by_a_norm_each():
+    model, _, _ = dual(1, {"global_clipnorm": 1e-3}, kd_weight=3.0, hint_weight=0.5)
+    # The first step of Adam moves by the rate whatever the norm: the moments tell it.
+    adam = model.optimizer
+    for parts in ((model.bottom, model.tower), (model.student_tower, *model.hint_projections)):
+        variables = [v for part in parts if part for v in part.trainable_variables]
+        moments = [adam._momentums[adam._index_dict[adam._var_key(v)]] for v in variables]
+        norm = np.sqrt(sum(np.square(m.numpy() / 0.1).sum() for m in moments))
+        assert norm == pytest.approx(1e-3, rel=1e-4)
+    assert model.optimizer.global_clipnorm == 1e-3  # as it was
 
 
 def test_a_student_starts_the_same_with_any_teacher_and_alone():
@@ -218,6 +259,14 @@ def test_refusals(config, message):
         zoo.build(SCHEMA, config)
     with pytest.raises(ValueError, match="`temperature` should be > 0"):
         distillation(tf.zeros([1, 1]), tf.zeros([1, 1]), "logit_mse", 0.0)
+
+
+def test_an_optimiser_that_averages_weights_is_refused():
+    model = zoo.build(SCHEMA, {"name": "lr"})
+    for place in range(2):
+        optimizers = [tf_keras.optimizers.Adam(use_ema=place == i) for i in range(2)]
+        with pytest.raises(ValueError, match="`use_ema` should be False"):
+            model.compile(*optimizers)
 
 
 def test_a_frozen_teacher_is_steady():
