@@ -241,10 +241,11 @@ class TwoTower(Ranker):
             rows = {k: tf.boolean_mask(v, targets["original"] > 0) for k, v in rows.items()}
         queue = self.tower.queue
         domain = rows.get("domain")
+        # As one coordinate more, since the task's own correction takes p for 1e-6 where it is less.
+        correction = self.tower.temperature * queue.log_correction(rows["item"])[:, None]
         loss = self.task(
-            rows["u"],
-            rows["v"],
-            candidate_sampling_probability=queue.probability(rows["item"]),
+            tf.concat([rows["u"], tf.ones_like(correction)], 1),
+            tf.concat([rows["v"], correction], 1),
             candidate_ids=rows["item"],
             score_mask=None if domain is None else _of_own_domain(domain),
         )
