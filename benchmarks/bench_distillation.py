@@ -28,7 +28,7 @@ from qianmo.layers import metrics
 from qianmo.layers.embed import Embedded
 from qianmo.layers.tower import TowerOutput
 from qianmo.models.dual_dnn import DualDNN
-from qianmo.models.ranker import Ranker
+from qianmo.models.ranker import Ranker, Targets
 from qianmo.pipelines import run_dir
 from qianmo.pipelines.data import readers, statistics
 from qianmo.pipelines.evaluation.scores import score
@@ -97,13 +97,13 @@ class Together(Ranker):
             found[name] = model.heads(embedded, ("student",), training)["student"]
         return found
 
-    def loss_terms(self, heads: Mapping[str, TowerOutput], labels: tf.Tensor) -> dict[str, Any]:
+    def loss_terms(self, heads: Mapping[str, TowerOutput], targets: Targets) -> dict[str, Any]:
         """The terms of every student, and the teacher's own once."""
         found = {}
         for name, model in self.students.items():
             pair = {"teacher": heads["teacher"], "student": heads[name]}
-            for term, value in model.loss_terms(pair, labels).items():
-                found[term if term == "teacher_bce" else f"{name} {term}"] = value
+            for term, value in model.loss_terms(pair, targets).items():
+                found[term if term == "teacher_loss" else f"{name} {term}"] = value
         return found
 
 

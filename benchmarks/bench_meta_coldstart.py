@@ -145,9 +145,11 @@ def learned(method: str, seed: int, folder: pathlib.Path, parts: Sequence[str]) 
 def melu(seed: int, folder: pathlib.Path, parts: Sequence[str], epochs: int = 30) -> dict[str, Any]:
     """MeLU's own net and training, of our layers: no ids, no original loss, three dense layers."""
     train = str(folder / f"{parts[0]}.parquet")
-    schema = statistics.complete(Schema.from_config(movielens_1m_melu.schema()), train)
+    of_rating = {"label_kinds": {"label": "rating"}, "label_moments": {"label": (0.0, 1.0)}}
+    config = {**movielens_1m_melu.schema(), **of_rating}
+    schema = statistics.complete(Schema.from_config(config), train)
     tf_keras.utils.set_random_seed(seed)
-    inner = {"steps": 5, "step_size": 0.01, "loss": "squared_error", "max_support": 100}
+    inner = {"steps": 5, "step_size": 0.01, "max_support": 100}
     model = Road(
         schema,
         Bottom(flat=True, name="bottom"),

@@ -27,7 +27,8 @@ from ml_collections import ConfigDict
 
 from qianmo.configs import movielens_1m_melu, movielens_1m_meta
 from qianmo.configs.base import base_config
-from qianmo.layers.inner_loop import Support, elementwise
+from qianmo.layers.inner_loop import Support
+from qianmo.layers.label_heads import elementwise
 from qianmo.layers.schema import Schema
 from qianmo.models.ranker import Ranker
 from qianmo.models.road import Road
@@ -93,7 +94,7 @@ def loop(
         return x @ at[-2] + at[-1]
 
     def bce(at: list[tf.Tensor], x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
-        return tf.reduce_sum(elementwise("binary_cross_entropy", y, logits(at, x)))
+        return tf.reduce_sum(elementwise((), y, logits(at, x)))
 
     half = ROWS // 2
     with tf.GradientTape() as tape:
@@ -123,7 +124,9 @@ def part(
     with tf.GradientTape() as tape:
         tape.watch(h)
         time, step = tf.zeros_like(task), tf.zeros([], tf.int64)
-        loss = model.meta.loss(tower, h, labels, tf.ones_like(labels), task, time, step)
+        loss = model.meta.loss(
+            tower, h, labels, tf.ones_like(labels[:, 0]), tf.ones_like(labels), task, time, step
+        )
     gradients = tape.gradient(loss, [*tower.trainable_variables, h])
     return loss, [tf.convert_to_tensor(g) for g in gradients]
 
@@ -183,9 +186,9 @@ def steps_and_loops(
 class MeLU(Road):
     """MeLU's objective: episodes alone, without a loss of the unadapted net."""
 
-    def loss_terms(self, heads: Mapping[str, Any], labels: tf.Tensor) -> dict[str, Any]:
+    def loss_terms(self, heads: Mapping[str, Any], targets: Mapping[str, Any]) -> dict[str, Any]:
         """Nothing."""
-        return {"none": tf.zeros(tf.shape(labels)[0])}
+        return {"none": tf.zeros_like(targets["weight"])}
 
 
 def padded(first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -202,9 +205,13 @@ def melu(quick: bool) -> dict[str, float]:
     runtime.settle()
     folder = common.movielens_1m("melu")
     config = base_config()
-    config.schema = movielens_1m_melu.schema()
+    config.schema = {
+        **movielens_1m_melu.schema(),
+        "label_kinds": {"label": "rating"},
+        "label_moments": {"label": (0.0, 1.0)},
+    }
     common.point(config, folder, valid=False)
-    inner = {"steps": 5, "step_size": 0.01, "loss": "squared_error", "max_support": 100}
+    inner = {"steps": 5, "step_size": 0.01, "max_support": 100}
     meta = {"inner": inner, "support_share": 0.75, "max_query": 100, "gradient_to": "embeddings"}
     config.model = {"name": "mlp", "units": (), "tower_units": (64, 64), "meta": meta}
     schema = completed(config)

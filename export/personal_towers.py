@@ -47,6 +47,7 @@ from qianmo.layers.inner_loop import (
     of_flat,
     tower_size,
 )
+from qianmo.layers.label_heads import label_moments
 from qianmo.models.ranker import Ranker
 
 SHARED_TOWER = 64  # status: the adgroup has no tower of its own
@@ -119,8 +120,16 @@ def fine_tune(
 
     Returns:
       The adgroups' ids, rising, and what their towers differ by, [A, `tower_size`].
+
+    Raises:
+      ExportError: `inner` has other labels than the model.
     """
     schema, head = model.schema, model.serving_head
+    if inner.label_moments != label_moments(schema):
+        raise ExportError(
+            f"`inner` should have `label_moments` {label_moments(schema)}, those of the schema. "
+            f"Received: {inner.label_moments}"
+        )
     tower = model.tower_of(head)
     inputs = cast(rows, raw_specs(schema))
     tower_input = tf.function(

@@ -10,12 +10,12 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 import tensorflow as tf
 import tf_keras
 
+from qianmo.layers.label_heads import LabelMoments, elementwise
 from qianmo.layers.mlp import Correction, Layer
 from qianmo.layers.tower import DenseShape, TowerOutput
 
 Rates = Literal["fixed", "rank_one", "per_weight"]
 Form = Literal["auto", "dual", "materialised"]
-Loss = Literal["binary_cross_entropy", "squared_error"]
 
 
 class AdaptableTower(Protocol):
@@ -33,7 +33,7 @@ class Support(NamedTuple):
 
     Attributes:
       h: what crossed the tower seam, [T, S, H].
-      labels: [T, S, K].
+      labels: [T, S, K], in the labels' own units, finite.
       weights: [T, S, K]; 0 where a place is empty or a row does not have that label, else 1.
     """
 
@@ -126,13 +126,6 @@ def of_flat(vectors: tf.Tensor, shapes: Sequence[DenseShape]) -> Adaptation:
     return Adaptation(tuple(changes), ())
 
 
-def elementwise(loss: Loss, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-    """The loss of each row and label, in the shape of the logits."""
-    if loss == "binary_cross_entropy":
-        return tf.nn.sigmoid_cross_entropy_with_logits(labels, logits)
-    return tf.square(labels - logits)
-
-
 @tf_keras.utils.register_keras_serializable(package="qianmo")
 class InnerLoop(tf_keras.layers.Layer):
     """Gradient steps of a tower phi on each task's support rows, all tasks in one batch.
@@ -158,7 +151,9 @@ class InnerLoop(tf_keras.layers.Layer):
         it has no gradient; 0 for num_t = n_t.
       last_layer_only: whether only the layers that make logits adapt (ANIL).
       first_order: whether the outer gradient takes X and D as constants (FOMAML).
-      loss: l, of logits.
+      label_moments: mean and variance of each label that is a rating, whose l is squared error, and
+        None for each binary one, whose l is cross-entropy; empty if all are binary. A model's are
+        those of its schema, see `layers.label_heads`.
       form: "auto", "dual" or "materialised".
       max_support: most support rows, by which, and by `steps`, "auto" counts operations.
 
@@ -181,7 +176,7 @@ class InnerLoop(tf_keras.layers.Layer):
         shrinkage: float = 0.0,
         last_layer_only: bool = False,
         first_order: bool = False,
-        loss: Loss = "binary_cross_entropy",
+        label_moments: LabelMoments = (),
         form: Form = "auto",
         max_support: int = 20,
         **kwargs: Any,
@@ -189,7 +184,6 @@ class InnerLoop(tf_keras.layers.Layer):
         super().__init__(**kwargs)
         for name, value, known in (
             ("rates", rates, Rates),
-            ("loss", loss, Loss),
             ("form", form, Form),
         ):
             if value not in get_args(known):
@@ -211,7 +205,7 @@ class InnerLoop(tf_keras.layers.Layer):
         self.shrinkage = shrinkage
         self.last_layer_only = last_layer_only
         self.first_order = first_order
-        self.loss = loss
+        self.label_moments = tuple(m and (m[0], m[1]) for m in label_moments)
         self.form = form
         self.max_support = max_support
 
@@ -347,7 +341,7 @@ class InnerLoop(tf_keras.layers.Layer):
                     return z + change.of(a)
 
                 logits = tower(h, correction=correction).logits
-                loss = elementwise(self.loss, labels, logits)
+                loss = elementwise(self.label_moments, labels, logits)
                 losses.append(tf.reduce_sum(share * loss, [1, 2]))
             if step == steps:
                 break
@@ -364,6 +358,6 @@ class InnerLoop(tf_keras.layers.Layer):
         """The layer's arguments."""
         names = (
             *("steps", "step_size", "rates", "shrinkage", "last_layer_only", "first_order"),
-            *("loss", "form", "max_support"),
+            *("label_moments", "form", "max_support"),
         )
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}

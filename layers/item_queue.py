@@ -68,10 +68,10 @@ class ItemQueue(tf_keras.layers.Layer):
         self._total = weight("total", (), tf.int64)
         super().build(input_shape)
 
-    def probability(self, ids: tf.Tensor) -> tf.Tensor:
-        """Each item's p, float32."""
+    def log_correction(self, ids: tf.Tensor) -> tf.Tensor:
+        """What is added to the scores of items that are drawn with their p: -log p, float32."""
         counts = tf.cast(tf.gather(self._counts, ids) + 1, tf.float32)
-        return counts / tf.cast(self._total + self.num_items, tf.float32)
+        return tf.math.log(tf.cast(self._total + self.num_items, tf.float32) / counts)
 
     def push(self, ids: tf.Tensor, vectors: tf.Tensor, domains: tf.Tensor | None = None) -> None:
         """Counts the items [B] and puts their vectors [B, D] in; the oldest fall out."""
@@ -85,7 +85,7 @@ class ItemQueue(tf_keras.layers.Layer):
 
     def call(self, q: tf.Tensor, domain: tf.Tensor | None = None) -> tf.Tensor:
         """Scores the queue."""
-        inverse = -tf.math.log(self.probability(self._ids))
+        inverse = self.log_correction(self._ids)
         if domain is not None:
             own = self._domains == domain[..., None]
             own |= ~tf.reduce_any(own, -1, keepdims=True) | (domain[..., None] == 0)

@@ -9,7 +9,8 @@ import tensorflow as tf
 import tf_keras
 
 from qianmo.layers.episodes import episodes
-from qianmo.layers.inner_loop import AdaptableTower, InnerLoop, Support, elementwise
+from qianmo.layers.inner_loop import AdaptableTower, InnerLoop, Support
+from qianmo.layers.label_heads import elementwise, weighted
 from qianmo.layers.seeding import pick_seed
 from qianmo.layers.tower import TowerOutput
 
@@ -25,13 +26,20 @@ Split = Literal["time", "random"]
 class Meta(tf_keras.layers.Layer):
     """What a batch's episodes add to the loss of a model.
 
-        L_meta = weight * mean over t and q in query_t of l(f_{phi_t}(h_q), y_q)
+        L_meta = weight * sum_q w_q sum_k w_qk l_k(f_{phi_t}(h_q), y_qk) / sum_q w_q
 
-    with phi_t the tower phi after `inner` on the support rows of task t. Rows, towers and ids are
-    all it needs; the tower's weights stay what they are.
+    over the query rows q of all tasks t, with phi_t the tower phi after `inner` on the support rows
+    of task t, w_q the weight of a row and w_qk that of its label. The tower's weights stay what
+    they are.
+
+    Support rows are not weighted, as those that a server adapts on are not; a label of weight 0 is
+    none. The tower runs without dropout, in the inner loop and on the query rows, as it does in
+    serving: a mask would be one more reason for phi_t to differ from phi, and one that no task has.
+    h comes from a bottom in training mode, with its dropout.
 
     With `reptile`, all rows of a task are support, and the outer gradient is the mean of its inner
-    gradients along the way, which moves phi towards the mean of the phi_t, and nothing else.
+    gradients along the way, which moves phi towards the mean of the phi_t, and nothing else. It
+    weighs neither rows nor labels.
 
     Args:
       inner: the inner loop, as a layer or its config.
@@ -100,6 +108,7 @@ class Meta(tf_keras.layers.Layer):
         tower: AdaptableTower,
         h: tf.Tensor,
         labels: tf.Tensor,
+        weight: tf.Tensor,
         label_weights: tf.Tensor,
         task_id: tf.Tensor,
         timestamp: tf.Tensor,
@@ -110,7 +119,8 @@ class Meta(tf_keras.layers.Layer):
         Args:
           tower: phi.
           h: what crosses the tower seam, [B, H].
-          labels: [B, K].
+          labels: [B, K], finite.
+          weight: of the rows, [B].
           label_weights: [B, K], 0 where a row does not have that label.
           task_id: [B].
           timestamp: [B], read when split by time.
@@ -130,32 +140,35 @@ class Meta(tf_keras.layers.Layer):
             seed=seed + 1,
         )
 
-        def rows(index: tf.Tensor, count: tf.Tensor) -> Support:
-            inside = tf.sequence_mask(count, tf.shape(index)[1], h.dtype)[:, :, None]
+        def rows(index: tf.Tensor, count: tf.Tensor, weights: tf.Tensor) -> Support:
+            inside = tf.sequence_mask(count, tf.shape(index)[1], weights.dtype)[:, :, None]
             return Support(
-                tf.gather(h, index),
-                tf.gather(labels, index),
-                tf.cast(tf.gather(label_weights, index), h.dtype) * inside,
+                tf.gather(h, index), tf.gather(labels, index), tf.gather(weights, index) * inside
             )
 
-        support = rows(found.support, found.support_count)
-        query = rows(found.query, found.query_count)
-        return self.episode_loss(tower, support, query, tf.reduce_sum(found.query_count))
+        weight = tf.cast(weight, labels.dtype)[:, None]
+        has_label = tf.cast(label_weights > 0, labels.dtype)
+        support = rows(found.support, found.support_count, has_label)
+        query = rows(found.query, found.query_count, weight * label_weights)
+        inside = tf.sequence_mask(found.query_count, tf.shape(found.query)[1], labels.dtype)
+        total = tf.reduce_sum(inside * tf.gather(weight[:, 0], found.query))
+        return self.episode_loss(tower, support, query, total)
 
     def episode_loss(
-        self, tower: AdaptableTower, support: Support, query: Support, num_query: tf.Tensor
+        self, tower: AdaptableTower, support: Support, query: Support, total_weight: tf.Tensor
     ) -> tf.Tensor:
         """L_meta of episodes, a scalar.
 
         Args:
           tower: phi.
           support: of T tasks.
-          query: of the same.
-          num_query: rows in `query`, by which their losses' sum is divided.
+          query: of the same, with weights of any size.
+          total_weight: of the rows in `query`, by which their losses' sum is divided.
         """
         if self.gradient_to == "tower":
             query = query._replace(h=tf.stop_gradient(query.h))
         if self.reptile:
+            query = query._replace(weights=tf.cast(query.weights > 0, query.weights.dtype))
             everything = Support(*(tf.concat(pair, 1) for pair in zip(support, query, strict=True)))
             losses = tf.add_n(self.inner.adapt(tower, everything).losses[:-1])
             mean = tf.math.divide_no_nan(
@@ -163,10 +176,10 @@ class Meta(tf_keras.layers.Layer):
             )
             return self.weight * self.inner.step_size * mean
         logits = tower(query.h, correction=self.inner.adapt(tower, support)).logits
-        weights = tf.cast(query.weights, logits.dtype)
-        loss = elementwise(self.inner.loss, tf.cast(query.labels, logits.dtype), logits)
-        total = tf.reduce_sum(weights * loss)
-        return self.weight * tf.math.divide_no_nan(total, tf.cast(num_query, logits.dtype))
+        labels = tf.cast(query.labels, logits.dtype)
+        losses = weighted(query.weights, elementwise(self.inner.label_moments, labels, logits))
+        total = tf.cast(total_weight, logits.dtype)
+        return self.weight * tf.math.divide_no_nan(tf.reduce_sum(losses), total)
 
     def score(
         self, tower: AdaptableTower, plain: TowerOutput, task: tf.Tensor, support: Support

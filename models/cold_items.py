@@ -11,7 +11,6 @@ import tf_keras
 from qianmo.layers.embed import Embedded
 from qianmo.layers.encode import Encoded, completed
 from qianmo.layers.episodes import episodes
-from qianmo.layers.losses import binary_cross_entropy
 from qianmo.layers.meta_embedding import MetaEmbedding, warm_up_loss
 from qianmo.layers.select import Select
 from qianmo.models.ranker import Ranker, Targets
@@ -104,13 +103,15 @@ class ColdItems(tf.Module):
         def mean_loss(index: tf.Tensor, count: tf.Tensor) -> Any:
             flat = tf.reshape(index, [-1])
             part = tf.nest.map_structure(lambda column: tf.gather(column, flat), encoded)
-            labels = tf.gather(targets["labels"], flat)
-            inside = tf.sequence_mask(count, tf.shape(index)[1], tf.float32)
+            of_rows = {k: tf.gather(v, flat) for k, v in targets.items()}
+            weight = tf.sequence_mask(count, tf.shape(index)[1], tf.float32)
+            weight *= tf.reshape(of_rows["weight"], tf.shape(index))
 
             def loss(vectors: tf.Tensor) -> tf.Tensor:
                 logits = self.logits(part, tf.repeat(vectors, tf.shape(index)[1], 0))
-                each = tf.reshape(binary_cross_entropy(labels, logits), tf.shape(index))
-                return tf.reduce_sum(inside * each, 1) / tf.cast(count, tf.float32)
+                each = tf.reshape(self.base.label_loss(logits, of_rows), tf.shape(index))
+                total = tf.reduce_sum(weight * each, 1)
+                return tf.math.divide_no_nan(total, tf.reduce_sum(weight, 1))
 
             return loss
 

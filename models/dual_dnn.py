@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -13,13 +14,15 @@ from qianmo.layers.bottom import Bottom
 from qianmo.layers.cin import CIN
 from qianmo.layers.cross import CrossNetwork
 from qianmo.layers.embed import Embedded
+from qianmo.layers.encode import example
 from qianmo.layers.fm import FM
 from qianmo.layers.fwfm import FwFM
-from qianmo.layers.losses import Distance, binary_cross_entropy, distillation
+from qianmo.layers.label_heads import present, weighted
+from qianmo.layers.losses import Distance, distillation
 from qianmo.layers.schema import Schema
 from qianmo.layers.seeding import derive_seed, pick_seed
 from qianmo.layers.tower import Tower, TowerOutput
-from qianmo.models.ranker import Ranker
+from qianmo.models.ranker import Ranker, Targets
 from qianmo.models.road import Road
 
 EmbeddingsFrom = Literal["teacher", "both"]
@@ -33,13 +36,15 @@ TABLES, TEACHER, STUDENT = range(3)  # paths of the parts' seeds
 class DualDNN(Ranker):
     """Two networks on one embedding; the teacher's has an interaction layer, the student's not.
 
-        L = BCE(y, z_T) + BCE(y, z_S) + w * D(sg(z_T), z_S)
+        L = l(y, z_T) + l(y, z_S) + w * D(sg(z_T), z_S)
             + hint_weight * sum_l ||sg(a_T^l) - R_l a_S^l||^2
         w = kd_weight * min(1, step / kd_warmup_steps)
 
-    a^l are the towers' hidden layers, paired from the last one back; R_l is a learned projection
-    where their widths differ and the identity where they agree. The student reads sg(embedding), so
-    the teacher and the tables move exactly as they do when the teacher is trained alone.
+    l is the loss of the labels (`label_losses`), D the `distillation` distance; both are sums over
+    the labels that the row has, by the labels' weights. a^l are the towers' hidden layers, paired
+    from the last one back; R_l is a learned projection where their widths differ and the identity
+    where they agree. The student reads sg(embedding), so the teacher and the tables move exactly as
+    they do when the teacher is trained alone.
 
     The related methods are the same model with other arguments:
 
@@ -61,6 +66,9 @@ class DualDNN(Ranker):
       **kwargs: arguments of `Ranker`.
 
     Outputs: logits of the heads "teacher" and "student".
+
+    Raises:
+      ValueError: a wrong argument.
 
     References: the dual-DNN ranking model of iQIYI; Zhou et al. 2018, Rocket Launching.
     """
@@ -155,6 +163,11 @@ class DualDNN(Ranker):
         """The teacher's tower, if there is a teacher."""
         return self.tower
 
+    def trained_apart(self) -> Sequence[tf.Variable]:
+        """The teacher's weights."""
+        parts = [part for part in (self.bottom, self.tower) if part is not None]
+        return [variable for part in parts for variable in part.trainable_variables]
+
     def _hint_widths(self) -> list[tuple[int, int]]:
         teacher = self.teacher_tower.mlp.units if self.teacher_tower else ()
         return list(zip(reversed(teacher), reversed(self.student_tower.mlp.units), strict=False))
@@ -167,6 +180,47 @@ class DualDNN(Ranker):
                 if project is not None and not project.built:
                     project.build((None, width))
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Sets the optimisers; see `Ranker`.
+
+        Raises:
+          ValueError: the student reads table columns that nothing would teach.
+        """
+        super().compile(*args, **kwargs)
+        if self.teacher_tower is None or (
+            self.embeddings_from == "both" and not self.teacher_frozen
+        ):
+            return
+        self.build()
+        read = {head: self._read_columns(head) for head in self.head_names}
+        missing = [name for name in read["student"] if name not in read["teacher"]]
+        if missing:
+            raise ValueError(
+                f"The student reads {missing[0]}, which the teacher does not, and the tables take "
+                "the teacher's gradient alone: they would stay as they start. Choose a teacher "
+                "that reads them, a student that does not, or `embeddings_from` both."
+            )
+
+    def _read_columns(self, head: str) -> list[str]:
+        """Names of the tables' columns that have a derivative in a head's logits of random rows."""
+        places = self.schema.num_domains + 1 if self.schema.domain_feature else 1
+        embedded = self.embed(self.encode(example(self.schema, 8 * places)))
+        *fields, linear, dense = (
+            tf.cast(tf.random.stateless_normal(tf.shape(x), [0, i]), x.dtype)
+            for i, x in enumerate((*embedded.fields, embedded.linear, embedded.dense))
+        )
+        domain = tf.range(8 * places, dtype=tf.int64) % places
+        with tf.GradientTape() as tape:
+            tape.watch([*fields, linear])
+            logits = self._head(head, Embedded(tuple(fields), linear, dense, domain)).logits
+        *of_fields, of_linear = tape.gradient(
+            logits, [*fields, linear], unconnected_gradients="zero"
+        )
+        names = [f.name for dim in self.embed.dims for f in self.embed.features_of(dim)]
+        is_read = [one for g in of_fields for one in (g.numpy() != 0).any((0, 2))]
+        found = [f"the vectors of `{name}`" for name in itertools.compress(names, is_read)]
+        return found + ["first-order terms"] * bool((of_linear.numpy() != 0).any())
+
     @property
     def starts_trained(self) -> bool:
         """A frozen teacher must have learned before."""
@@ -177,16 +231,19 @@ class DualDNN(Ranker):
     ) -> dict[str, TowerOutput]:
         """Computes "teacher" and "student", or one of them; the other leaves no trace."""
         found = {}
-        if "teacher" in names and self.teacher_bottom and self.teacher_tower:
-            learns = training and not self.teacher_frozen  # a frozen teacher drops nothing out
-            h = self.teacher_bottom(embedded, training=learns)
-            found["teacher"] = self.teacher_tower(h, training=learns)
+        if "teacher" in names and self.teacher_tower is not None:
+            # A frozen teacher drops nothing out.
+            learns = training and not self.teacher_frozen
+            found["teacher"] = self._head("teacher", embedded, learns)
         if "student" in names:
             if self.teacher_tower is not None and self.embeddings_from == "teacher":
                 embedded = tf.nest.map_structure(tf.stop_gradient, embedded)
-            h = self.student_bottom(embedded, training=training)
-            found["student"] = self.student_tower(h, training=training)
+            found["student"] = self._head("student", embedded, training)
         return found
+
+    def _head(self, head: str, embedded: Embedded, training: bool = False) -> TowerOutput:
+        bottom: Any = self.student_bottom if head == "student" else self.bottom
+        return self.tower_of(head)(bottom(embedded, training=training), training=training)
 
     def tower_of(self, head: str) -> Tower:
         """The teacher's tower or the student's."""
@@ -195,23 +252,29 @@ class DualDNN(Ranker):
             raise ValueError("A student alone has no teacher.")
         return tower
 
-    def loss_terms(self, heads: Mapping[str, TowerOutput], labels: tf.Tensor) -> dict[str, Any]:
+    def loss_terms(self, heads: Mapping[str, TowerOutput], targets: Targets) -> dict[str, Any]:
         """The parts of L; weights of 0 leave their part out."""
         student = heads["student"]
-        terms = {"student_bce": binary_cross_entropy(labels, student.logits)}
+        terms = {"student_loss": self.label_loss(student.logits, targets)}
         if "teacher" not in heads:
             return terms
         teacher = heads["teacher"]
         if not self.teacher_frozen:
-            terms["teacher_bce"] = binary_cross_entropy(labels, teacher.logits)
+            terms["teacher_loss"] = self.label_loss(teacher.logits, targets)
         if self.kd_weight:
             weight = self.kd_weight
             if self.kd_warmup_steps:
                 step = tf.cast(self.optimizer.iterations, tf.float32)
                 weight *= tf.minimum(1.0, step / self.kd_warmup_steps)
-            terms["kd"] = weight * distillation(
-                teacher.logits, student.logits, self.distance, self.temperature
+            distances = distillation(
+                teacher.logits,
+                student.logits,
+                self.distance,
+                self.temperature,
+                [self.schema.kind(label) for label in self.schema.labels],
             )
+            _, of_labels = present(targets["labels"], self.label_weights(targets))
+            terms["kd"] = weight * tf.reduce_sum(weighted(of_labels, distances), 1)
         if self.hint_weight:
             pairs = zip(
                 reversed(teacher.hidden),

@@ -13,6 +13,7 @@ import tf_keras
 from qianmo.layers.embed import Embed, Embedded
 from qianmo.layers.encode import Encode, Encoded, example
 from qianmo.layers.inner_loop import AdaptableTower
+from qianmo.layers.label_heads import label_losses, label_moments, predictions, present
 from qianmo.layers.meta import Meta
 from qianmo.layers.schema import Schema
 from qianmo.layers.tower import TowerOutput
@@ -93,6 +94,7 @@ class Ranker(tf_keras.Model):
             missing = [key for key in needs if not getattr(self.schema, key)]
             if missing:
                 raise ValueError(f"`meta` needs `schema.{missing[0]}`, which names no column.")
+            self.meta.inner.label_moments = label_moments(self.schema)
         self.first_bad_step = tf.Variable(-1, dtype=tf.int64, trainable=False, name="bad_step")
 
     def heads(
@@ -105,9 +107,33 @@ class Ranker(tf_keras.Model):
         """The tower of a head."""
         raise NotImplementedError
 
-    def loss_terms(self, heads: Mapping[str, TowerOutput], labels: tf.Tensor) -> dict[str, Any]:
-        """The parts of the loss, each per row [B]; what is minimised is the sum of their means."""
+    def loss_terms(self, heads: Mapping[str, TowerOutput], targets: Targets) -> dict[str, Any]:
+        """The parts of the loss, each per row [B]; what is minimised is the sum of their means.
+
+        Args:
+          heads: what `heads` made, by name.
+          targets: `labels` [B, K], NaN where a row does not have one, and `label_weights` [B, K]
+            where the schema declares any.
+        """
         raise NotImplementedError
+
+    def label_loss(self, logits: tf.Tensor, targets: Targets) -> tf.Tensor:
+        """The loss of each row, summed over its labels, [B]; see `label_losses`."""
+        weights = self.label_weights(targets)
+        return tf.reduce_sum(label_losses(self.schema, targets["labels"], logits, weights), 1)
+
+    def label_weights(self, targets: Targets) -> tf.Tensor | None:
+        """The labels' weights, [B, K], or None where the schema declares none.
+
+        Raises:
+          ValueError: the schema declares weights, and the targets have none.
+        """
+        if self.schema.label_weights and "label_weights" not in targets:
+            raise ValueError(
+                "`schema.label_weights` declares weights, so the targets should have "
+                f"`label_weights` [B, K]. Received: {sorted(targets)}"
+            )
+        return targets["label_weights"] if self.schema.label_weights else None
 
     def targets_of(self, encoded: Encoded, targets: Targets) -> Targets:
         """What the loss reads beside the heads; a model may add ids, which do not reach them."""
@@ -119,7 +145,7 @@ class Ranker(tf_keras.Model):
         if "original" in targets:  # rows of chunks may take part in episodes alone
             weight *= targets["original"]
         weight = tf.math.divide_no_nan(weight, tf.reduce_sum(weight))
-        terms = self.loss_terms(heads, targets["labels"])
+        terms = self.loss_terms(heads, targets)
         return {name: tf.reduce_sum(weight * term) for name, term in terms.items()}
 
     def call(self, features: Mapping[str, tf.Tensor], training: bool = False) -> dict[str, Any]:
@@ -163,7 +189,12 @@ class Ranker(tf_keras.Model):
         """Sets the optimisers: for dense weights, embedding tables, and learned step sizes.
 
         Weights in `slowed` move by that factor of what their optimiser would move them; 0 freezes.
+
+        Raises:
+          ValueError: an optimiser that averages weights, which Keras can do for one alone.
         """
+        if any(getattr(o, "use_ema", False) for o in (optimizer, table_optimizer, meta_optimizer)):
+            raise ValueError("`use_ema` should be False: a model has several optimisers.")
         super().compile(optimizer=optimizer, **kwargs)
         # Not as they are, or Keras would take them for its own.
         self._slowed: Callable[[], Sequence[tuple[Weight, float]]] = lambda: slowed
@@ -202,7 +233,7 @@ class Ranker(tf_keras.Model):
             if optimizer is self.table_optimizer and table_loss is not loss:
                 own = tape.gradient(table_loss, group)
             with self._slowly(group):
-                optimizer.apply_gradients(zip(own, group, strict=True))
+                self._apply(optimizer, own, group)
         first = tf.logical_and(self.first_bad_step < 0, tf.logical_not(tf.math.is_finite(loss)))
         self.first_bad_step.assign(
             tf.where(first, self.optimizer.iterations - 1, self.first_bad_step)
@@ -214,17 +245,41 @@ class Ranker(tf_keras.Model):
     def meta_loss(self, h: tf.Tensor, targets: Targets, step: tf.Tensor) -> tf.Tensor:
         """What `meta` adds to the loss: `Meta.loss` of the serving head's tower."""
         assert self.meta is not None
-        rows = {"h": h, **{k: targets[k] for k in ("labels", "task_id")}}
-        # NaN is a label that the row does not have.
-        is_there = ~tf.math.is_nan(rows["labels"])
-        rows["label_weights"] = tf.cast(is_there, rows["labels"].dtype)
-        rows["labels"] = tf.where(is_there, rows["labels"], 0.0)
+        rows = {"h": h, **{k: targets[k] for k in ("weight", "task_id")}}
+        rows["labels"], rows["label_weights"] = present(
+            targets["labels"], self.label_weights(targets)
+        )
         # A random split reads no time; any column then stands in.
         rows["timestamp"] = targets.get("timestamp", targets["task_id"])
-        if "episode" in targets:
-            rows = {k: tf.boolean_mask(v, targets["episode"] > 0) for k, v in rows.items()}
+        takes_part = [targets["episode"] > 0] if "episode" in targets else []
+        if self.schema.weight or self.schema.domain_weights:
+            takes_part.append(targets["weight"] > 0)
+        if takes_part:
+            mask = tf.reduce_all(tf.stack(takes_part), 0)
+            rows = {k: tf.boolean_mask(v, mask) for k, v in rows.items()}
         tower = self.tower_of(self.serving_head)
         return self.meta.loss(tower, **rows, step=step)
+
+    def _apply(
+        self, optimizer: Any, gradients: Sequence[Any], variables: Sequence[tf.Variable]
+    ) -> None:
+        """Applies gradients; those of `trained_apart` are clipped by a norm of their own."""
+        norm = optimizer.global_clipnorm
+        if not norm:
+            optimizer.apply_gradients(zip(gradients, variables, strict=True))
+            return
+        pairs = optimizer.aggregate_gradients(zip(gradients, variables, strict=True))
+        apart = {variable.ref() for variable in self.trained_apart()}
+        clipped: list[tuple[Any, tf.Variable]] = []
+        for is_apart in (True, False):
+            part = [(g, v) for g, v in pairs if (v.ref() in apart) == is_apart]
+            found, _ = tf.clip_by_global_norm([g for g, _ in part], norm)
+            clipped += zip(found, [v for _, v in part], strict=True)
+        try:
+            optimizer.global_clipnorm = None
+            optimizer.apply_gradients(clipped, skip_gradients_aggregation=True)
+        finally:
+            optimizer.global_clipnorm = norm
 
     @contextlib.contextmanager
     def _slowly(self, group: Sequence[tf.Variable]) -> Iterator[None]:
@@ -250,6 +305,10 @@ class Ranker(tf_keras.Model):
             (self.meta_optimizer, rates),
         )
         return [(optimizer, group) for optimizer, group in groups if group]
+
+    def trained_apart(self) -> Sequence[tf.Variable]:
+        """Weights that move as if the others were not there."""
+        return ()
 
     def _mean(self, name: str) -> tf_keras.metrics.Mean:
         if name not in self._means:
@@ -277,9 +336,10 @@ class Ranker(tf_keras.Model):
         return tf.function(self.predict_step, reduce_retracing=True)
 
     def predict_step(self, data: Any) -> dict[str, tf.Tensor]:
-        """Probabilities of every head, [B, K] each."""
+        """Every head's predictions, [B, K] each: probabilities, and ratings in their own units."""
         features = data[0] if isinstance(data, tuple) else data
-        return {name: tf.sigmoid(z) for name, z in self(features, training=False).items()}
+        logits = self(features, training=False)
+        return {name: predictions(self.schema, z) for name, z in logits.items()}
 
     def ranker_config(self) -> dict[str, Any]:
         """The arguments that all rankers have."""

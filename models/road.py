@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import tensorflow as tf
 import tf_keras
 
 from qianmo.layers.embed import Embedded
-from qianmo.layers.losses import binary_cross_entropy
 from qianmo.layers.schema import Schema
 from qianmo.layers.tower import Tower, TowerOutput
-from qianmo.models.ranker import Ranker
+from qianmo.models.ranker import Ranker, Targets
 
 
 @tf_keras.utils.register_keras_serializable(package="qianmo")
 class Road(Ranker):
-    """encode -> embed -> bottom -> tower, trained on BCE(y, z).
+    """encode -> embed -> bottom -> tower, trained on the loss of its labels, see `label_losses`.
 
     Args:
       schema: what a row holds.
@@ -51,9 +49,9 @@ class Road(Ranker):
         """The only tower."""
         return self.tower
 
-    def loss_terms(self, heads: Mapping[str, TowerOutput], labels: tf.Tensor) -> dict[str, Any]:
-        """BCE(y, z)."""
-        return {"bce": binary_cross_entropy(labels, heads["model"].logits)}
+    def loss_terms(self, heads: Mapping[str, TowerOutput], targets: Targets) -> dict[str, Any]:
+        """The labels' loss."""
+        return {"label_loss": self.label_loss(heads["model"].logits, targets)}
 
     def get_config(self) -> dict[str, Any]:
         """The model's arguments, its layers serialised."""

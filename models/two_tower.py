@@ -87,6 +87,11 @@ class TwoTower(Ranker):
         schema = self.schema
         if len(schema.labels) != 1:
             raise ValueError(f"A two-tower model has one label. Received: {schema.labels}")
+        if schema.kind(schema.labels[0]) != "binary":
+            raise ValueError(
+                f"A two-tower model's label says which rows are positive. Received: "
+                f"`{schema.labels[0]}`, a rating; make a binary label of it."
+            )
         self.item = item_feature(schema, item_id)
         users, items = sides(schema)
         self.items_have_domains = schema.domain in items
@@ -237,10 +242,11 @@ class TwoTower(Ranker):
             rows = {k: tf.boolean_mask(v, targets["original"] > 0) for k, v in rows.items()}
         queue = self.tower.queue
         domain = rows.get("domain")
+        # As one coordinate more, since the task's own correction takes p for 1e-6 where it is less.
+        correction = self.tower.temperature * queue.log_correction(rows["item"])[:, None]
         loss = self.task(
-            rows["u"],
-            rows["v"],
-            candidate_sampling_probability=queue.probability(rows["item"]),
+            tf.concat([rows["u"], tf.ones_like(correction)], 1),
+            tf.concat([rows["v"], correction], 1),
             candidate_ids=rows["item"],
             score_mask=None if domain is None else _of_own_domain(domain),
         )
@@ -257,14 +263,15 @@ class TwoTower(Ranker):
         if not self.support_feature:
             return super().meta_loss(h, targets, step)
         assert self.meta is not None
-        names = ("support", "support_length", "labels")
-        ids, length, labels = (targets[name][:LIST_TASKS] for name in names)
+        names = ("support", "support_length", "labels", "weight")
+        ids, length, labels, weight = (targets[name][:LIST_TASKS] for name in names)
         h = h[:LIST_TASKS]
         support = self._support(h[:, : -self.tower.dim], *self._listed(ids, length))
-        labels = tf.cast(labels > 0, tf.float32)
+        positive = tf.cast(labels > 0, tf.float32)
         # Only a positive says what the adapted tower should have found.
-        query = Support(h[:, None], labels[:, :, None], labels[:, :, None])
-        return self.meta.episode_loss(self.tower, support, query, tf.reduce_sum(labels))
+        weights = weight[:, None] * positive
+        query = Support(h[:, None], positive[:, :, None], weights[:, :, None])
+        return self.meta.episode_loss(self.tower, support, query, tf.reduce_sum(weights))
 
     def _listed(self, ids: tf.Tensor, length: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Vectors of the items in lists, [B, L, D], and which of them are there and known."""

@@ -367,7 +367,7 @@ CASES: dict[str, Case] = {
         model_of_domains(
             name="distilled",
             teacher={"name": "cross_domain", "expert_units": (4,), "tower_units": (3,)},
-            student={"name": "wdl", "units": (4,), "tower_units": (3,)},
+            student={"name": "mlp", "units": (4,), "tower_units": (3,)},
             hint_weight=0.1,
         ),
         float32_outputs=(0, 1),

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from qianmo.layers.inner_loop import InnerLoop, Support, flat, of_flat, tower_size
-from qianmo.layers.tower import Tower
+from qianmo.layers.tower import DenseShape, Tower
 
 T, S, Q, H, K = 4, 5, 6, 4, 2
 UNITS = (7, 3)
@@ -252,6 +252,33 @@ def test_forms_agree_in_float32():
     )
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("sizes", [(64, 32), (8, 8), (30, 100), (40, 1)])
+def test_auto_takes_the_form_of_fewer_products(sizes, steps, is_first):
+    """Counted for a task of as many query rows as support rows."""
+    num_inputs, num_outputs = sizes
+    support = query = 20
+    # The rows that entered the first layer are the same at every step, others come anew.
+    held = support * (1 if is_first else steps)
+    dual = query * held * (num_inputs + num_outputs)
+    kernel = held * num_inputs * num_outputs + query * num_inputs * num_outputs
+    shape = DenseShape(num_inputs, num_outputs, is_first, False)
+    loop = InnerLoop(steps=steps, max_support=support)
+    assert loop.is_dual(shape) == (dual < kernel)
+    assert not InnerLoop(steps=steps, rates="per_weight").is_dual(shape)
+    assert InnerLoop(form="dual").is_dual(shape)
+    assert not InnerLoop(form="materialised").is_dual(shape)
+
+
+def test_the_form_taken_is_the_one_computed():
+    phi, loop, arrays, _ = float32_case()
+    changes = loop.adapt(phi, Support(*(tf.constant(x) for x in arrays))).changes
+    for change, shape in zip(changes, phi.dense_shapes(16), strict=True):
+        assert (change.kernel is None) == loop.is_dual(shape)
+    assert {loop.is_dual(shape) for shape in phi.dense_shapes(16)} == {True, False}
+
+
 @pytest.mark.parametrize("rates", ["fixed", "rank_one", "per_weight"])
 def test_hidden_layers_of_bfloat16_adapt(rates):
     found = []
@@ -277,7 +304,6 @@ def test_hidden_layers_of_bfloat16_adapt(rates):
         ({"steps": 0}, "steps.*Received: 0"),
         ({"step_size": 0.0}, "step_size"),
         ({"rates": "meta"}, "rates.*Received: 'meta'"),
-        ({"loss": "hinge"}, "loss"),
         ({"form": "primal"}, "form"),
         ({"shrinkage": -1.0}, "shrinkage"),
         ({"form": "dual", "rates": "per_weight"}, "dual form"),

@@ -104,6 +104,27 @@ def test_first_vectors_and_losses_of_a_batch() -> None:
     np.testing.assert_allclose(found, [expected[i] for i in in_order], rtol=1e-4)
 
 
+def test_rows_of_weight_0_teach_the_generator_nothing() -> None:
+    cold = ColdItems(base(), "item", rows=2, seed=4)
+    features, targets = rows(np.repeat(np.arange(5), 4))
+    time = np.tile(np.arange(4), 5)
+    weight = np.where(time % 2, 3.0, 0.0).astype(np.float32)  # a row of each batch of two
+
+    def losses(rows_of: Any, label: Any, weight: Any) -> Any:
+        part = {k: tf.gather(v, rows_of) for k, v in features.items()}
+        own = {**targets, "labels": label, "timestamp": time, "weight": weight}
+        return cold.losses_of(part, {k: tf.gather(v, rows_of) for k, v in own.items()}).numpy()
+
+    label = targets["labels"].numpy()
+    every, weighted = np.arange(20), np.flatnonzero(weight)
+    found = losses(every, label, weight)
+    np.testing.assert_allclose(
+        found, losses(every, np.where(weight[:, None], label, 1 - label), weight)
+    )
+    cold.rows = 1
+    np.testing.assert_allclose(found, losses(weighted, label, np.ones(20, "f4")), rtol=1e-5)
+
+
 def test_logits_of_its_own_vectors_are_those_of_the_base() -> None:
     model = base()
     cold = ColdItems(model, "item")

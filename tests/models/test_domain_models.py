@@ -100,7 +100,7 @@ def test_a_domains_gradients_touch_no_other_domains_weights(name: str) -> None:
             embedded = model.embed(model.encode(rows(scene, scene, scene, scene)))
             heads = model.heads(embedded, ("model",))
             labels = tf.constant([[0.0, 1], [1, 0], [1, 1], [0, 0]])
-            loss = tf.reduce_sum(model.loss_terms(heads, labels)["bce"])
+            loss = tf.reduce_sum(model.loss_terms(heads, {"labels": labels})["label_loss"])
         moved = set()
         for (owner, _, row), gradient in zip(parts, tape.gradient(loss, variables), strict=True):
             if gradient is None:
@@ -166,7 +166,7 @@ def test_a_label_that_a_row_lacks_teaches_nothing() -> None:
     labels = tf.constant([[1.0, np.nan], [1.0, 0.0]])
     with tf.GradientTape() as tape:
         tape.watch(z)
-        found = model.loss_terms({"model": TowerOutput(z, [], z)}, labels)["bce"]
+        found = model.loss_terms({"model": TowerOutput(z, [], z)}, {"labels": labels})["label_loss"]
     gradient = tape.gradient(found, z).numpy()
     expected = 1 / (1 + np.exp(-z.numpy())) - np.array([[1, np.nan], [1, 0]])
     expected[0, 1] = 0
@@ -257,7 +257,7 @@ def test_towers_by_domain_and_by_label_can_be_meta_towers(config: dict[str, Any]
     targets = {"labels": tf.constant(labels), "weight": tf.ones([20]), "task_id": batch["user"]}
     found = {name: float(value) for name, value in model.train_step((batch, targets)).items()}
     assert np.isfinite(found["loss"])
-    assert found["loss"] == pytest.approx(found["bce"] + found["meta"])
+    assert found["loss"] == pytest.approx(found["label_loss"] + found["meta"])
 
 
 @pytest.mark.parametrize(
@@ -281,20 +281,26 @@ def test_a_row_has_its_own_score_in_any_batch(config: dict[str, Any]) -> None:
         np.testing.assert_allclose(alone["model"][0], whole[place], rtol=1e-4, atol=1e-6)
 
 
-def test_a_distilled_teacher_moves_as_if_alone_bit_for_bit() -> None:
-    """Whatever its student is: here one with a meta tower."""
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [(MODELS["cross_domain"], "mlp"), ({"name": "deepfm", "units": (6,)}, "wdl")],
+    ids=["cross_domain", "deepfm"],
+)
+def test_a_distilled_teacher_moves_as_if_alone_bit_for_bit(
+    teacher: dict[str, Any], student: str
+) -> None:
+    """Whatever its student is: here one with a meta tower, which reads the teacher's columns."""
     schema = dataclasses.replace(SCHEMA, task_id="user")
     whole = {"embedding_stddev": 1.0, "embedding_l2": 0.01}
-    student = {"name": "wdl", "units": (4,), "seam_dim": 3, "tower_units": (3,)}
     meta = {"inner": {"steps": 1}, "split": "random", "gradient_to": "embeddings"}
     found = []
     for config in (
-        MODELS["cross_domain"],
+        teacher,
         {
             "name": "distilled",
-            "teacher": MODELS["cross_domain"],
-            "student": student,
-            "hint_weight": 0.1,
+            "teacher": teacher,
+            "student": {"name": student, "units": (4,), "seam_dim": 3, "tower_units": (3,)},
+            "hint_weight": 0.0 if student == "wdl" else 0.1,
             "meta": meta,
         },
     ):
@@ -306,11 +312,39 @@ def test_a_distilled_teacher_moves_as_if_alone_bit_for_bit() -> None:
             batch = rows(*[7, 1, 4, 99] * 5)
             targets = {"labels": tf.ones([20, 2]), "weight": tf.ones([20])}
             model.train_step((batch, {**targets, "task_id": batch["user"]}))
-        parts = (model.bottom, model.tower)
-        vectors = [table[:, :4].numpy() for table in model.embed.tables.values()]
-        found.append([*vectors, *(v.numpy() for part in parts for v in part.variables)])
+        parts = (model.embed, model.bottom, model.tower)
+        found.append([v.numpy() for part in parts for v in part.variables])
     for alone, distilled in zip(*found, strict=True):
         np.testing.assert_array_equal(alone, distilled)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "what"),
+    [
+        ("mlp", "wdl", "first-order terms"),
+        ("cross_domain", "deepfm", "first-order terms"),
+        ("lr", "mlp", "the vectors of `scene`"),
+    ],
+)
+def test_a_student_reads_no_columns_that_nothing_teaches(
+    teacher: str, student: str, what: str
+) -> None:
+    config = {"name": "distilled", "teacher": {"name": teacher}, "student": {"name": student}}
+    for change in ({}, {"embeddings_from": "both", "teacher_frozen": True}):
+        model = zoo.build(SCHEMA, {**config, **change})
+        with pytest.raises(ValueError, match=f"The student reads {what}, which the teacher does n"):
+            model.compile(tf_keras.optimizers.SGD(0.1), tf_keras.optimizers.SGD(0.1))
+
+
+def test_a_student_may_teach_columns_of_its_own_where_tables_take_both_gradients() -> None:
+    parts = {"teacher": {"name": "mlp"}, "student": {"name": "wdl"}}
+    model = zoo.build(SCHEMA, {"name": "distilled", **parts, "embeddings_from": "both"})
+    model.build()
+    model.compile(*(tf_keras.optimizers.SGD(0.1) for _ in range(3)))
+    targets = {"labels": tf.ones([8, 2]), "weight": tf.ones([8])}
+    for _ in range(2):
+        model.train_step((rows(*[7, 1, 4, 99] * 2), targets))
+    assert np.abs(model.embed.tables["4"][:, 4:]).max() > 0
 
 
 @pytest.mark.parametrize(

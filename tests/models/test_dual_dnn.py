@@ -39,15 +39,19 @@ def batches(count=12, size=64):
         yield features, {"labels": labels, "weight": np.ones(size, np.float32)}
 
 
-def trained(steps=12, **config):
-    """A model after some steps of Keras fit, as the trainer does them."""
+def trained(steps=12, adam=None, tables=None, **config):
+    """A model after some steps of Keras fit, as the trainer does them.
+
+    `adam` has arguments of the dense weights' optimiser, `tables` the tables' optimiser.
+    """
     runtime.settle()
     tf_keras.utils.set_random_seed(3)
     model = zoo.build(SCHEMA, config)
     features, _ = next(batches(1))
     model({k: tf.constant(v) for k, v in features.items()})
     start = [(v, v.numpy()) for v in model.variables]
-    model.compile(tf_keras.optimizers.Adam(0.01), SparseAdam(0.01))
+    adam = {"learning_rate": 0.01, **(adam or {})}
+    model.compile(tf_keras.optimizers.Adam(**adam), tables or SparseAdam(0.01))
     data = tf.data.Dataset.from_generator(
         lambda: batches(steps),
         output_signature=tf.nest.map_structure(
@@ -58,8 +62,8 @@ def trained(steps=12, **config):
     return model, start, history
 
 
-def dual(**changes):
-    return trained(name="dual_dnn", **{**TEACHER, **UNITS, **changes})
+def dual(*how, **changes):
+    return trained(*how, name="dual_dnn", **{**TEACHER, **UNITS, **changes})
 
 
 def teacher_weights(model):
@@ -88,6 +92,43 @@ def test_the_teacher_moves_as_if_alone_bit_for_bit():
     assert student < moved(start)  # the student learns too
 
 
+@pytest.mark.parametrize(
+    "adam",
+    [
+        {"global_clipnorm": 0.05},
+        {"clipnorm": 0.02},
+        {"clipvalue": 0.001},
+        {"weight_decay": 0.5},
+        {"learning_rate": tf_keras.optimizers.schedules.CosineDecay(0.01, 4)},
+    ],
+    ids=lambda adam: next(iter(adam)),
+)
+def test_the_teacher_moves_as_if_alone_under_any_optimiser(adam):
+    def tables():
+        return tf_keras.optimizers.Adam(0.01, global_clipnorm=0.01)
+
+    both, _, _ = dual(4, adam, tables(), kd_weight=3.0, hint_weight=0.5)
+    of_teacher = {"name": "teacher_alone", **TEACHER, "teacher_units": (16, 8)}
+    alone, _, _ = trained(4, adam, tables(), **of_teacher)
+    plain, _, _ = trained(4, None, tables(), **of_teacher)
+    for a, b in zip(teacher_weights(alone), teacher_weights(both), strict=True):
+        np.testing.assert_array_equal(a, b)
+    differs = zip(teacher_weights(alone), teacher_weights(plain), strict=True)
+    assert any(not np.array_equal(a, b) for a, b in differs)  # the argument does something
+
+
+def test_teacher_and_student_are_clipped_by_a_norm_each():
+    model, _, _ = dual(1, {"global_clipnorm": 1e-3}, kd_weight=3.0, hint_weight=0.5)
+    # The first step of Adam moves by the rate whatever the norm: the moments tell it.
+    adam = model.optimizer
+    for parts in ((model.bottom, model.tower), (model.student_tower, *model.hint_projections)):
+        variables = [v for part in parts if part for v in part.trainable_variables]
+        moments = [adam._momentums[adam._index_dict[adam._var_key(v)]] for v in variables]
+        norm = np.sqrt(sum(np.square(m.numpy() / 0.1).sum() for m in moments))
+        assert norm == pytest.approx(1e-3, rel=1e-4)
+    assert model.optimizer.global_clipnorm == 1e-3  # as it was
+
+
 def test_a_student_starts_the_same_with_any_teacher_and_alone():
     starts = []
     for teacher in ({}, {"interactions": {"fm": {}}}, TEACHER):
@@ -109,7 +150,7 @@ def test_rocket_launching_lets_the_student_move_the_tables():
 def test_two_stage_moves_the_student_alone():
     model, start, history = dual(teacher_frozen=True)
     assert moved(start) == {v.ref() for v in model.student_tower.trainable_variables}
-    assert "teacher_bce" not in history
+    assert "teacher_loss" not in history
 
 
 def test_two_stage_starts_from_a_teacher_trained_alone(tmp_path):
@@ -140,11 +181,11 @@ def test_loss_terms_are_those_of_the_equation():
     model, _, history = dual(
         steps=1, kd_weight=2.0, hint_weight=0.25, distance="soft_labels", temperature=2.0
     )
-    assert set(history) == {"loss", "student_bce", "teacher_bce", "kd", "hint"}
+    assert set(history) == {"loss", "student_loss", "teacher_loss", "kd", "hint"}
     features, targets = next(batches(1))
     embedded = model.embed(model.encode({k: tf.constant(v) for k, v in features.items()}))
     heads = model.heads(embedded, model.head_names)
-    terms = model.loss_terms(heads, tf.constant(targets["labels"]))
+    terms = model.loss_terms(heads, {"labels": tf.constant(targets["labels"])})
     y = targets["labels"].astype(np.float64)
     z = {name: head.logits.numpy().astype(np.float64) for name, head in heads.items()}
 
@@ -152,8 +193,8 @@ def test_loss_terms_are_those_of_the_equation():
         return (np.log1p(np.exp(logit)) - label * logit).sum(1)
 
     soft = 1 / (1 + np.exp(-z["teacher"] / 2))
-    np.testing.assert_allclose(terms["student_bce"], bce(y, z["student"]), rtol=1e-5)
-    np.testing.assert_allclose(terms["teacher_bce"], bce(y, z["teacher"]), rtol=1e-5)
+    np.testing.assert_allclose(terms["student_loss"], bce(y, z["student"]), rtol=1e-5)
+    np.testing.assert_allclose(terms["teacher_loss"], bce(y, z["teacher"]), rtol=1e-5)
     np.testing.assert_allclose(terms["kd"], 2.0 * 4 * bce(soft, z["student"] / 2), rtol=1e-5)
     # Last layers pair up: both 8 wide, so R is the identity.
     last = heads["teacher"].hidden[-1] - heads["student"].hidden[-1]
@@ -165,10 +206,11 @@ def test_distillation_grows_over_the_warm_up():
     features, targets = next(batches(1))
     embedded = model.embed(model.encode({k: tf.constant(v) for k, v in features.items()}))
     heads = model.heads(embedded, model.head_names)
-    whole = 2.0 * distillation(heads["teacher"].logits, heads["student"].logits, model.distance)
+    logits = (heads[name].logits for name in ("teacher", "student"))
+    whole = 2.0 * tf.reduce_sum(distillation(*logits, model.distance), 1)
     for step, factor in ((0, 0.0), (1, 0.25), (4, 1.0), (9, 1.0)):
         model.optimizer.iterations.assign(step)
-        found = model.loss_terms(heads, tf.constant(targets["labels"]))["kd"]
+        found = model.loss_terms(heads, {"labels": tf.constant(targets["labels"])})["kd"]
         np.testing.assert_allclose(found, factor * whole, rtol=1e-6)
 
 
@@ -193,7 +235,7 @@ def test_distances(distance, expected):
     teacher = tf.Variable(t)
     with tf.GradientTape() as tape:
         found = distillation(teacher, tf.constant(s), distance, temperature=3.0)
-    np.testing.assert_allclose(found, expected(p, q, t, s).sum(1), rtol=1e-9)
+    np.testing.assert_allclose(found, expected(p, q, t, s), rtol=1e-9)
     assert tape.gradient(found, teacher) is None
 
 
@@ -217,6 +259,14 @@ def test_refusals(config, message):
         zoo.build(SCHEMA, config)
     with pytest.raises(ValueError, match="`temperature` should be > 0"):
         distillation(tf.zeros([1, 1]), tf.zeros([1, 1]), "logit_mse", 0.0)
+
+
+def test_an_optimiser_that_averages_weights_is_refused():
+    model = zoo.build(SCHEMA, {"name": "lr"})
+    for place in range(2):
+        optimizers = [tf_keras.optimizers.Adam(use_ema=place == i) for i in range(2)]
+        with pytest.raises(ValueError, match="`use_ema` should be False"):
+            model.compile(*optimizers)
 
 
 def test_a_frozen_teacher_is_steady():

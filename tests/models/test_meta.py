@@ -124,6 +124,123 @@ def test_the_objective_is_that_of_the_equation():
     np.testing.assert_allclose(found, 0.7 * np.mean(losses), rtol=1e-5)
 
 
+WEIGHTED = dataclasses.replace(SCHEMA, weight="seen", label_weights={"like": "seconds"})
+
+
+def meta_loss(config, targets, schema=WEIGHTED, rows=None):
+    """L_meta of a batch, or of some of its rows."""
+    tf_keras.utils.set_random_seed(3)
+    model = zoo.build(schema, config)
+    model.build()
+    features, whole = next(batches(1))
+    batch = {**whole, "label_weights": np.ones((64, 2), np.float32), **targets}
+    rows = np.arange(64) if rows is None else rows
+    embedded = model.embed(model.encode({k: tf.constant(v[rows]) for k, v in features.items()}))
+    h = model.heads(embedded, ("model",))["model"].h
+    return model.meta_loss(h, {k: tf.constant(v[rows]) for k, v in batch.items()}, tf.constant(0))
+
+
+def test_query_losses_are_weighted_by_row_and_label_and_support_is_not():
+    rng = np.random.default_rng(8)
+    weight = rng.uniform(0.2, 3, 64).astype(np.float32)
+    label_weights = rng.uniform(0.2, 3, (64, 2)).astype(np.float32)
+    label_weights[::4, 1] = 0  # these rows are no support for that label
+    meta = {"inner": {**INNER, "shrinkage": 1.0}, "weight": 0.7}
+    config = {"name": "mlp", "units": (), "meta": meta}
+    found = meta_loss(config, {"weight": weight, "label_weights": label_weights})
+
+    tf_keras.utils.set_random_seed(3)
+    model = zoo.build(WEIGHTED, config)
+    model.build()
+    features, targets = next(batches(1))
+    embedded = model.embed(model.encode({k: tf.constant(v) for k, v in features.items()}))
+    h = model.heads(embedded, ("model",))["model"].h.numpy()
+    kernel, bias = (v.numpy() for v in model.tower.trainable_variables)
+    y, total, rows_weight = targets["labels"], 0.0, 0.0
+    for user in np.unique(targets["task_id"]):
+        rows = np.flatnonzero(targets["task_id"] == user)
+        rows = rows[np.argsort(targets["timestamp"][rows])]
+        if len(rows) < 2:
+            continue
+        support, query = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+        w, b = kernel.copy(), bias.copy()
+        has = (label_weights[support] > 0).astype(float)
+        for _ in range(2):
+            p = 1 / (1 + np.exp(-(h[support] @ w + b)))
+            d = has * (p - y[support]) / (has.sum(0) + 1.0)
+            w, b = w - 0.3 * h[support].T @ d, b - 0.3 * d.sum(0)
+        z = h[query] @ w + b
+        losses = (label_weights[query] * (np.logaddexp(0, z) - z * y[query])).sum(1)
+        total += (weight[query] * losses).sum()
+        rows_weight += weight[query].sum()
+    np.testing.assert_allclose(found, 0.7 * total / rows_weight, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reptile", [False, True])
+def test_rows_and_labels_of_weight_0_take_no_part(reptile):
+    inner = {**INNER, "first_order": reptile}
+    config = {**MLP, "meta": {"inner": inner, "reptile": reptile}}
+    off = np.arange(64) % 2 == 0
+    weight = np.where(off, 0, 1).astype(np.float32)
+    without = meta_loss(config, {"weight": weight})
+    labels = next(batches(1))[1]["labels"]
+    changed = meta_loss(config, {"weight": weight, "labels": np.where(off[:, None], 0, labels)})
+    assert float(without) == float(changed)
+    np.testing.assert_allclose(without, meta_loss(config, {}, rows=np.flatnonzero(~off)), rtol=1e-5)
+    assert abs(float(without) - float(meta_loss(config, {}))) > 1e-3
+
+    label_weights = np.ones((64, 2), np.float32)
+    label_weights[off, 1] = 0
+    missing = labels.copy()
+    missing[off, 1] = np.nan
+    ones = np.ones((64, 2), np.float32)
+    of_weight_0 = meta_loss(config, {"label_weights": label_weights})
+    np.testing.assert_allclose(
+        of_weight_0, meta_loss(config, {"labels": missing, "label_weights": ones}), rtol=1e-6
+    )
+
+
+def test_domain_weights_are_row_weights():
+    scene = Categorical(name="scene", num_ids=2, dim=8)
+    schema = dataclasses.replace(
+        SCHEMA,
+        features=(*SCHEMA.features, scene),
+        domain="scene",
+        domain_weights=((0, 0.0),),
+    )
+    tf_keras.utils.set_random_seed(3)
+    model = zoo.build(schema, {**MLP, "meta": {"inner": INNER}})
+    model.build()
+    features, targets = next(batches(1))
+    scenes = np.arange(64) % 2
+    rows = {k: tf.constant(v) for k, v in {**features, "scene": scenes}.items()}
+    h = model.one_head(rows, "model")[0].h
+    targets["weight"] = scenes.astype(np.float32)  # as the reader makes of `domain_weights`
+    own = np.flatnonzero(scenes == 1)
+    found, alone = (
+        model.meta_loss(
+            tf.gather(h, index),
+            {k: tf.constant(v[index]) for k, v in targets.items()},
+            tf.constant(0),
+        )
+        for index in (np.arange(64), own)
+    )
+    np.testing.assert_allclose(found, alone, rtol=1e-5)
+
+
+def test_the_adapted_tower_runs_without_dropout():
+    tower = Tower(1, (16,), dropout=0.5, seed=1)
+    meta = Meta({"steps": 1, "step_size": 0.1}, split="time", seed=1)
+    random = np.random.default_rng(1)
+    h = random.normal(size=(12, 4)).astype(np.float32)
+    labels, ones = (h[:, :1] > 0).astype(np.float32), np.ones((12, 1), np.float32)
+    order = np.arange(12)
+    twice = [meta.loss(tower, h, labels, ones[:, 0], ones, order % 3, order, 0) for _ in range(2)]
+    plain = Tower(1, (16,), seed=1)
+    without = meta.loss(plain, h, labels, ones[:, 0], ones, order % 3, order, 0)
+    assert float(twice[0]) == float(twice[1]) == float(without)
+
+
 def test_each_label_s_tower_has_support_of_its_own():
     tf_keras.utils.set_random_seed(3)
     config = {"name": "mmoe", "num_experts": 2, "expert_units": (8,), "tower_units": (6,)}

@@ -101,7 +101,7 @@ def test_the_queue_holds_the_newest_and_counts_all() -> None:
     queue.push(tf.constant(ids[:3]), tf.constant(pushed[:3]))
     queue.push(tf.constant(ids[3:]), tf.constant(pushed[3:]))
     p = (np.bincount(ids, minlength=10) + 1) / (7 + 10)
-    np.testing.assert_allclose(queue.probability(tf.range(10)), p, rtol=1e-6)
+    np.testing.assert_allclose(queue.log_correction(tf.range(10)), -np.log(p), rtol=1e-6)
     weights = (1 / p[ids[3:]]) / np.mean(1 / p[ids[3:]])
     expected = q @ pushed[3:].T + np.log(weights)
     np.testing.assert_allclose(queue(q), expected, rtol=1e-5)
@@ -226,6 +226,36 @@ def test_the_loss_is_the_in_batch_softmax_with_its_correction() -> None:
     np.testing.assert_allclose(model.tower.queue._vectors, v[-16:], rtol=1e-6)
 
 
+def test_rare_items_of_a_large_catalogue_keep_their_correction() -> None:
+    """Two million pushes, of which the popular items have nearly all."""
+    items = 1_500_000
+    schema = SCHEMA.with_features(
+        Categorical(name="item", num_ids=items, dim=2, side="item") if f.name == "item" else f
+        for f in SCHEMA.features
+    )
+    model = built(schema, item_id="item")
+    features, targets = rows()
+    rare = np.arange(24) % 2 == 0
+    item = np.where(rare, items - 1 - np.arange(24), np.arange(24))
+    features["item"] = tf.constant(item)
+    pushes = np.repeat(item[~rare] + 1, [1_999_989, *[1] * 11])
+    for first in range(0, len(pushes), 500_000):
+        part = tf.constant(pushes[first : first + 500_000])
+        model.tower.queue.push(part, tf.zeros([len(part), DIM]))
+    counts = np.bincount(pushes, minlength=items + 1)
+    p = (counts[item + 1] + 1) / (2_000_000 + items + 1)
+    assert p.min() < 3e-7
+
+    encoded = model.encode({k: features[k] for k in SCHEMA.input_names})
+    output = model.heads(model.embed(encoded), ("model",))["model"]
+    u, v = output.hidden[-1].numpy(), output.h[:, -DIM:].numpy()
+    scores = u @ v.T / TAU - np.log(p)
+    losses = logsumexp(scores) - np.diag(scores)
+    found = model.mean_terms({"model": output}, model.targets_of(encoded, targets))
+    expected = np.average(losses, weights=targets["weight"].numpy())
+    np.testing.assert_allclose(found["softmax"], expected, rtol=1e-4)
+
+
 def trained(model: TwoTower, steps: int = 60, **changes: Any) -> list[float]:
     """Losses of training on one batch in which each user watches items of one genre."""
     features, targets = rows(200)
@@ -293,7 +323,8 @@ def test_a_list_is_the_support_of_its_row() -> None:
     correction = model.meta.inner.adapt(model.tower, support)  # type: ignore[union-attr]
     z = model.tower(output.h[:, None], correction=correction).logits.numpy()
     loss = model.meta_loss(output.h, added, tf.constant(0))
-    np.testing.assert_allclose(loss, np.logaddexp(0, -z).mean(), rtol=1e-5)
+    expected = np.average(np.logaddexp(0, -z)[:, 0, 0], weights=targets["weight"])
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

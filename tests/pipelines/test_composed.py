@@ -65,7 +65,7 @@ def test_all_parts_learn_and_the_meta_tower_is_the_students(trained: Any) -> Non
     assert any(isinstance(layer, ExpertMixture) for layer in model.teacher_bottom.submodules)
     assert isinstance(model.teacher_tower, StarTower)
     assert model.tower_of(model.serving_head) is model.student_tower
-    assert {"teacher_bce", "student_bce", "kd", "meta"} <= set(losses[0])
+    assert {"teacher_loss", "student_loss", "kd", "meta"} <= set(losses[0])
     for part in ("teacher_bottom", "teacher_tower", "student_bottom", "student_tower", "meta"):
         for variable in getattr(model, part).trainable_variables:
             assert (variable.numpy() != before[variable.ref()]).any(), f"{part}, {variable.name}"

@@ -119,7 +119,7 @@ def test_it_learns_and_reports(finished):
     assert click["all"]["gauc"] > 0.75
     assert set(click["group"]) == {"new", "old"}
     assert sum(part["rows"] for part in click["group"].values()) == click["all"]["rows"] == 3000
-    losses = [entry["train"]["student_bce"] for entry in found["history"]]
+    losses = [entry["train"]["student_loss"] for entry in found["history"]]
     assert losses[1] < losses[0] < 0.65
     assert found["rows"] == {"train": 30_000, "valid": 3000, "test": 3000}
     assert found["history"][-1]["samples_per_second"] > 0
