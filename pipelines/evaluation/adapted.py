@@ -10,6 +10,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from qianmo.layers.inner_loop import Support
+from qianmo.layers.label_heads import predictions
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines.data import readers
 from qianmo.pipelines.evaluation.scores import LOWER_IS_BETTER, Scored, evaluate
@@ -54,7 +55,8 @@ def score(
         plain, _ = model.one_head(features, head)
         tower = model.tower_of(head)
         adapted = {k: meta.score(tower, plain, task, rows[k])[0] for k in rows}
-        return {name: tf.sigmoid(z) for name, z in {"plain": plain.logits, **adapted}.items()}
+        logits = {"plain": plain.logits, **adapted}
+        return {name: predictions(model.schema, z) for name, z in logits.items()}
 
     found: dict[str, list[Any]] = {}
     columns: dict[str, list[Any]] = {}
@@ -175,7 +177,7 @@ def choose(model: Ranker, path: str, support_path: str, monitor: str = "auc") ->
         most = int(support.count.max(initial=1))
         report = evaluate(score(model, path, support, [most]), model.schema)
         for name, head in (("plain", "plain"), (str(steps), str(most))):
-            values = [parts["all"][monitor] for parts in report[head].values()]
+            values = [parts["all"].get(monitor, np.nan) for parts in report[head].values()]
             tried[name] = float(np.nanmean(values))
     steps = max((int(k) for k in tried if k != "plain"), key=lambda k: (sign * tried[str(k)], -k))
     meta.serving_steps = steps

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from qianmo.export.saved_model import raw_specs
 from qianmo.layers.encode import example
+from qianmo.layers.label_heads import predictions
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines import run_dir
 from qianmo.pipelines.data import summaries
@@ -51,14 +52,14 @@ def epoch_line(entry: Mapping[str, Any]) -> str:
 
 
 def head_function(model: Ranker, head: str) -> Any:
-    """A graph from raw features to one head's probabilities; nothing else is computed.
+    """A graph from raw features to one head's predictions; nothing else is computed.
 
     It is one for all batch sizes.
     """
 
     @tf.function(input_signature=[raw_specs(model.schema)])
     def predict(features: Mapping[str, tf.Tensor]) -> tf.Tensor:
-        return tf.sigmoid(model.one_head(features, head)[0].logits)
+        return predictions(model.schema, model.one_head(features, head)[0].logits)
 
     return predict.get_concrete_function()
 

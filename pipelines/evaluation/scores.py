@@ -92,7 +92,7 @@ def _block(
         block[label] = targets["labels"][:, k]
     for role in ("task_id", "timestamp", "event_id", "domain"):
         if role in targets:
-            block[getattr(schema, role)] = targets[role]
+            block.setdefault(getattr(schema, role), targets[role])
     return block
 
 

@@ -18,6 +18,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from qianmo.export.saved_model import Rows
+from qianmo.layers.label_heads import predictions
 from qianmo.models.dual_dnn import DualDNN
 from qianmo.pipelines import run_dir
 from qianmo.pipelines.data import readers
@@ -202,7 +203,7 @@ class Online:
         model = self.model
         logits = model.one_head(features, model.serving_head)[0].logits
         model.train_step((features, targets))
-        return tf.sigmoid(tf.cast(logits, tf.float32))
+        return predictions(model.schema, tf.cast(logits, tf.float32))
 
     def _train(self, block: readers.Block) -> None:
         start = time.perf_counter()
@@ -230,7 +231,8 @@ class Online:
                 "rows_per_second": len(labels) / self._busy,
             }
             for k, name in enumerate(self.model.schema.labels):
-                found = measure(labels[:, k], scores[:, k], tasks if len(tasks) else None)
+                groups, kind = tasks if len(tasks) else None, self.model.schema.kind(name)
+                found = measure(labels[:, k], scores[:, k], groups, kind)
                 window[name] = found
                 _add(values["totals"].setdefault(name, {"rows": 0}), found)
             values["windows"] = [*values["windows"], window][-_KEPT_ENTRIES:]
@@ -281,7 +283,9 @@ class Online:
             parts.append(f"version {values['published'][-1]['version']}")
         for name in self.model.schema.labels if values["windows"] else ():
             window = values["windows"][-1][name]
-            parts.append(f"{name}: log loss {window['log_loss']:.4f}, AUC {window['auc']:.4f}")
+            shown = [(key, window[key]) for key in ("log_loss", "auc", "mae") if key in window]
+            numbers = ", ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in shown)
+            parts.append(f"{name}: {numbers}")
         return "; ".join(part for part in parts if part)
 
     def run(self, is_stopped: Callable[[], bool], *, stop_at_end: bool = False) -> None:
@@ -327,8 +331,8 @@ class Online:
 
 def _add(total: dict[str, Any], found: dict[str, float]) -> None:
     """Adds a window to means over rows; the AUC is a mean of windows, each by its own scores."""
-    for name in ("log_loss", "auc"):
-        if np.isfinite(found[name]):
+    for name in ("log_loss", "auc", "mae"):
+        if np.isfinite(found.get(name, np.nan)):
             rows = total.get(f"{name}_rows", 0)
             mean = total.get(name, 0.0)
             total[f"{name}_rows"] = rows + found["rows"]

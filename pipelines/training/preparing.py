@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from qianmo.layers import metrics
 from qianmo.layers.schema import Schema
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines import run_dir
-from qianmo.pipelines.data import look, readers, statistics, summaries
+from qianmo.pipelines.data import keys, look, readers, statistics, summaries
 from qianmo.pipelines.recipe import Recipe
 from qianmo.pipelines.training import migrate
 
@@ -65,7 +67,7 @@ def looked(recipe: Recipe) -> tuple[Recipe, dict[str, summaries.Summary]]:
     found = {"train": watched.summary(done.schema)}
     if recipe.data.valid:
         watched = look.Look(done.schema)
-        for block in readers.blocks(done.schema, recipe.data.valid):
+        for block in readers.blocks(done.schema, recipe.data.valid, gauc=True):
             watched.observe(block)
         found["valid"] = watched.summary(done.schema, found["train"])
         _check_monitor(done, watched.sample())
@@ -92,25 +94,31 @@ def _check_monitor(recipe: Recipe, sample: readers.Block) -> None:
       DataError: there is none.
     """
     monitor, schema = recipe.train.monitor, recipe.schema
-    if monitor == "log_loss":
-        return
+    groups = None
+    if monitor == "gauc":
+        groups = keys.groups(schema, sample) if schema.gauc_by else keys.task_ids(schema, sample)
     for label in schema.labels:
-        y = sample[label]
-        is_there = ~np.isnan(y)
-        y = y[is_there]
-        if monitor == "ndcg_10":
-            if (y > 0).any():
-                return
-        elif not np.isin(y, (0, 1)).all():
-            continue
-        elif monitor == "auc" and 0 < y.sum() < len(y):
+        is_there = ~np.isnan(sample[label])
+        of_groups = None if groups is None else groups[is_there]
+        if _is_defined(monitor, schema.kind(label), sample[label][is_there], of_groups):
             return
-        elif monitor == "gauc":
-            groups = sample[schema.task_id][is_there]
-            if np.isfinite(metrics.gauc(y, y, groups)):
-                return
     raise readers.DataError(
         f"{recipe.data.valid}: `train.monitor` {monitor} is defined for no label of these rows, so "
-        "no epoch could be told from another. Give rows with both classes, or "
-        "--config.train.monitor=log_loss."
+        "no epoch could be told from another. Give rows with both classes, or another metric: "
+        "--config.train.monitor=log_loss, or rmse for ratings."
     )
+
+
+def _is_defined(
+    monitor: str, kind: str, labels: npt.NDArray[np.floating], groups: npt.NDArray[Any] | None
+) -> bool:
+    """Whether a metric is defined on labels that are there."""
+    if kind == "rating" or monitor in ("rmse", "mae"):
+        return kind == "rating" and monitor in ("rmse", "mae") and len(labels) > 0
+    if monitor == "log_loss":
+        return len(labels) > 0
+    if monitor == "ndcg_10":
+        return bool((labels > 0).any())
+    if not np.isin(labels, (0, 1)).all() or not 0 < labels.sum() < len(labels):
+        return False
+    return groups is None or bool(np.isfinite(metrics.gauc(labels, labels, groups)))

@@ -337,7 +337,7 @@ class Run:
         head = self.monitor_head
         if "adapted" in valid and head == self.model.serving_head:
             head = "adapted"  # what is served
-        values = {label: m[train.monitor] for label, m in valid[head].items()}
+        values = {label: m.get(train.monitor, math.nan) for label, m in valid[head].items()}
         defined = [value for value in values.values() if math.isfinite(value)]
         undefined = [label for label, value in values.items() if not math.isfinite(value)]
         if undefined and not self.history:
