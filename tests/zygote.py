@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import qianmo
+from qianmo.pipelines import silence
 
 # The longest that a test waits for a program, on a busy machine.
 PATIENCE = 300.0
@@ -85,15 +86,20 @@ class Zygote:
     def __init__(self, folder: pathlib.Path) -> None:
         self._folder = folder
         self._count = 0
+        # Programs start with the settings of a user, not with those of the tests.
         environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=(folder / "zygote").open("w"),
-            env={**environment, "TF_CPP_MIN_LOG_LEVEL": "3"},
+            env=environment,
             text=True,
         )
+
+    def imported(self) -> str:
+        """What importing the whole package wrote to stderr."""
+        return (self._folder / "zygote").read_text()
 
     def ask(self, request: Mapping[str, Any]) -> int:
         """Sends a request and returns the answer."""
@@ -102,7 +108,7 @@ class Zygote:
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
-        assert answer, (self._folder / "zygote").read_text()
+        assert answer, self.imported()
         return int(answer)
 
     def start(
@@ -129,6 +135,8 @@ class Zygote:
         self._count += 1
         folder = self._folder / f"{self._count:03d}-{program}"
         folder.mkdir()
+        for stream in ("stdout", "stderr"):
+            (folder / stream).touch()
         request = {
             "program": program,
             "argv": list(map(os.fspath, arguments)),
@@ -174,7 +182,7 @@ def _become(request: Mapping[str, Any]) -> None:
         sys.stdin.close()
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, name in ((1, "stdout"), (2, "stderr")):
-            file = os.open(os.path.join(request["streams"], name), os.O_WRONLY | os.O_CREAT)
+            file = os.open(os.path.join(request["streams"], name), os.O_WRONLY | os.O_APPEND)
             os.dup2(file, number)
         os.chdir(request["cwd"])
         os.environ.update(request["environment"])
@@ -201,6 +209,7 @@ def _become(request: Mapping[str, Any]) -> None:
 
 if __name__ == "__main__":
     sys.path.pop(0)  # of this script's folder
+    silence.silence()
     for found in pkgutil.walk_packages(qianmo.__path__, "qianmo."):
         if not found.name.endswith("._qianmo_ops"):  # TensorFlow's to load, by those who need it
             importlib.import_module(found.name)
