@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import keyword
 import math
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typeguard
+
+from qianmo.layers.names import nearest
 
 Side = Literal["user", "item", "context"]
 Pooling = Literal["mean", "sum", "sqrtn", "max"]
@@ -30,8 +31,8 @@ def from_mapping(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
     known = {field.name: field for field in dataclasses.fields(cls)}
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean `{near[0]}`?" if near else f"; known keys: {', '.join(known)}."
+            near = nearest(key, known)
+            hint = f"; did you mean `{near}`?" if near else f"; known keys: {', '.join(known)}."
             raise ValueError(f"{where}: unknown key `{key}`{hint}")
     for name, field in known.items():
         required = (
@@ -41,18 +42,23 @@ def from_mapping(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
             raise ValueError(f"{where}: missing key `{name}`.")
     hints = get_type_hints(cls)
     arguments = {key: _as_tuples(value) for key, value in values.items()}
-    for key, value in arguments.items():
-        try:
-            typeguard.check_type(
-                value,
-                hints[key],
-                collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS,
-            )
-        except typeguard.TypeCheckError:
-            raise ValueError(
-                f"{where}: `{key}` should be {_shown(hints[key])}. Received: {values[key]!r}"
-            ) from None
+    for key, value in values.items():
+        check_type(where, key, value, hints[key])
     return cls(**arguments)
+
+
+def check_type(where: str, key: str, value: Any, hint: Any) -> None:
+    """Raises a ValueError unless `value`, which may come from JSON, is of the type `hint`."""
+    try:
+        typeguard.check_type(
+            _as_tuples(value),
+            hint,
+            collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS,
+        )
+    except typeguard.TypeCheckError:
+        raise ValueError(
+            f"{where}: `{key}` should be {_shown(hint)}. Received: {value!r}"
+        ) from None
 
 
 def _shown(hint: Any) -> str:
@@ -66,6 +72,8 @@ def _shown(hint: Any) -> str:
         ends = parts[-1] is Ellipsis
         inside = _shown(parts[0]) if ends else ", ".join(map(_shown, parts))
         return f"a list of {inside}" if ends else f"[{inside}]"
+    if origin is Sequence:
+        return f"a list of {_shown(parts[0])}"
     if origin is not None and issubclass(origin, Mapping):
         return f"a mapping from {_shown(parts[0])} to {_shown(parts[1])}"
     return "[]" if hint == tuple[()] else getattr(hint, "__name__", str(hint))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Mapping
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from qianmo.layers.features import check_type
+from qianmo.layers.inner_loop import InnerLoop
+from qianmo.layers.meta import Meta
+from qianmo.layers.names import nearest
 from qianmo.layers.schema import Schema
 from qianmo.models import cross_domain, ctr, dual_dnn, multi_task, personal, two_tower
-from qianmo.models.dual_dnn import DualDNN
+from qianmo.models.dual_dnn import FIELD_INTERACTIONS, FLAT_INTERACTIONS, DualDNN
 from qianmo.models.ranker import Ranker
 from qianmo.models.road import Road
 
@@ -33,11 +37,7 @@ def distilled(
     """
     roads: list[Road] = []
     for role, config in (("teacher", teacher), ("student", student)):
-        of_the_whole = sorted(key for key in config if key in _keywords(Ranker))
-        if of_the_whole:
-            raise ValueError(
-                f"`{role}`: `{of_the_whole[0]}` belongs to the whole model; give it beside `{role}`"
-            )
+        _check_part(role, config)
         road = build(roads[0].schema if roads else schema, config)
         if not isinstance(road, Road):
             raise ValueError(
@@ -81,16 +81,33 @@ MODELS: dict[str, tuple[Callable[..., Ranker], tuple[Callable[..., Ranker], ...]
 }
 
 
-def _keywords(part: Callable[..., Ranker]) -> list[str]:
-    """Names of the keyword arguments of a function or a class."""
-    signature = inspect.signature(vars(part)["__init__"] if isinstance(part, type) else part)
-    return [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+def _function(part: Callable[..., Any]) -> Callable[..., Any]:
+    """A function itself, and of a class its own `__init__`, if it has one."""
+    return vars(part).get("__init__", lambda: None) if isinstance(part, type) else part
+
+
+def _parameters(part: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The arguments of a model, or of a layer, that a recipe may give."""
+    found = list(inspect.signature(_function(part)).parameters.values())
+    # Of a model only keywords: what comes before them is the schema and layers.
+    is_model = any(p.name == "schema" for p in found)
+    return {
+        p.name: p
+        for p in found
+        if p.kind is p.KEYWORD_ONLY
+        or (not is_model and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self")
+    }
+
+
+def _parts(name: str) -> tuple[Callable[..., Any], ...]:
+    """A model's function, and what it passes arguments on to."""
+    function, passed_on = MODELS[name]
+    return (function, *passed_on)
 
 
 def arguments(name: str) -> list[str]:
     """Names of the arguments that a recipe may give to a model."""
-    function, passed_on = MODELS[name]
-    known = {key for part in (function, *passed_on) for key in _keywords(part)}
+    known = {key for part in _parts(name) for key in _parameters(part)}
     return sorted(known - {"linear_dim"})
 
 
@@ -98,30 +115,79 @@ def build(schema: Schema, config: Mapping[str, Any]) -> Ranker:
     """Builds the model that `config["name"]` names, with the other entries as its arguments.
 
     Raises:
-      ValueError: an unknown model or argument, with the nearest known one; a wrong value.
+      ValueError: as `check`; a wrong value; `meta` of a tower that does not adapt.
     """
     check(config)
     values = dict(config)
     name = values.pop("name")
     try:
-        return MODELS[name][0](schema, **values)
-    except TypeError as error:  # a missing argument, or a wrong one of an interaction
+        model = MODELS[name][0](schema, **values)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"model `{name}`: {error}") from error
+    if model.meta is not None and not hasattr(model.tower_of(model.serving_head), "dense_shapes"):
+        raise ValueError(f"model `{name}`: its tower does not adapt; take `meta` out.")
+    return model
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Looks at the names in a model's config, before any work is done for it.
+    """Looks at the names and types in a model's config, before any work is done for it.
 
     Raises:
-      ValueError: an unknown model or argument, with the nearest known one.
+      ValueError: an unknown model or argument, with the nearest known one; a value of another type;
+        a missing argument.
     """
     values = dict(config)
     name = values.pop("name", None)
     if name not in MODELS:
-        raise ValueError(f"`model.name` should be one of {sorted(MODELS)}. Received: {name!r}")
-    known = arguments(name)
-    for key in values:
+        near = nearest(name, MODELS)
+        hint = f"; did you mean `{near}`?" if near else "."
+        raise ValueError(f"`model.name` should be one of {sorted(MODELS)}{hint} Received: {name!r}")
+    where = f"model `{name}`"
+    _check_arguments(where, _parts(name), values, hidden=("linear_dim",))
+    if isinstance(meta := values.get("meta"), Mapping):
+        _check_arguments(f"{where}: `meta`", (Meta,), meta)
+        if isinstance(inner := meta["inner"], Mapping):
+            _check_arguments(f"{where}: `meta.inner`", (InnerLoop,), inner)
+    for key, given in (values.get("interactions") or {}).items():
+        if layer := {**FIELD_INTERACTIONS, **FLAT_INTERACTIONS}.get(key):
+            _check_arguments(f"{where}: interaction `{key}`", (layer,), given)
+    for role in ("teacher", "student"):
+        if isinstance(part := values.get(role), Mapping):
+            _check_part(role, part)
+
+
+def _check_part(role: str, config: Mapping[str, Any]) -> None:
+    """As `check`; what belongs to the whole model is no part's."""
+    of_the_whole = sorted(key for key in config if key in _parameters(Ranker))
+    if of_the_whole:
+        raise ValueError(
+            f"`{role}`: `{of_the_whole[0]}` belongs to the whole model; give it beside `{role}`"
+        )
+    check(config)
+
+
+def _check_arguments(
+    where: str,
+    parts: Sequence[Callable[..., Any]],
+    values: Mapping[str, Any],
+    hidden: Sequence[str] = (),
+) -> None:
+    """Compares values with the arguments that functions and classes declare."""
+    hints: dict[str, Any] = {}
+    required: list[str] = []
+    for part in parts:
+        types = typing.get_type_hints(_function(part))
+        for key, parameter in _parameters(part).items():
+            hints.setdefault(key, types.get(key, Any))
+            if parameter.default is parameter.empty:
+                required.append(key)
+    known = sorted(hints.keys() - set(hidden))
+    for key, value in values.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}."
-            raise ValueError(f"model `{name}`: unknown argument `{key}`; {hint}")
+            near = nearest(key, known)
+            hint = f"did you mean `{near}`?" if near else f"known: {', '.join(known) or 'none'}."
+            raise ValueError(f"{where}: unknown argument `{key}`; {hint}")
+        check_type(where, key, value, hints[key])
+    for key in required:
+        if key not in values:
+            raise ValueError(f"{where}: missing argument `{key}`.")

@@ -2,6 +2,9 @@
 
     qianmo-adapt --model_dir=runs/meta --inner_steps=16 --min_support=3
 
+Reads a model directory, the rows and their tasks' support rows. Prints tables, and writes the
+metrics as JSON where asked.
+
 What suits the rows of a later day is then given to `qianmo-export --form=adapted`, by the same two
 flags.
 """
@@ -9,7 +12,6 @@ flags.
 from __future__ import annotations
 
 import pathlib
-import sys
 
 from absl import flags
 
@@ -31,6 +33,7 @@ def define_serving_flags() -> None:
 
 def define_flags() -> None:
     """Defines this program's flags."""
+    program.heading("What it reads")
     flags.DEFINE_string("model_dir", None, "Directory of a trained model.", required=True)
     flags.DEFINE_string("data", None, "Rows to score. Default: the recipe's test rows.")
     flags.DEFINE_string(
@@ -39,7 +42,9 @@ def define_flags() -> None:
         "Support rows of their tasks, all older, those of a task in order of time. Default: the "
         "recipe's, of its test rows.",
     )
+    program.heading("How towers adapt")
     define_serving_flags()
+    program.heading("What it writes")
     flags.DEFINE_string("output", None, "Where to write the metrics as JSON.")
 
 
@@ -51,21 +56,18 @@ def run(_: list[str]) -> None:
     from qianmo.pipelines.evaluation.scores import table
 
     values = flags.FLAGS
-    try:
-        model, recipe = run_dir.load(values.model_dir)
-        model = adapted.as_served(model, values.inner_steps, values.min_support)
-        if model.meta is None or isinstance(model, TwoTower):
-            raise ValueError(
-                "This is for rankers trained with `meta`; qianmo-evaluate measures the others, "
-                "adapted two-tower models too."
-            )
-        path = values.data or recipe.data.test
-        support = values.support or ("" if values.data else recipe.data.test_support)
-        if not path or not support:
-            raise ValueError("The recipe names no test rows with support; give --data, --support.")
-        found = adapted.measure(model, path, support)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    model, recipe = run_dir.load(values.model_dir)
+    model = adapted.as_served(model, values.inner_steps, values.min_support)
+    if model.meta is None or isinstance(model, TwoTower):
+        raise ValueError(
+            "This is for rankers trained with `meta`; qianmo-evaluate measures the others, "
+            "adapted two-tower models too."
+        )
+    path = values.data or recipe.data.test
+    support = values.support or ("" if values.data else recipe.data.test_support)
+    if not path or not support:
+        raise ValueError("The recipe names no test rows with support; give --data, --support.")
+    found = adapted.measure(model, path, support)
     if values.output:
         run_dir.write_json(pathlib.Path(values.output), found)
     print(table(found["test"]))

@@ -5,13 +5,12 @@ r"""Gives ids of new items first vectors, made of their other features, in a cop
 
 A generator learns on the model's training rows, as if their items were new (Meta-Embedding, see
 `qianmo.models.cold_items`). Items of --items without a row among those are the new ones. The output
-is a model directory, to be exported as any other.
+is a model directory, to be exported as any other; it appears when it is whole.
 """
 
 from __future__ import annotations
 
 import pathlib
-import sys
 
 from absl import flags
 
@@ -20,10 +19,12 @@ from qianmo.pipelines import program
 
 def define_flags() -> None:
     """Defines this program's flags."""
+    program.heading("What it reads and writes")
     flags.DEFINE_string("model_dir", None, "Directory of a trained model.", required=True)
     flags.DEFINE_string("item_id", None, "The feature of the item's id.", required=True)
     flags.DEFINE_string("items", None, "Rows of item features, one an item.", required=True)
     flags.DEFINE_string("output", None, "Model directory to make.", required=True)
+    program.heading("How the generator learns")
     flags.DEFINE_integer("epochs", 1, "Passes over the training rows.", lower_bound=1)
     flags.DEFINE_integer("rows", 20, "K, rows of an item before and after the step.", lower_bound=1)
     flags.DEFINE_float("step_size", 0.1, "eta, of the step.", lower_bound=0.0)
@@ -39,23 +40,20 @@ def run(_: list[str]) -> None:
 
     values = flags.FLAGS
     output = pathlib.Path(values.output)
-    try:
-        if output.exists():
-            raise ValueError(f"{output} exists. Give another --output.")
-        model, recipe = run_dir.load(values.model_dir)
-        cold = ColdItems(
-            model,
-            values.item_id,
-            rows=values.rows,
-            step_size=values.step_size,
-            scale=values.scale,
-            seed=recipe.train.seed,
-        )
-        with readers.own_errors():
-            losses = learn(cold, recipe.data.train, epochs=values.epochs, seed=recipe.train.seed)
-        new = fill(cold, values.items, recipe.data.train)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    if output.exists():
+        raise ValueError(f"{output} exists. Give another --output.")
+    model, recipe = run_dir.load(values.model_dir)
+    cold = ColdItems(
+        model,
+        values.item_id,
+        rows=values.rows,
+        step_size=values.step_size,
+        scale=values.scale,
+        seed=recipe.train.seed,
+    )
+    with readers.own_errors():
+        losses = learn(cold, recipe.data.train, epochs=values.epochs, seed=recipe.train.seed)
+    new = fill(cold, values.items, recipe.data.train)
     run_dir.write(output, model, recipe)
     print(f"{output}: first vectors of {new:,} new items; loss {losses[-1]:.4f}")
 

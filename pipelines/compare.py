@@ -16,21 +16,22 @@ A domain that is worse off by more than two standard errors is named as the sees
 others. One of forty that are as well off as before is named so by chance. The standard errors are
 those of the test users; another seed moves both models too.
 
-The output is an HTML page with a picture of the differences, and a .json file beside it.
+Reads the model directories, and the rows to score. Writes an HTML page with a picture of the
+differences, and a .json file beside it.
 """
 
 from __future__ import annotations
 
 import pathlib
-import sys
 
-from absl import flags
+from absl import app, flags
 
 from qianmo.pipelines import program
 
 
 def define_flags() -> None:
     """Defines this program's flags."""
+    program.heading("What it reads")
     flags.DEFINE_string("model_dir", None, "Directory of the fused model.", required=True)
     flags.DEFINE_list(
         "single",
@@ -42,6 +43,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "test", "", "Rows to score: a file, folder or glob. Default: the recipes' test rows."
     )
+    program.heading("What it writes")
     flags.DEFINE_string(
         "output", None, "The HTML file. Default: comparison.html in the fused model's directory."
     )
@@ -49,16 +51,13 @@ def define_flags() -> None:
 
 def run(_: list[str]) -> None:
     """Prints the tables, and writes the page and the JSON."""
-    from qianmo.pipelines.evaluation.compare import compare, table, write
-
     values = flags.FLAGS
     output = pathlib.Path(values.output or pathlib.Path(values.model_dir) / "comparison.html")
     if output.suffix != ".html":
-        sys.exit(f"error: --output should end in .html. Received: {output}")
-    try:
-        found = compare(values.model_dir, values.single, values.test)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+        raise app.UsageError(f"--output should end in .html. Received: {output}")
+    from qianmo.pipelines.evaluation.compare import compare, table, write
+
+    found = compare(values.model_dir, values.single, values.test)
     write(output, found)
     print(table(found))
     print(f"Report: {output}")

@@ -76,7 +76,7 @@ def run(output: pathlib.Path, epochs: int) -> None:
     """Runs the demo in a folder, which is emptied first."""
     if output.exists():
         if any(output.iterdir()) and not (output / "data").is_dir():
-            raise SystemExit(f"{output} holds something else than a demo; give another --output.")
+            raise ValueError(f"{output} holds something else than a demo; give another --output.")
         shutil.rmtree(output)
     begin = time.perf_counter()
     data = output / "data"
@@ -117,7 +117,7 @@ def run(output: pathlib.Path, epochs: int) -> None:
                 worst = float(np.abs(served - keras).max())
                 print(f"  {name} by {way}: largest difference to Keras {worst:.1e}")
                 if not worst <= TOLERANCE:
-                    raise SystemExit(f"{name} by {way} differs from Keras by {worst}")
+                    raise ValueError(f"{name} by {way} differs from Keras by {worst}")
             one, _ = timed_requests(client, rows, 1, 300)
             _, rows_per_second = timed_requests(client, rows, 500, 40)
             found = runs["student_alone" if name == "student_alone" else "dual"]
@@ -170,7 +170,7 @@ def adapt(output: pathlib.Path, data: pathlib.Path, epochs: int) -> None:
         difference = float(np.abs(answer[label] - expected[label]).max())
         print(f"  adapted by gRPC: largest difference to the replayed graph {difference:.1e}")
         if not difference <= TOLERANCE:
-            raise SystemExit(f"The adapted scores by gRPC differ by {difference}")
+            raise ValueError(f"The adapted scores by gRPC differ by {difference}")
         print(adapted.curve_table(found["adapted"]["curve"], label))
 
 

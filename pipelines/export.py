@@ -1,6 +1,8 @@
 """Exports a trained model for TensorFlow Serving.
 
-    python -m qianmo.pipelines.export --model_dir=DIR --model_base_path=served/ranker
+    qianmo-export --model_dir=runs/dual --model_base_path=served/ranker
+
+Reads a model directory, and rows to replay. Writes a version below --model_base_path.
 
 The new version is written under a temporary name, replayed on real rows by the session loader,
 compared with the Keras model, and only then published by a rename.
@@ -10,7 +12,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-import sys
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -55,6 +56,7 @@ def _support_store(model: Ranker, values: Any) -> SupportStore | None:
 
 def define_flags() -> None:
     """Defines this program's flags."""
+    program.heading("The model and its versions")
     flags.DEFINE_string("model_dir", None, "Directory of a trained model.", required=True)
     flags.DEFINE_string(
         "model_base_path",
@@ -77,7 +79,10 @@ def define_flags() -> None:
         "heads", [], "Heads to ship, the default one first. Default: the model's serving head."
     )
     flags.DEFINE_integer("version", None, "Default: one above the highest there.", lower_bound=1)
+    program.heading("Rows to replay before publishing")
     flags.DEFINE_string("data", None, "Rows to replay. Default: the recipe's test or valid rows.")
+    flags.DEFINE_integer("rows", 1000, "How many rows to replay.", lower_bound=1)
+    program.heading("Form `adapted`")
     flags.DEFINE_string(
         "support",
         None,
@@ -103,11 +108,12 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "support_ttl_seconds", 0.0, "Older support is not used; 0: for ever.", lower_bound=0.0
     )
+    program.heading("Form `retrieval`")
     flags.DEFINE_string(
         "items", None, "Form `retrieval`: the catalogue, a row an item. Default: the recipe's."
     )
     flags.DEFINE_integer("best", 100, "Form `retrieval`: items found for a user.", lower_bound=1)
-    flags.DEFINE_integer("rows", 1000, "How many rows to replay.", lower_bound=1)
+    program.heading("Form `store`")
     flags.DEFINE_string(
         "embedding_store",
         None,
@@ -158,7 +164,7 @@ def run(_: list[str]) -> None:
     """Exports, and says where the version lies and how near the scores are."""
     from qianmo.export.adapted import export_adapted
     from qianmo.export.retrieval import export_retrieval
-    from qianmo.export.saved_model import ExportError, export_fed, export_in_graph
+    from qianmo.export.saved_model import export_fed, export_in_graph
     from qianmo.export.store import export_fed_store, export_store
     from qianmo.models.two_tower import TwoTower
     from qianmo.pipelines import run_dir
@@ -167,65 +173,62 @@ def run(_: list[str]) -> None:
 
     values = flags.FLAGS
     exporters = {"in_graph": export_in_graph, "fed": export_fed, "store": export_store}
-    try:
-        model, recipe = run_dir.load(values.model_dir)
-        model = adapted.as_served(model, values.inner_steps, values.min_support)
-        data = recipe.data
-        path = values.data or data.test or data.valid or data.train
-        if values.form == "adapted":
-            support = values.support or data.test_support
-            if not support:
-                raise ValueError("The recipe names no support rows; give --support.")
-            store = _support_store(model, values)
-            folder, worst = export_adapted(
-                model,
-                values.model_base_path,
-                columns(model.schema, path, values.rows),
-                columns(model.schema, support),
-                store=store,
-                keep=values.support_keep,
-                ttl_seconds=values.support_ttl_seconds,
-                version=values.version,
-            )
-            if store is not None:
-                store.close()
-        elif values.form == "retrieval":
-            items = values.items or data.catalogue
-            if not isinstance(model, TwoTower) or not items:
-                raise ValueError("Form retrieval needs a two-tower model, and --items.")
-            folder, worst = export_retrieval(
-                model,
-                values.model_base_path,
-                first_rows(model.schema, path, values.rows),
-                retrieval.item_rows(model, items),
-                best=values.best,
-                version=values.version,
-            )
-        else:
-            options: dict[str, Any] = {}
-            export = exporters[values.form]
-            if values.form == "fed" and (values.embedding_store or values.redis):
-                export = export_fed_store
-            if export in (export_store, export_fed_store):
-                options = {
-                    "store": values.embedding_store,
-                    "embedding_version": values.embedding_version,
-                    "changes_of": values.changes_of,
-                    "dtype": values.embedding_dtype,
-                    "on_mismatch": values.on_mismatch,
-                    "redis": values.redis,
-                    "tolerance": values.tolerance,
-                }
-            folder, worst = export(
-                model,
-                values.model_base_path,
-                first_rows(model.schema, path, values.rows),
-                heads=values.heads,
-                version=values.version,
-                **options,
-            )
-    except (ExportError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    model, recipe = run_dir.load(values.model_dir)
+    model = adapted.as_served(model, values.inner_steps, values.min_support)
+    data = recipe.data
+    path = values.data or data.test or data.valid or data.train
+    if values.form == "adapted":
+        support = values.support or data.test_support
+        if not support:
+            raise ValueError("The recipe names no support rows; give --support.")
+        store = _support_store(model, values)
+        folder, worst = export_adapted(
+            model,
+            values.model_base_path,
+            columns(model.schema, path, values.rows),
+            columns(model.schema, support),
+            store=store,
+            keep=values.support_keep,
+            ttl_seconds=values.support_ttl_seconds,
+            version=values.version,
+        )
+        if store is not None:
+            store.close()
+    elif values.form == "retrieval":
+        items = values.items or data.catalogue
+        if not isinstance(model, TwoTower) or not items:
+            raise ValueError("Form retrieval needs a two-tower model, and --items.")
+        folder, worst = export_retrieval(
+            model,
+            values.model_base_path,
+            first_rows(model.schema, path, values.rows),
+            retrieval.item_rows(model, items),
+            best=values.best,
+            version=values.version,
+        )
+    else:
+        options: dict[str, Any] = {}
+        export = exporters[values.form]
+        if values.form == "fed" and (values.embedding_store or values.redis):
+            export = export_fed_store
+        if export in (export_store, export_fed_store):
+            options = {
+                "store": values.embedding_store,
+                "embedding_version": values.embedding_version,
+                "changes_of": values.changes_of,
+                "dtype": values.embedding_dtype,
+                "on_mismatch": values.on_mismatch,
+                "redis": values.redis,
+                "tolerance": values.tolerance,
+            }
+        folder, worst = export(
+            model,
+            values.model_base_path,
+            first_rows(model.schema, path, values.rows),
+            heads=values.heads,
+            version=values.version,
+            **options,
+        )
     size = sum(p.stat().st_size for p in pathlib.Path(folder).rglob("*") if p.is_file())
     print(f"{folder}: {size:,} bytes; largest difference to the Keras model {worst:.1e}")
 

@@ -1,18 +1,21 @@
 """Keeps a student up to date: steps on rows as they come, and a new graph every few minutes.
 
-    python -m qianmo.pipelines.online --model_dir=DIR --model_base_path=served/ranker --folder=rows/
+    qianmo-online --model_dir=runs/dual --model_base_path=served/ranker --folder=rows/
+
+Reads a model directory, and rows from a folder or a Redis stream. Writes checkpoints and
+report.json into --online_dir, and versions below --model_base_path.
 
 Starts from a trained dual DNN, and moves its student's MLP alone; teacher and tables stay as they
 are. So what is published is a graph, which reads the embeddings that were published before it.
 Killed at any moment and started again by the same command, it goes on from the last checkpoint
-and takes the steps that it would have taken. SIGTERM ends it with a checkpoint and a last graph.
+and takes the steps that it would have taken. Ctrl-C and SIGTERM end it with a checkpoint and a
+last graph.
 """
 
 from __future__ import annotations
 
 import pathlib
 import signal
-import sys
 from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 def define_flags() -> None:
     """Defines this program's flags."""
+    program.heading("What it reads and writes")
     flags.DEFINE_string("model_dir", None, "Directory of a trained dual DNN.", required=True)
     flags.DEFINE_string(
         "model_base_path",
@@ -35,6 +39,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "online_dir", None, "For checkpoints and report.json. Default: <model_dir>/online."
     )
+    program.heading("The stream of rows")
     flags.DEFINE_string(
         "folder", None, "A folder to which files of rows are moved, read by rising names."
     )
@@ -50,6 +55,7 @@ def define_flags() -> None:
     flags.DEFINE_bool(
         "stop_at_end", False, "End when the rows that are there do not make another step."
     )
+    program.heading("What is published")
     flags.DEFINE_enum(
         "form",
         "store",
@@ -82,6 +88,7 @@ def define_flags() -> None:
         "float32 need more than the default.",
         lower_bound=0.0,
     )
+    program.heading("Steps and pace")
     flags.DEFINE_integer(
         "batch_size", None, "Rows of a step. Default: the recipe's.", lower_bound=1
     )
@@ -132,43 +139,36 @@ def _publisher(values: Any) -> Publish:
 
 def run(_: list[str]) -> None:
     """Updates what the flags name."""
-    from qianmo.export.saved_model import ExportError
-    from qianmo.pipelines import run_dir
-    from qianmo.pipelines.data.streams import FolderStream, Position, RedisStream, Stream
-    from qianmo.pipelines.training.online import Online, Pace, alone
-    from qianmo.pipelines.training.watch import NotFiniteError
-
     values = flags.FLAGS
     if bool(values.folder) == bool(values.redis):
         raise app.UsageError("give either --folder or --redis.")
+    from qianmo.pipelines import locks, run_dir
+    from qianmo.pipelines.data.streams import FolderStream, Position, RedisStream, Stream
+    from qianmo.pipelines.training.online import Online, Pace
+
     stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.append(1))
     folder = pathlib.Path(values.online_dir or pathlib.Path(values.model_dir) / "online")
-    try:
-        recipe = run_dir.read_recipe(values.model_dir)
-        pace = Pace(
-            batch_size=values.batch_size or recipe.train.batch_size,
-            checkpoint_rows=values.checkpoint_rows,
-            publish_rows=values.publish_rows,
-            publish_minutes=values.publish_minutes,
-        )
+    recipe = run_dir.read_recipe(values.model_dir)
+    pace = Pace(
+        batch_size=values.batch_size or recipe.train.batch_size,
+        checkpoint_rows=values.checkpoint_rows,
+        publish_rows=values.publish_rows,
+        publish_minutes=values.publish_minutes,
+    )
 
-        def open_stream(position: Position | None) -> Stream:
-            after = values.start_after
-            if values.folder:
-                return FolderStream(recipe.schema, values.folder, position, start_after=after)
-            key, group = values.redis_stream, values.redis_group
-            return RedisStream(recipe.schema, values.redis, key, group, position, start_after=after)
+    def open_stream(position: Position | None) -> Stream:
+        after = values.start_after
+        if values.folder:
+            return FolderStream(recipe.schema, values.folder, position, start_after=after)
+        key, group = values.redis_stream, values.redis_group
+        return RedisStream(recipe.schema, values.redis, key, group, position, start_after=after)
 
-        with alone(folder):
-            publish = _publisher(values)
-            online = Online(
-                values.model_dir, folder, open_stream, publish, pace, values.learning_rate
-            )
-            online.run(lambda: bool(stopped), stop_at_end=values.stop_at_end)
-    except (ExportError, NotFiniteError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    with locks.alone(folder, "updates its student"):
+        publish = _publisher(values)
+        online = Online(values.model_dir, folder, open_stream, publish, pace, values.learning_rate)
+        online.run(lambda: bool(stopped), stop_at_end=values.stop_at_end)
 
 
 def main() -> None:

@@ -1,15 +1,13 @@
 r"""Asks a model server for the scores of rows in a file, and the clients for doing so.
 
-    python -m qianmo.pipelines.predict --server=127.0.0.1:8500 --model_name=ranker \
+    qianmo-predict --server=127.0.0.1:8500 --model_name=ranker \
         --data=test.parquet --schema=MODEL_DIR/recipe.json --rows=1000 --output=scores.jsonl
 
-The clients speak to any TensorFlow Serving, over gRPC by the stubs of tensorflow-serving-api.
+Reads the rows, and asks the server. Writes a line of JSON for each row. The clients speak to any
+TensorFlow Serving, over gRPC by the stubs of tensorflow-serving-api.
 """
 
 from __future__ import annotations
-
-import http.client
-import sys
 
 from absl import flags
 
@@ -18,9 +16,11 @@ from qianmo.pipelines import program
 
 def define_flags() -> None:
     """Defines this program's flags."""
+    program.heading("The server")
     flags.DEFINE_string("server", "127.0.0.1:8500", "host:port, of REST with --rest.")
     flags.DEFINE_string("model_name", "model", "Name of the model on the server.")
     flags.DEFINE_string("signature_name", "serving_default", "What to ask of the model.")
+    program.heading("The rows")
     flags.DEFINE_string("data", None, "Rows to score: a file, folder or glob.", required=True)
     flags.DEFINE_string(
         "schema",
@@ -37,25 +37,15 @@ def define_flags() -> None:
         "Of a model of the form `fed`: its folder <model_base_path>_lookup, whose graph makes the "
         "vectors here, from its embedding store.",
     )
+    program.heading("What it writes")
     flags.DEFINE_string("output", "-", "JSON lines file to write, one line a row; - prints them.")
 
 
 def run(_: list[str]) -> None:
     """Prints or writes the scores."""
-    import grpc
-
-    from qianmo.pipelines.serving.clients import RequestError
     from qianmo.pipelines.serving.predictions import write_predictions
 
-    values = flags.FLAGS
-    try:
-        write_predictions(values)
-    except grpc.RpcError as error:
-        sys.exit(f"error: {values.server}: {error.code().name}: {error.details()}")
-    except RequestError as error:
-        sys.exit(f"error: {values.server}: HTTP {error.code}: {error}")
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        sys.exit(f"error: {error}")
+    write_predictions(flags.FLAGS)
 
 
 def main() -> None:

@@ -28,9 +28,7 @@ known by then, from which a model can adapt to the user.
 
 from __future__ import annotations
 
-import sys
-
-from absl import flags
+from absl import app, flags
 
 from qianmo.pipelines import program
 
@@ -40,48 +38,46 @@ SPLITS = ("time", "random", "ages", "new_users", "all_users", "new_items", "next
 
 def define_flags() -> None:
     """Defines this program's flags."""
+    program.heading("The data set")
     flags.DEFINE_enum("dataset", None, DATASETS, "The data set to prepare.", required=True)
     flags.DEFINE_string("source", None, "Folder of the published tables; kuairand needs none.")
-    flags.DEFINE_string("output", None, "Folder to make.", required=True)
+    program.heading("How it is split")
     flags.DEFINE_enum("split", "time", SPLITS, "How movielens_1m is split.")
     flags.DEFINE_string("pair", "cloth_sport", "The domains of amazon_cdr.")
     flags.DEFINE_integer("seed", 0, "Of random draws.", lower_bound=0)
     flags.DEFINE_bool("support_history", False, "Add columns of what each user's support rows say.")
+    program.heading("What it writes")
+    flags.DEFINE_string("output", None, "Folder to make.", required=True)
     flags.DEFINE_bool("overwrite", False, "Replace an existing output.")
 
 
 def run(_: list[str]) -> None:
     """Prepares the data set that the flags name."""
+    values = flags.FLAGS
+    if values.dataset != "kuairand" and values.source is None:
+        raise app.UsageError(f"--dataset={values.dataset} needs --source.")
     from qianmo.pipelines.datasets.amazon_cdr import amazon_cdr
     from qianmo.pipelines.datasets.kuairand import kuairand, kuairand_sample
     from qianmo.pipelines.datasets.movielens_1m import movielens_1m
 
-    values = flags.FLAGS
     source, output, overwrite = values.source, values.output, values.overwrite
-    try:
-        if values.dataset == "kuairand":
-            about = kuairand(
-                source, output, support_history=values.support_history, overwrite=overwrite
-            )
-        elif source is None:
-            raise ValueError(f"--dataset={values.dataset} needs --source; see --help.")
-        elif values.dataset == "kuairand_sample":
-            about = kuairand_sample(source, output, overwrite=overwrite)
-        elif values.dataset == "amazon_cdr":
-            about = amazon_cdr(
-                source, output, pair=values.pair, seed=values.seed, overwrite=overwrite
-            )
-        else:
-            about = movielens_1m(
-                source,
-                output,
-                split=values.split,
-                seed=values.seed,
-                support_history=values.support_history,
-                overwrite=overwrite,
-            )
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    if values.dataset == "kuairand":
+        about = kuairand(
+            source, output, support_history=values.support_history, overwrite=overwrite
+        )
+    elif values.dataset == "kuairand_sample":
+        about = kuairand_sample(source, output, overwrite=overwrite)
+    elif values.dataset == "amazon_cdr":
+        about = amazon_cdr(source, output, pair=values.pair, seed=values.seed, overwrite=overwrite)
+    else:
+        about = movielens_1m(
+            source,
+            output,
+            split=values.split,
+            seed=values.seed,
+            support_history=values.support_history,
+            overwrite=overwrite,
+        )
     for name, rows in about["rows"].items():
         print(f"{output}/{name}.parquet: {rows:,} rows, sha256 {about['sha256'][name]}")
 

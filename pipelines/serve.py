@@ -1,8 +1,9 @@
 """Serves SavedModels: starts tensorflow_model_server where there is one, else the embedded server.
 
-    python -m qianmo.pipelines.serve --model_base_path=models/ranker --model_name=ranker
+    qianmo-serve --model_base_path=served/ranker --model_name=ranker
 
-The models keep their paths and names either way, and so do the clients.
+Reads versions from --model_base_path, and serves the newest until Ctrl-C or SIGTERM. The models
+keep their paths and names either way, and so do the clients.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ import pathlib
 import shutil
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 
 from absl import app, flags, logging
 
-from qianmo.pipelines import program
+from qianmo.pipelines import program, silence
 
 SERVER_VARIABLE = "QIANMO_MODEL_SERVER"
 SERVER_PROGRAM = "tensorflow_model_server"
@@ -28,11 +28,13 @@ BATCHING_FILE = "batching_parameters.txt"
 
 def define_flags() -> None:
     """Defines the flags of this program."""
+    program.heading("The models")
     flags.DEFINE_string("model_base_path", None, "Folder that holds a folder for each version.")
     flags.DEFINE_string("model_name", "model", "Name that clients call the model by.")
     flags.DEFINE_string(
         "model_config_file", None, "Several models instead of one: a ModelServerConfig as text."
     )
+    program.heading("Where it listens")
     flags.DEFINE_string(
         "host",
         "127.0.0.1",
@@ -41,6 +43,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("port", 8500, "Port of gRPC; 0 takes a free one.", lower_bound=0)
     flags.DEFINE_integer("rest_api_port", 8501, "Port of REST; 0 takes a free one.", lower_bound=0)
+    program.heading("How it serves")
     flags.DEFINE_bool(
         "embedded",
         False,
@@ -186,6 +189,29 @@ def serve_embedded(values: flags.FlagValues) -> None:
         stopped.wait()
 
 
+def check_ports(host: str, values: flags.FlagValues) -> None:
+    """Looks whether the ports are free, which a server would say after it loaded its models.
+
+    Raises:
+      OSError: a port is in use, or the host is none of this machine's.
+    """
+    with contextlib.ExitStack() as both:
+        for flag in ("port", "rest_api_port"):
+            port = values[flag].value
+            try:
+                family, *_, address = socket.getaddrinfo(
+                    host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+                )[0]
+                listener = both.enter_context(socket.socket(family, socket.SOCK_STREAM))
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(address)
+                listener.listen()
+            except OSError as error:
+                raise OSError(
+                    error.errno, error.strerror, f"{host or '*'}:{port} (--{flag})"
+                ) from None
+
+
 def load_custom_ops(paths: Sequence[str]) -> None:
     """Loads shared libraries of custom ops, or this package's where none is named.
 
@@ -220,32 +246,29 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def run(argv: Sequence[str]) -> None:
+def run(_: Sequence[str]) -> None:
     """Runs the program with parsed flags."""
     values = flags.FLAGS
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; flags begin with --.")
     if bool(values.model_base_path) == bool(values.model_config_file):
         raise app.UsageError("give either --model_base_path or --model_config_file.")
-    try:
-        server = None if values.embedded else find_server()
-        if server is None:
-            serve_embedded(values)
-            return
-        if values.custom_op_path:
-            raise ValueError(
-                f"--custom_op_path is for the embedded server, --embedded; {server} must have its "
-                "ops linked in."
-            )
-        command = server_command(server, values)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    server = None if values.embedded else find_server()
+    check_ports(values.host if server is None else "", values)
+    if server is None:
+        serve_embedded(values)
+        return
+    if values.custom_op_path:
+        raise ValueError(
+            f"--custom_op_path is for the embedded server, --embedded; {server} must have its "
+            "ops linked in."
+        )
+    command = server_command(server, values)
     logging.warning(
         "%s binds gRPC and REST on all interfaces, whatever --host says; use a firewall, or "
         "--embedded.",
         server,
     )
     print("starting:", *command, flush=True)
+    silence.lift()  # what it logs is its own affair
     # In the place of this process, so that signals and the exit status are the server's own.
     os.execv(server, command)
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import pathlib
+import socket
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any
 
+import grpc
+
 from qianmo.layers.schema import Schema
 from qianmo.pipelines.data import readers
-from qianmo.pipelines.serving.clients import Client, RestClient
+from qianmo.pipelines.serving.clients import Client, RequestError, RestClient
 from qianmo.pipelines.serving.tensors import Array, to_json
 
 
@@ -66,12 +70,33 @@ def _client(values: Any) -> Any:
     return Client(values.server, values.model_name)
 
 
+@contextlib.contextmanager
+def _named(server: str) -> Iterator[None]:
+    """Adds the server's address to what it refuses, or to what the network does.
+
+    Raises:
+      ConnectionError: of one sentence.
+    """
+    try:
+        yield
+    except grpc.RpcError as error:
+        text = f"{error.code().name}: {error.details()}"
+    except RequestError as error:
+        text = f"HTTP {error.code}: {error}"
+    except (ConnectionError, TimeoutError, socket.gaierror, http.client.HTTPException) as error:
+        text = str(error) or type(error).__name__
+    else:
+        return
+    raise ConnectionError(f"--server={server}: {text.rstrip('.')}.")
+
+
 def write_predictions(values: Any) -> None:
     """Asks for the scores of the rows that the flags name, and writes them where they say.
 
     Raises:
       ValueError: the schema or the data are wrong, or do not fit the model.
-      grpc.RpcError, RequestError, OSError: the server refuses or cannot be reached.
+      ConnectionError: the server refuses or cannot be reached.
+      OSError: the output cannot be written.
     """
     try:
         text = pathlib.Path(values.schema).read_text(encoding="utf-8")
@@ -79,7 +104,7 @@ def write_predictions(values: Any) -> None:
         schema = Schema.from_config(config.get("schema", config))
     except (OSError, ValueError) as error:
         raise ValueError(f"{values.schema} should be the JSON of a schema: {error}") from error
-    with contextlib.closing(_client(values)) as client:
+    with _named(values.server), contextlib.closing(_client(values)) as client:
         signatures = client.signature_defs()
         if values.signature_name not in signatures:
             known = ", ".join(name for name in signatures if not name.startswith("__"))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import gc
-import hashlib
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -114,12 +111,6 @@ def hot_start(
     return model, int(model.optimizer.iterations)
 
 
-def _fingerprint(model_dir: str | pathlib.Path) -> str:
-    """Tells trained weights apart; the index holds a checksum of each tensor."""
-    newest = tf.train.latest_checkpoint(str(pathlib.Path(model_dir) / run_dir.WEIGHTS))
-    return hashlib.sha256(pathlib.Path(f"{newest}.index").read_bytes()).hexdigest()
-
-
 class Online:
     """Updates of one trained student by one stream.
 
@@ -153,7 +144,7 @@ class Online:
         stays = [*model.embed.tables.values(), *(v for part in parts for v in part.variables)]
         stay = {id(variable) for variable in stays}
         self.state = _State(
-            start=_fingerprint(model_dir),
+            start=run_dir.fingerprint(model_dir),
             position=None,
             rows=0,
             published_rows=0,
@@ -162,6 +153,8 @@ class Online:
             totals={},
         )
         start = self.state.values["start"]
+        known = run_dir.read_identities(model_dir)
+        self._trained_on = {role: each.to_config() for role, each in known.items()}
         self.checkpoints = tf.train.CheckpointManager(
             tf.train.Checkpoint(
                 variables=[v for v in model.variables if id(v) not in stay],
@@ -270,7 +263,11 @@ class Online:
         """Writes `report.json`."""
         run_dir.write_json(
             self.dir / "report.json",
-            {"stream": self.stream.name, "step": int(self.model.optimizer.iterations)}
+            {
+                "stream": self.stream.name,
+                "trained_on": self._trained_on,
+                "step": int(self.model.optimizer.iterations),
+            }
             | {k: v for k, v in self.state.values.items() if k != "published_rows"},
         )
 
@@ -338,19 +335,3 @@ def _add(total: dict[str, Any], found: dict[str, float]) -> None:
             total[f"{name}_rows"] = rows + found["rows"]
             total[name] = mean + (found[name] - mean) * found["rows"] / total[f"{name}_rows"]
     total["rows"] += found["rows"]
-
-
-@contextlib.contextmanager
-def alone(folder: pathlib.Path) -> Iterator[None]:
-    """Holds the folder's lock, which ends with the process.
-
-    Raises:
-      ValueError: another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another process updates this student.") from None
-        yield

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import pathlib
-import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
-from absl import flags
+import zygote
 
 from qianmo.configs.base import base_config
-from qianmo.pipelines import cold_items, run_dir
+from qianmo.pipelines import run_dir
 from qianmo.pipelines.recipe import Recipe
 from qianmo.pipelines.training.run import Run
 
@@ -36,7 +34,7 @@ def made(folder: pathlib.Path) -> pathlib.Path:
 
 
 def test_the_program_fills_the_rows_of_new_items_alone(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: pathlib.Path, programs: zygote.Zygote
 ) -> None:
     data = made(tmp_path)
     config = base_config()
@@ -53,27 +51,16 @@ def test_the_program_fills_the_rows_of_new_items_alone(
     config.model = {"name": "mlp", "units": (8,)}
     config.train.epochs = 1
     Run(Recipe.from_config(config.to_dict()), tmp_path / "known").train()
-    words = [
+    done = programs.run(
         "cold_items",
         f"--model_dir={tmp_path / 'known'}",
         "--item_id=item",
         f"--items={data / 'items.parquet'}",
         f"--output={tmp_path / 'filled'}",
         "--rows=5",
-    ]
-    monkeypatch.setattr(sys, "argv", words)
-    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "")  # the program sets it
-    try:
-        with pytest.raises(SystemExit) as end:
-            cold_items.main()
-    finally:  # other programs define flags in this process too
-        for word in words[1:]:
-            delattr(flags.FLAGS, word[2:].partition("=")[0])
-        for name in ("epochs", "step_size", "scale"):
-            delattr(flags.FLAGS, name)
-        flags.FLAGS.unparse_flags()
-    assert not end.value.code
-    assert "first vectors of 10 new items" in capsys.readouterr().out
+    )
+    assert done.code == 0, done.stderr
+    assert "first vectors of 10 new items" in done.stdout
     (before, _), (after, recipe) = (run_dir.load(tmp_path / name) for name in ("known", "filled"))
     assert recipe.data.train == config.data.train
     table, first, end_row = before.embed.rows("item")

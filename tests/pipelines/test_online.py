@@ -24,13 +24,12 @@ from qianmo.export.saved_model import op_types, session
 from qianmo.export.store import export_store
 from qianmo.layers.metrics import log_loss
 from qianmo.layers.schema import Schema
-from qianmo.pipelines import online, run_dir
+from qianmo.pipelines import locks, online, run_dir
 from qianmo.pipelines.data import readers
 from qianmo.pipelines.data.readers import DataError
 from qianmo.pipelines.data.replay import first_rows
 from qianmo.pipelines.data.streams import FolderStream, RedisStream
 from qianmo.pipelines.recipe import Recipe
-from qianmo.pipelines.training import online as online_training
 from qianmo.pipelines.training.online import Online, Pace, hot_start
 from qianmo.pipelines.training.run import train
 from qianmo.pipelines.training.watch import NotFiniteError
@@ -278,12 +277,12 @@ def test_killed_and_started_again_it_takes_the_same_steps(trained, rows, whole, 
 
 def test_a_second_process_and_other_weights_are_refused(trained, rows, whole, monkeypatch):
     with (
-        online_training.alone(whole[1]),
-        pytest.raises(ValueError, match="another process updates this student"),
-        online_training.alone(whole[1]),
+        locks.alone(whole[1], "updates its student"),
+        pytest.raises(ValueError, match="updates its student there"),
+        locks.alone(whole[1], "updates its student"),
     ):
         pass
-    monkeypatch.setattr(online_training, "_fingerprint", lambda _: "another")
+    monkeypatch.setattr(run_dir, "fingerprint", lambda _: "another")
     with pytest.raises(ValueError, match="holds updates of other weights"):
         updates(trained, whole[1], rows)
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import sys
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from absl import flags
+import zygote
 
 from qianmo.configs import kuairand as kuairand_config
 from qianmo.configs import movielens_1m as movielens_1m_config
 from qianmo.layers.schema import Schema
-from qianmo.pipelines import prepare
 from qianmo.pipelines.data import readers, statistics
 from qianmo.pipelines.datasets import kuairand, movielens_1m
 from qianmo.pipelines.datasets.tables import filled
@@ -461,39 +459,19 @@ def test_bad_sources_are_named(tmp_path: pathlib.Path) -> None:
         movielens_1m.movielens_1m(tmp_path / "ml-1m", tmp_path / "out")
 
 
-def test_the_program(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_program(tmp_path: pathlib.Path, programs: zygote.Zygote) -> None:
     movielens_files(tmp_path / "ml-1m")
 
-    def run(*arguments: str) -> Any:
-        monkeypatch.setattr(sys, "argv", ["qianmo-prepare", *arguments])
-        before = set(flags.FLAGS)
-        try:
-            with pytest.raises(SystemExit) as end:
-                prepare.main()
-        finally:  # other programs define flags in this process too
-            for name in set(flags.FLAGS) & {"dataset", "source", "output", "split", "seed"}:
-                delattr(flags.FLAGS, name)
-            for name in ("overwrite", "support_history", "pair"):
-                delattr(flags.FLAGS, name)
-            flags.FLAGS.unparse_flags()
-        assert before - set(flags.FLAGS) == set()
-        return end.value.code
-
-    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "")  # the program sets it
-    assert run("--help") == 1  # as absl ends after help
-    printed = capsys.readouterr().out
-    assert "qianmo-prepare --dataset=kuairand --output=runs/kuairand" in printed
-    assert "--split: <time|random|ages|new_users|all_users|new_items|next_item|melu>" in printed
+    def run(*arguments: str) -> zygote.Ended:
+        return programs.run("prepare", *arguments)
 
     output = f"--output={tmp_path / 'out'}"
-    assert "needs --source; see --help" in run("--dataset=movielens_1m", output)
+    assert "needs --source; see --help" in run("--dataset=movielens_1m", output).stderr
     source = f"--source={tmp_path / 'ml-1m'}"
-    assert not run("--dataset=movielens_1m", "--split=random", source, output)
-    printed = capsys.readouterr().out
-    assert "train.parquet: 32 rows, sha256 " in printed
-    assert "exists" in run("--dataset=movielens_1m", source, output)
-    assert not run("--dataset=movielens_1m", "--overwrite", source, output)
+    done = run("--dataset=movielens_1m", "--split=random", source, output)
+    assert done.code == 0, done.stderr
+    assert "train.parquet: 32 rows, sha256 " in done.stdout
+    assert "exists" in run("--dataset=movielens_1m", source, output).stderr
+    assert run("--dataset=movielens_1m", "--overwrite", source, output).code == 0
     assert (tmp_path / "out" / "test.parquet").exists()
     assert not (tmp_path / "out" / "valid.parquet").exists()
