@@ -11,7 +11,7 @@ TENSORFLOW := $(shell sed -n 's/^ *"\(tensorflow[<>=][^"]*\)".*/\1/p' pyproject.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv native demo test sanitize lint format bench wheel clean
+.PHONY: help venv native demo test slow sanitize lint format bench wheel clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):[^#]*## */\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -41,8 +41,11 @@ demo: $(READY)  ## train, export, serve and query on the shipped sample of real 
 	$(BIN)/python -m qianmo.pipelines.demo
 
 test: lint  ## lint, check the types, run the tests and the examples in the docstrings
-	$(BIN)/python -m pytest -q -n 2 --doctest-modules --pyargs \
+	$(BIN)/python -m pytest -q -n 2 -m 'not slow' --doctest-modules --pyargs \
 	  --ignore=tests/ops/test_cores.py tests/ $(ROOMS:%=qianmo.%)
+
+slow: $(READY)  ## run the tests that take minutes, such as ten days of a daily routine
+	$(BIN)/python -m pytest -q -m slow tests/
 
 sanitize: $(STAMP)  ## test the C++ cores for memory, arithmetic and races
 	$(BIN)/python -m pytest -q -n 2 tests/ops/test_cores.py

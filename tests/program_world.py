@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from qianmo.pipelines import run_dir
 from qianmo.pipelines.recipe import Recipe
-from qianmo.pipelines.training.run import completed
+from qianmo.pipelines.training.preparing import completed
 
 USERS, ITEMS, NEW_ITEMS = 40, 30, 6
 FILES = {"train": 512, "support": 256, "test": 256}

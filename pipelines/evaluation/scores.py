@@ -137,7 +137,7 @@ def measure(
       NaN where a metric is not defined.
     """
     is_there = ~np.isnan(labels)
-    labels, predictions = labels[is_there], predictions[is_there]
+    labels, predictions = labels[is_there].astype(np.float64), predictions[is_there]
     groups = None if groups is None else groups[is_there]
     nan = float("nan")
     if kind == "rating":
