@@ -134,7 +134,8 @@ def run(_: list[str]) -> None:
     """Updates what the flags name."""
     from qianmo.export.saved_model import ExportError
     from qianmo.pipelines import run_dir
-    from qianmo.pipelines.data.streams import FolderStream, Position, RedisStream, Stream
+    from qianmo.pipelines.data.redis_stream import RedisStream
+    from qianmo.pipelines.data.streams import FolderStream, Position, Stream
     from qianmo.pipelines.training.online import Online, Pace, alone
     from qianmo.pipelines.training.run import NotFiniteError
 
