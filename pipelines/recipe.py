@@ -149,7 +149,9 @@ class Recipe:
                 raise ValueError("`data.test_support` needs `data.test`, whose tasks it supports.")
             if not recipe.model.get("meta"):
                 raise ValueError("`data.test_support` needs `model.meta`, which says how to adapt.")
-        for role in ("task_id", "timestamp") if recipe.data.chunk_rows else ():
+        by_time = (recipe.model.get("meta") or {}).get("split", "time") == "time"
+        roles = ("task_id", "timestamp") if by_time else ("task_id",)
+        for role in roles if recipe.data.chunk_rows else ():
             if not getattr(recipe.schema, role):
                 raise ValueError(f"`data.chunk_rows` needs `schema.{role}`, to cut chunks by.")
         return recipe

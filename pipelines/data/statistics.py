@@ -151,7 +151,8 @@ def complete(schema: Schema, path: readers.PathLike) -> Schema:
     }
     moments = {feature.name: _Moments() for feature in schema.dense if feature.mean is None}
     moments |= {r: _Moments() for r in _ratings(schema) if r not in schema.label_moments}
-    for block in readers.blocks(schema, path):
+    tally = readers.Tally()
+    for block in readers.blocks(schema, path, tally=tally):
         for feature in schema.categorical:
             if feature.table not in counts:
                 continue
@@ -174,6 +175,8 @@ def complete(schema: Schema, path: readers.PathLike) -> Schema:
             if label in moments:
                 moments[label].add(values)
 
+    for line in tally.lines(schema):
+        print(f"{path}: {line}")
     for name, seen in moments.items():
         if not seen.count:
             raise readers.DataError(

@@ -75,8 +75,11 @@ def movielens_1m(
         return movielens_1m_next_item(source, output, overwrite=overwrite)
     tables = _movielens_tables(pathlib.Path(source))
     ratings = tables["ratings"]
+    left_out = {}
     if split != "ages":
-        ratings = ratings.filter(pc.not_equal(ratings["rating"], 3))
+        neither = pc.equal(ratings["rating"], 3)
+        left_out["of rating 3, which is neither a like nor a dislike"] = pc.sum(neither).as_py()
+        ratings = ratings.filter(pc.invert(neither))
     ratings = _in_order(ratings, ties=split in ("new_users", "all_users"))
     is_liked = pc.cast(pc.greater_equal(ratings["rating"], 4), pa.int8())
     table = _movielens_rows(tables, ratings, is_liked)
@@ -99,6 +102,12 @@ def movielens_1m(
         # Within a part, rows stay in order of time.
         names = ("train", "valid", "test")
         parts = {name: table.take(np.sort(cut)) for name, cut in zip(names, cuts, strict=True)}
+    if split == "new_users":
+        used = sum(map(len, parts.values()))
+        left_out["of held-out users, in neither part"] = count - used
+    elif split == "new_items":
+        used = sum(len(rows) for name, rows in parts.items() if name != "items")
+        left_out["of films with too few rows"] = count - used
     if support_history:
         parts = histories.add(
             parts,
@@ -108,7 +117,7 @@ def movielens_1m(
             rate=_LIKE_RATE,
             sizes=histories.RANDOM_SIZES if split == "new_users" else (protocols.SUPPORT_ROWS,),
         )
-    return write(output, f"movielens_1m, {split} split", parts, overwrite)
+    return write(output, f"movielens_1m, {split} split", parts, overwrite, left_out=left_out)
 
 
 def movielens_1m_next_item(
@@ -203,6 +212,8 @@ def movielens_1m_melu(
         }
     )
     parts = protocols.melu(table, "user_id", "state", "timestamp")
+    used = len(parts["test"]) + len(parts["test_support"])
+    left_out = {"of users with fewer than 13 or more than 100 in a state": len(table) - used}
     parts |= protocols.melu_within(parts["train"], "user_id", "movie_id")
     if support_history:
         parts = histories.add(
@@ -213,7 +224,7 @@ def movielens_1m_melu(
             rate=_MEAN_RATING,
             sizes=histories.RANDOM_SIZES,
         )
-    return write(output, "movielens_1m, melu split", parts, overwrite)
+    return write(output, "movielens_1m, melu split", parts, overwrite, left_out=left_out)
 
 
 def _films(table: pa.Table) -> pa.Table:

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from qianmo.models import zoo
 from qianmo.models.ranker import Ranker
+from qianmo.models.two_tower import TwoTower
 from qianmo.pipelines import run_dir
-from qianmo.pipelines.data import chunks, readers, statistics
+from qianmo.pipelines.data import catalogue, chunks, readers, statistics
 from qianmo.pipelines.evaluation import adapted, report, retrieval
 from qianmo.pipelines.evaluation.scores import measured, table
 from qianmo.pipelines.recipe import Recipe, optimizer
@@ -136,6 +137,9 @@ class Run:
             readers.blocks(items, recipe.data.items, targets=False)  # which looks at the columns
         self.recipe = self._known(recipe) or completed(recipe)
         self.model: Ranker = run_dir.build(self.recipe)
+        if isinstance(self.model, TwoTower) and recipe.data.items:
+            rows = [path for path in (recipe.data.valid, recipe.data.test) if path]
+            catalogue.check(self.recipe.schema, self.model.item, recipe.data.items, rows)
         if train.start_from:
             # The layers alone: a checkpoint of the model would hand on its optimisers' state too.
             layers = {

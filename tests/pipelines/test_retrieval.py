@@ -258,6 +258,10 @@ def test_refusals(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
         retrieval.measure(
             model, good["data"]["test"], str(tmp_path / "few.parquet"), [good["data"]["train"]]
         )
+    # A run says so before its first step.
+    few = {**good["data"], "items": str(tmp_path / "few.parquet")}
+    with pytest.raises(readers.DataError, match=r"valid\.parquet, column `item`, row \d+ .*not in"):
+        Run(Recipe.from_config({**good, "data": few}), tmp_path / "run")
 
 
 def _complete(config: dict[str, Any]) -> dict[str, Any]:
