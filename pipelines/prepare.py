@@ -37,6 +37,7 @@ from absl import flags
 from qianmo.pipelines import program
 
 DATASETS = ("kuairand", "movielens_1m", "amazon_cdr", "kuairand_sample")
+TIES = ("excluded", "by_row")
 SPLITS = ("time", "random", "ages", "new_users", "all_users", "new_items", "next_item", "melu")
 
 
@@ -46,6 +47,13 @@ def define_flags() -> None:
     flags.DEFINE_string("source", None, "Folder of the published tables; kuairand needs none.")
     flags.DEFINE_string("output", None, "Folder to make.", required=True)
     flags.DEFINE_enum("split", "time", SPLITS, "How movielens_1m is split.")
+    flags.DEFINE_enum(
+        "ties",
+        "excluded",
+        TIES,
+        "Whether a user's ratings of one second in movielens_1m are left out of each other's "
+        "history and support, or known in the order of the rows, as in published results.",
+    )
     flags.DEFINE_integer("train_until", 20220503, "The last training day of kuairand.")
     flags.DEFINE_integer("valid_day", 20220504, "The validation day of kuairand.")
     flags.DEFINE_integer("test_day", 20220505, "The test day of kuairand.")
@@ -88,6 +96,7 @@ def run(_: list[str]) -> None:
                 output,
                 split=values.split,
                 seed=values.seed,
+                ties=values.ties,
                 support_history=values.support_history,
                 overwrite=overwrite,
             )

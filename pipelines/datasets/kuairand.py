@@ -252,8 +252,8 @@ def kuairand(
             task="user_id",
             item="video_id",
             label="is_click",
+            time="date",
             rate=priors.click,
-            since="date",
         )
     notices = [folder / name for name in ("ATTRIBUTION.md", "LICENSE")]
     notices = [notice for notice in notices if notice.exists()]

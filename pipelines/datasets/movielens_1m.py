@@ -39,6 +39,7 @@ def movielens_1m(
     *,
     split: Split = "time",
     seed: int = 0,
+    ties: protocols.Ties = "excluded",
     support_history: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -56,6 +57,8 @@ def movielens_1m(
         films with 650 rows or more and tests on others, see `protocols.new_items`. "next_item" and
         "melu": other rows, see `movielens_1m_next_item` and `movielens_1m_melu`.
       seed: of the random splits, and of the draw of new users.
+      ties: whether a user's ratings of one second are known to each other, in the published order
+        of the rows; for histories and support.
       support_history: whether to add the columns of `history.add`; for splits with support. For
         new users the training rows see histories of random lengths.
       overwrite: whether an existing output is replaced.
@@ -69,10 +72,10 @@ def movielens_1m(
         raise ValueError(f"`support_history` needs a split with support. Received: {split!r}")
     if split == "melu":
         return movielens_1m_melu(
-            source, output, support_history=support_history, overwrite=overwrite
+            source, output, ties=ties, support_history=support_history, overwrite=overwrite
         )
     if split == "next_item":
-        return movielens_1m_next_item(source, output, overwrite=overwrite)
+        return movielens_1m_next_item(source, output, ties=ties, overwrite=overwrite)
     tables = _movielens_tables(pathlib.Path(source))
     ratings = tables["ratings"]
     left_out = {}
@@ -80,7 +83,7 @@ def movielens_1m(
         neither = pc.equal(ratings["rating"], 3)
         left_out["of rating 3, which is neither a like nor a dislike"] = pc.sum(neither).as_py()
         ratings = ratings.filter(pc.invert(neither))
-    ratings = _in_order(ratings, ties=split in ("new_users", "all_users"))
+    ratings = _in_order(ratings, within_seconds=split in ("new_users", "all_users"))
     is_liked = pc.cast(pc.greater_equal(ratings["rating"], 4), pa.int8())
     table = _movielens_rows(tables, ratings, is_liked)
     count = len(table)
@@ -88,9 +91,9 @@ def movielens_1m(
     if split == "time":
         parts = {"train": table.slice(0, train), "test": table.slice(train)}
     elif split == "new_users":
-        parts = protocols.new_users(table, "user_id", seed=seed)
+        parts = protocols.new_users(table, "user_id", "timestamp", seed=seed, ties=ties)
     elif split == "all_users":
-        parts = protocols.all_users(table, "user_id")
+        parts = protocols.all_users(table, "user_id", "timestamp", ties=ties)
     elif split == "new_items":
         parts = {**protocols.new_items(table, "movie_id"), "items": _films(table)}
     else:
@@ -104,7 +107,8 @@ def movielens_1m(
         parts = {name: table.take(np.sort(cut)) for name, cut in zip(names, cuts, strict=True)}
     if split == "new_users":
         used = sum(map(len, parts.values()))
-        left_out["of held-out users, in neither part"] = count - used
+        reason = "of held-out users, too few to test or of the second of a first row to test"
+        left_out[reason] = count - used
     elif split == "new_items":
         used = sum(len(rows) for name, rows in parts.items() if name != "items")
         left_out["of films with too few rows"] = count - used
@@ -114,14 +118,20 @@ def movielens_1m(
             task="user_id",
             item="movie_id",
             label="label",
+            time="timestamp",
             rate=_LIKE_RATE,
             sizes=histories.RANDOM_SIZES if split == "new_users" else (protocols.SUPPORT_ROWS,),
+            ties=ties,
         )
     return write(output, f"movielens_1m, {split} split", parts, overwrite, left_out=left_out)
 
 
 def movielens_1m_next_item(
-    source: readers.PathLike, output: readers.PathLike, *, overwrite: bool = False
+    source: readers.PathLike,
+    output: readers.PathLike,
+    *,
+    ties: protocols.Ties = "excluded",
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Makes MovieLens-1M's rows for retrieval: one a rating, whatever it is; `label` is 1.
 
@@ -132,18 +142,26 @@ def movielens_1m_next_item(
     Args:
       source: folder as for `movielens_1m`.
       output: folder to make.
+      ties: "by_row" is the protocol of published results, in which a film is known that was rated
+        in the same second, where the published order has it first.
       overwrite: whether an existing output is replaced.
 
     Returns:
       What data.json holds.
     """
     tables = _movielens_tables(pathlib.Path(source))
-    ratings = _in_order(tables["ratings"], ties=True)
+    ratings = _in_order(tables["ratings"], within_seconds=True)
     table = _movielens_rows(tables, ratings, pa.array(np.ones(len(ratings), np.int8)))
     table = histories.last_items(
-        table, task="user_id", item="movie_id", rows=HISTORY_LENGTH, name="watched"
+        table,
+        task="user_id",
+        item="movie_id",
+        time="timestamp",
+        rows=HISTORY_LENGTH,
+        name="watched",
+        ties=ties,
     )
-    parts = protocols.next_items(table, "user_id")
+    parts = protocols.next_items(table, "user_id", "timestamp", ties=ties)
     parts["items"] = _films(table)
     return write(output, "movielens_1m, next_item split", parts, overwrite)
 
@@ -152,6 +170,7 @@ def movielens_1m_melu(
     source: readers.PathLike,
     output: readers.PathLike,
     *,
+    ties: protocols.Ties = "excluded",
     support_history: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -166,6 +185,8 @@ def movielens_1m_melu(
     Args:
       source: folder with Parquet tables: ratings with a column melu_split, users, and movies_extra.
       output: folder to make.
+      ties: as for `movielens_1m`, of the histories of training rows. Support is drawn at random,
+        as the protocol has it, and may be younger than the rows to be scored.
       support_history: whether to add the columns of `history.add`, the training rows' histories
         of random lengths.
       overwrite: whether an existing output is replaced.
@@ -221,8 +242,10 @@ def movielens_1m_melu(
             task="task",
             item="movie_id",
             label="label",
+            time="timestamp",
             rate=_MEAN_RATING,
             sizes=histories.RANDOM_SIZES,
+            ties=ties,
         )
     return write(output, "movielens_1m, melu split", parts, overwrite, left_out=left_out)
 
@@ -233,10 +256,10 @@ def _films(table: pa.Table) -> pa.Table:
     return table.select(["movie_id", "first_genre", "genres", "year"]).take(first)
 
 
-def _in_order(ratings: pa.Table, *, ties: bool) -> pa.Table:
-    """Sorts ratings by time; with `ties`, a user's equal times by the order that is published."""
+def _in_order(ratings: pa.Table, *, within_seconds: bool) -> pa.Table:
+    """Sorts ratings by time, and a user's equal times by the order that is published, if asked."""
     order = np.argsort(ratings["timestamp"].to_numpy(), kind="stable")
-    if ties and "seq_pos" in ratings.column_names:
+    if within_seconds and "seq_pos" in ratings.column_names:
         # A source whose times are partly estimated gives the order of a user's equal times apart.
         order = np.lexsort((ratings["seq_pos"].to_numpy(), ratings["timestamp"].to_numpy()))
     return ratings.take(order)

@@ -515,7 +515,8 @@ def test_the_program(
         finally:  # other programs define flags in this process too
             for name in set(flags.FLAGS) & {"dataset", "source", "output", "split", "seed"}:
                 delattr(flags.FLAGS, name)
-            names = ("overwrite", "support_history", "pair", "train_until", "valid_day", "test_day")
+            names = ["overwrite", "support_history", "pair", "ties"]
+            names += ["train_until", "valid_day", "test_day"]
             for name in names:
                 delattr(flags.FLAGS, name)
             flags.FLAGS.unparse_flags()

@@ -55,8 +55,9 @@ def made(folder: pathlib.Path) -> pathlib.Path:
             "time": time,
         }
     ).take(order)
-    table = history.last_items(table, task="user", item="item", rows=10, name="last")
-    parts = protocols.next_items(table, "user")
+    columns = {"task": "user", "item": "item", "time": "time"}
+    table = history.last_items(table, **columns, rows=10, name="last")
+    parts = protocols.next_items(table, "user", "time")
     parts["items"] = pa.table(
         {"item": np.arange(ITEMS), "half": np.where(np.arange(ITEMS) < ITEMS // 2, "low", "high")}
     )
