@@ -54,7 +54,9 @@ def unit(protocol: str, method: str, seed: int, *, quick: bool) -> dict[str, Any
     data = folder(protocol)
     recipes = kuairand_meta if protocol.startswith("kuairand") else movielens_1m_meta
     config = recipes.get_config(f"{protocol}-{method}")
-    common.point(config, data, valid=protocol.startswith("kuairand"))
+    common.point(config, data, valid=True)
+    if config.data.valid_support:
+        config.data.valid_support = str(data / "valid_support.parquet")
     config.train.seed = seed
     if quick:
         config.train.epochs = 1
@@ -63,11 +65,6 @@ def unit(protocol: str, method: str, seed: int, *, quick: bool) -> dict[str, Any
         scored = scores.score(model, test)
         found = scored.probabilities[model.serving_head][:, 0]
         return {"plain": common.auc_and_gauc(scored.labels[:, 0], found, scored.columns["task_id"])}
-    if method == "meta" and protocol.startswith("kuairand"):
-        paths = (str(data / f"{part}.parquet") for part in ("valid", "valid_support"))
-        least = adapted.least_support(adapted.measure(model, *paths)["curve"])
-        print(f"least support: {least}", flush=True)
-        model.meta.min_support = least or model.meta.inner.max_support + 1
     support = support_rows(model, str(data / "test_support.parquet"))
     # History features hold the last 20 rows, whatever k is.
     sizes = SIZES[-1:] if method == "history_meta" else SIZES

@@ -89,7 +89,7 @@ def run(*, quick: bool) -> dict[str, Any]:
         base = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         versions = {}
         for steps in STEPS:
-            config.model.meta.inner.steps = config.model.meta.serving_steps = steps
+            config.model.meta.inner.steps = steps
             model = run_dir.build(Recipe.from_config(config.to_dict()))
             versions[steps], _ = export_adapted(
                 model, base / f"steps_{steps}", requests.plain(64), requests.table()

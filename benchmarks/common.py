@@ -50,7 +50,9 @@ def finished(name: str) -> None:
     (CACHE / f"{name}.partial.json").unlink(missing_ok=True)
 
 
-def movielens_1m(split: str, *, support_history: bool = False) -> pathlib.Path:
+def movielens_1m(
+    split: str, *, support_history: bool = False, ties: str = "excluded"
+) -> pathlib.Path:
     """MovieLens-1M, prepared once."""
     source = os.environ.get("QIANMO_MOVIELENS_1M")
     if not source:
@@ -58,9 +60,10 @@ def movielens_1m(split: str, *, support_history: bool = False) -> pathlib.Path:
             "Set QIANMO_MOVIELENS_1M to a folder with ratings.parquet, users.parquet and "
             "movies.parquet; the licence of MovieLens-1M does not let us ship it."
         )
-    folder = CACHE / f"movielens_1m_{split}{'_history' * support_history}"
+    folder = CACHE / f"movielens_1m_{split}{'_history' * support_history}_{ties}"
     if not folder.exists():
-        _movielens_1m.movielens_1m(source, folder, split=split, support_history=support_history)
+        arguments = {"split": split, "support_history": support_history, "ties": ties}
+        _movielens_1m.movielens_1m(source, folder, **arguments)
     return folder
 
 
@@ -95,7 +98,7 @@ def point(config: ConfigDict, folder: pathlib.Path, *, valid: bool) -> ConfigDic
 
 def trained_model(config: ConfigDict) -> Ranker:
     """Trains a recipe without a report of test rows; returns the model."""
-    config.data.test = ""
+    config.data.test = config.data.test_support = ""
     tf_keras.backend.clear_session()
     with model_dir() as temporary:
         run = Run(Recipe.from_config(config.to_dict()), temporary)

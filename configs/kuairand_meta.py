@@ -12,14 +12,12 @@ from ml_collections import ConfigDict
 
 from qianmo.configs import kuairand
 from qianmo.configs.base import base_config
-from qianmo.configs.movielens_1m_meta import method, protocol_and_method
+from qianmo.configs.movielens_1m_meta import method, parts, protocol_and_method
 
 # With the user's id among the features, and without.
 PROTOCOLS = ("kuairand_id", "kuairand_no_id")
-# Steps of a meta tower in serving, and how an ordinary model is fine-tuned there, found on `valid`:
-# steps, their size, least support.
-SERVING_STEPS = {"kuairand_id": 12}
-FINE_TUNED = {"kuairand_id": (3, 0.01, 2), "kuairand_no_id": (3, 0.03, 1)}
+# Sizes of the steps by which an ordinary model is fine-tuned in serving, found on `valid`.
+FINE_TUNED = {"kuairand_id": 0.01, "kuairand_no_id": 0.03}
 
 
 def get_config(variant: str = "kuairand_no_id-meta") -> ConfigDict:
@@ -44,15 +42,13 @@ def get_config(variant: str = "kuairand_no_id-meta") -> ConfigDict:
         stop_at_seam=has_id,
         personal=("user_id",) if has_id else users,
         fine_tuned=FINE_TUNED[protocol],
-        serving_steps=SERVING_STEPS.get(protocol),
     )
     config.schema = schema
     config.model = {**model, "embedding_l2": 3e-2}
-    for part in ("train", "valid", "test"):
+    for part in parts(model):
         config.data[part] = f"runs/kuairand_meta/{part}.parquet"
     config.train.batch_size = 512
-    # With each pass a user's id has learned more of the rows that will be his or her support.
-    config.train.epochs = 1 if has_id and name == "meta" else 3
+    config.train.epochs = 4
     if name.endswith("meta"):
         config.data.chunk_rows, config.data.chunk_tasks = 40, 100
         config.data.chunks_beside = has_id

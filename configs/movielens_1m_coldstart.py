@@ -16,7 +16,7 @@ from qianmo.configs.base import base_config
 
 METHODS = ("meta", "plain")
 # What a known user rated has shaped the vectors, so that in training small steps look right.
-STEPS, SERVING_STEPS = 8, 16
+STEPS = 8
 SUPPORT_SIZES = (1, 2, 3, 5, 8, 12, 20, 30, 50, 80)
 
 
@@ -43,7 +43,6 @@ def get_config(method: str = "meta") -> ConfigDict:
         "split": "random",
         "support_sizes": SUPPORT_SIZES,
         "weight": 0.0,
-        "serving_steps": SERVING_STEPS,
     }
     if method == "meta":
         # A user's taste is linear in the vectors, which learn from episodes what to be alike in.

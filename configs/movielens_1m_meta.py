@@ -20,16 +20,8 @@ from qianmo.configs.base import base_config
 PROTOCOLS = ("new_users", "all_users")
 METHODS = ("plain", "ppnet", "poso", "meta", "rate", "history", "history_meta")
 SUPPORT_SIZES = (1, 2, 3, 5, 8, 12, 20)
-# Passes over the rows, those that were best on rows of the training users, cut off as the test rows
-# are. A model that is told a user's rate learns the user's id slowly.
-PASSES = {
-    "new_users": dict(plain=2, ppnet=3, poso=3, meta=3, rate=2, history=2, history_meta=3),
-    "all_users": dict(plain=3, ppnet=6, poso=6, meta=3, rate=6, history=6, history_meta=3),
-}
-# How an ordinary model is fine-tuned in serving, found there too: steps, their size, least support.
-FINE_TUNED = {"new_users": (5, 0.1, 5), "all_users": (3, 0.03, 5)}
-# Steps of a meta tower in serving, found there too, where more than in training are better.
-SERVING_STEPS = {"all_users": 12}
+# Sizes of the steps by which an ordinary model is fine-tuned in serving, found on `valid`.
+FINE_TUNED = {"new_users": 0.1, "all_users": 0.03}
 META: dict[str, Any] = {
     "inner": {"steps": 3, "step_size": 0.1, "rates": "rank_one", "shrinkage": 3.0},
     "support_sizes": SUPPORT_SIZES,
@@ -55,8 +47,7 @@ def method(
     *,
     stop_at_seam: bool,
     personal: tuple[str, ...],
-    fine_tuned: tuple[int, float, int],
-    serving_steps: int | None,
+    fine_tuned: float,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Features and model of a method, whatever the data.
 
@@ -66,8 +57,7 @@ def method(
       item: feature of the item.
       stop_at_seam: whether the meta gradient stops at the tower seam.
       personal: features that the gates of PPNet and POSO read.
-      fine_tuned: how the plain model adapts in serving: steps, their size, least support.
-      serving_steps: those of the meta tower without history features, where they differ.
+      fine_tuned: size of the steps by which the plain model adapts in serving.
     """
     items = next(f for f in features if f["name"] == item)
     features = list(features)
@@ -83,13 +73,16 @@ def method(
     }
     if name.endswith("meta"):
         model["meta"] = {**META, "gradient_to": "tower" if stop_at_seam else "bottom"}
-        if name == "meta" and serving_steps:
-            model["meta"]["serving_steps"] = serving_steps
     elif name == "plain":
-        steps, size, least = fine_tuned
-        inner = {"steps": steps, "step_size": size, "shrinkage": 3.0}
-        model["meta"] = {"inner": inner, "weight": 0.0, "min_support": least}
+        inner = {"steps": 3, "step_size": fine_tuned, "shrinkage": 3.0}
+        model["meta"] = {"inner": inner, "weight": 0.0}
     return features, model
+
+
+def parts(model: dict[str, Any]) -> tuple[str, ...]:
+    """The parts of the data that a model reads: support too, if its tower adapts."""
+    support = ("valid_support", "test_support") if "meta" in model else ()
+    return ("train", "valid", "test", *support)
 
 
 def get_config(variant: str = "new_users-meta") -> ConfigDict:
@@ -108,14 +101,14 @@ def get_config(variant: str = "new_users-meta") -> ConfigDict:
         stop_at_seam=not is_new,
         personal=users if is_new else ("user_id",),
         fine_tuned=FINE_TUNED[protocol],
-        serving_steps=SERVING_STEPS.get(protocol),
     )
     config.schema = schema
     config.model = {**model, "embedding_l2": 1e-2}
-    for part in ("train", "test"):
+    for part in parts(model):
         config.data[part] = f"runs/movielens_1m_{protocol}/{part}.parquet"
     config.train.batch_size = 1024
-    config.train.epochs = PASSES[protocol][name]
+    # A model that is told a user's rate learns the user's id slowly.
+    config.train.epochs, config.train.patience = 8, 2
     if name.endswith("meta"):
         config.data.chunk_rows, config.data.chunk_tasks = 40, 100
         config.data.chunks_beside = not is_new

@@ -324,6 +324,25 @@ class Schema:
         """This schema with other features."""
         return dataclasses.replace(self, features=tuple(features))
 
+    def narrowed(self, *names: str) -> Schema:
+        """Some features and the labels, as a schema to read them alone.
+
+        The domain stays, which tells the rows that have a feature or label and those to be read.
+        """
+        kept = (*names, self.domain)
+        return dataclasses.replace(
+            self,
+            features=tuple(f for f in self.features if f.name in kept),
+            label_weights={},
+            weight="",
+            timestamp="",
+            event_id="",
+            task_id="",
+            task_dtype="int64",
+            group="",
+            gauc_by=(),
+        )
+
     def to_config(self) -> dict[str, Any]:
         """Plain data that `from_config` takes, and JSON can hold."""
         config = {

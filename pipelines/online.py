@@ -143,7 +143,8 @@ def run(_: list[str]) -> None:
     if bool(values.folder) == bool(values.redis):
         raise app.UsageError("give either --folder or --redis.")
     from qianmo.pipelines import locks, run_dir
-    from qianmo.pipelines.data.streams import FolderStream, Position, RedisStream, Stream
+    from qianmo.pipelines.data.redis_stream import RedisStream
+    from qianmo.pipelines.data.streams import FolderStream, Position, Stream
     from qianmo.pipelines.training.online import Online, Pace
 
     stopped: list[int] = []

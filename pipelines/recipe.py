@@ -161,8 +161,11 @@ class Recipe:
                 raise ValueError(
                     f"`data.{part}_support` needs `model.meta`, which says how to adapt."
                 )
-        if recipe.data.chunk_rows and not recipe.schema.task_id:
-            raise ValueError("`data.chunk_rows` needs `schema.task_id`, to cut chunks by.")
+        by_time = (recipe.model.get("meta") or {}).get("split", "time") == "time"
+        roles = ("task_id", "timestamp") if by_time else ("task_id",)
+        for role in roles if recipe.data.chunk_rows else ():
+            if not getattr(recipe.schema, role):
+                raise ValueError(f"`data.chunk_rows` needs `schema.{role}`, to cut chunks by.")
         if recipe.train.start_except and not recipe.train.start_from:
             raise ValueError("`train.start_except` needs `train.start_from`, a trained model.")
         return recipe

@@ -19,19 +19,22 @@ _Rows = npt.NDArray[np.int64]
 class ChunkReader:
     """Cuts each task's rows, in order of time, into chunks, and draws batches of chunks.
 
+    Without `schema.timestamp` a task's rows stay in the order of the files, as a model whose
+    support is drawn at random may have them.
+
     A task with n rows gives ceil(n / rows) chunks, which hold each of its rows once. Where they lie
     is drawn anew for each epoch: the first and the last chunk take what `n` leaves over, and those
     between have `rows` rows. The chunks of one task are spread evenly over the epoch, so that two
     of them seldom meet in a batch, where they would be one longer episode.
 
     Args:
-      schema: the columns to read; it declares `task_id` and `timestamp`.
+      schema: the columns to read; it declares `task_id`.
       path: a file, a folder or a glob, as for `readers.blocks`. Rows of equal time keep its order.
       rows: of a chunk; a task with fewer gives what it has.
       tasks: chunks a batch.
 
     Raises:
-      ValueError: a schema without task or time, or a size that is not positive.
+      ValueError: a schema without task, or a size that is not positive.
       DataError: the data do not fit the schema or cannot be read.
 
     Cost: holds all rows in memory, 8 bytes a value, a list as `max_length` values: 78 MB for
@@ -42,21 +45,22 @@ class ChunkReader:
         for name, size in (("rows", rows), ("tasks", tasks)):
             if size < 1:
                 raise ValueError(f"`{name}` of chunks should be >= 1. Received: {size}")
-        for role in ("task_id", "timestamp"):
-            if not getattr(schema, role):
-                raise ValueError(f"Chunks need `schema.{role}`, the column they are cut by.")
+        if not schema.task_id:
+            raise ValueError("Chunks need `schema.task_id`, the column they are cut by.")
         self.schema = schema
         self.rows = rows
         self.tasks = tasks
         blocks = list(readers.blocks(schema, path))
         # A column at a time, so that the rows are not held twice.
         held = {name: np.concatenate([b.pop(name) for b in blocks]) for name in [*blocks[0]]}
-        order = np.lexsort((held[schema.timestamp], held[schema.task_id]))
+        tasks_of_rows = readers.task_ids(schema, held)
+        by_time = [held[schema.timestamp]] if schema.timestamp else []
+        order = np.lexsort((*by_time, tasks_of_rows))  # stable
         for name in held:
             held[name] = held[name][order]
         self._held: readers.Block = held
         _, self._starts, self._lengths = np.unique(
-            held[schema.task_id], return_index=True, return_counts=True
+            tasks_of_rows[order], return_index=True, return_counts=True
         )
         self._chunks = -(-self._lengths // rows)
 
@@ -87,7 +91,7 @@ class ChunkReader:
         Returns:
           A dataset of `(features, targets)` as of `readers.dataset`, with two targets more, float32
           `[B]`: `original` is 1 for rows of the original loss and `episode` 1 for rows of chunks,
-          else 0. A chunk's rows stand together, in order of time.
+          else 0. A chunk's rows stand together, in their task's order.
         """
 
         def generate() -> Iterator[tuple[readers.Block, readers.Block]]:

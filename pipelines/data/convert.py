@@ -16,6 +16,7 @@ from qianmo.layers.schema import Domain
 from qianmo.pipelines.data import keys
 from qianmo.pipelines.data.columns import Block, Column, Part, check_type, is_string, is_time
 from qianmo.pipelines.data.errors import DataError
+from qianmo.pipelines.data.tally import Tally
 
 _Array = npt.NDArray[Any]
 _TICKS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
@@ -32,7 +33,11 @@ def is_of(values: _Array, domains: Iterable[Domain]) -> npt.NDArray[np.bool_]:
 
 
 def block_of(
-    part: Part, columns: Sequence[Column], arrays: Mapping[str, pa.Array], text: Container[str]
+    part: Part,
+    columns: Sequence[Column],
+    arrays: Mapping[str, pa.Array],
+    text: Container[str],
+    tally: Tally,
 ) -> Block:
     """Checks consecutive rows' columns and makes them a block.
 
@@ -41,6 +46,7 @@ def block_of(
       columns: what they should be, the domain first: it says which rows have the others.
       arrays: the values.
       text: the columns that come as text, still to be parsed.
+      tally: counts what is cut off.
 
     Raises:
       DataError: a value does not fit.
@@ -54,7 +60,8 @@ def block_of(
             check_type(part, column, array.type)
         if pa.types.is_null(array.type):
             array = _nulls(column, len(array))
-        block |= _converted(part, column, array, is_text, domain)
+        values = _Values(part, column, is_text, np.arange(len(array)), tally)
+        block |= _converted(values, array, domain)
         if column.tells_domain:
             domain = block[column.name]
     return block
@@ -65,13 +72,11 @@ def _nulls(column: Column, count: int) -> pa.Array:
     return pa.nulls(count, pa.list_(kind) if column.max_length else kind)
 
 
-def _converted(
-    part: Part, column: Column, array: pa.Array, is_text: bool, domain: _Array | None
-) -> Block:
+def _converted(values: _Values, array: pa.Array, domain: _Array | None) -> Block:
     """Checks a column's values, those of the domains that own it alone."""
-    rows = np.arange(len(array))
+    part, column = values.part, values.column
     if not column.owners or domain is None:  # what has owners has a column of domains beside it
-        return _Values(part, column, is_text, rows).arrays(array)
+        return values.arrays(array)
     own = is_of(domain, column.owners)
     is_given = pc.is_valid(array).to_numpy(zero_copy_only=False)
     if column.max_length:
@@ -86,12 +91,12 @@ def _converted(
             f"{_shown(domain[row])}. Received: {array[row].as_py()!r}. Leave it empty, or let the "
             "feature's `domains` name that domain.",
         )
-    of_owners = _Values(part, column, is_text, rows[own]).arrays(array.filter(pa.array(own)))
+    of_owners = dataclasses.replace(values, rows=values.rows[own])
     block = {}
-    for name, values in of_owners.items():
-        fill = math.nan if column.is_label else b"" if values.dtype == object else 0
-        block[name] = np.full((len(array), *values.shape[1:]), fill, values.dtype)
-        block[name][own] = values
+    for name, found in of_owners.arrays(array.filter(pa.array(own))).items():
+        fill = math.nan if column.is_label else b"" if found.dtype == object else 0
+        block[name] = np.full((len(array), *found.shape[1:]), fill, found.dtype)
+        block[name][own] = found
     return block
 
 
@@ -107,6 +112,7 @@ class _Values:
     column: Column
     is_text: bool
     rows: npt.NDArray[np.int64]
+    tally: Tally
 
     def arrays(self, array: pa.Array) -> Block:
         """The column as NumPy arrays, a list as two.
@@ -137,6 +143,9 @@ class _Values:
             flat, rows = flat.filter(pa.array(is_value)), rows[is_value]
         values = dataclasses.replace(self, rows=rows)._flat(flat)
         kept = np.minimum(lengths, width)
+        self.tally.lists[name] += len(lengths)
+        self.tally.cut_lists[name] += int((lengths > width).sum())
+        self.tally.cut_values[name] += int((lengths - kept).sum())
         starts = np.cumsum(lengths) - (kept if self.column.keep == "last" else lengths)
         empty = b"" if self.column.dtype == "string" else 0
         padded = np.full((len(array), width), empty, values.dtype)

@@ -1,4 +1,4 @@
-"""CSV files."""
+"""CSV files of the dialect of RFC 4180, with a header line."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from qianmo.pipelines.data.columns import Column, Part, check_names
+from qianmo.pipelines.data.csv_quotes import CheckedStream
 from qianmo.pipelines.data.errors import DataError, readable
 from qianmo.pipelines.data.files import DataFile
 
@@ -41,12 +42,19 @@ def read(
     del decoded_rows
     header = _header(part.file)
     names = [name for name in columns if name in header]
-    with readable(part.file, "CSV"), _equal_rows(part.file) as remember:
+    with (
+        readable(part.file, "CSV"),
+        _whole_rows(part.file) as remember,
+        contextlib.closing(CheckedStream(part.file)) as stream,
+    ):
         reader = pa_csv.open_csv(
-            str(part.file.path),
+            stream,
             read_options=pa_csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
             parse_options=pa_csv.ParseOptions(
-                newlines_in_values=True, invalid_row_handler=remember
+                newlines_in_values=True,
+                # In a file of one column it is an empty cell.
+                ignore_empty_lines=len(header) > 1,
+                invalid_row_handler=remember,
             ),
             # An empty cell is a null; "" in quotes is an empty string.
             convert_options=pa_csv.ConvertOptions(
@@ -67,7 +75,7 @@ def read(
 
 
 @contextlib.contextmanager
-def _equal_rows(file: DataFile) -> Iterator[Callable[[Any], str]]:
+def _whole_rows(file: DataFile) -> Iterator[Callable[[Any], str]]:
     """Gives a handler of rows with too few or too many cells, and raises the error that names one.
 
     What a handler itself raises, pyarrow would only print.
@@ -80,14 +88,20 @@ def _equal_rows(file: DataFile) -> Iterator[Callable[[Any], str]]:
 
     try:
         yield remember
-    except pa.ArrowInvalid:
-        if not invalid:
-            raise
-        row = invalid[0]
-        raise DataError(
-            f"{file}, row {row.number - 2} (counted from 0): should have {row.expected_columns} "
-            f"cells, as the header has. Received: {row.actual_columns}. Correct the row."
-        ) from None
+    except pa.ArrowInvalid as error:
+        if invalid:
+            row = invalid[0]
+            raise DataError(
+                f"{file}, row {row.number - 2} (counted from 0): should have "
+                f"{row.expected_columns} cells, as the header has. Received: {row.actual_columns}. "
+                "Correct the row."
+            ) from None
+        if "straddling" in str(error):
+            raise DataError(
+                f"{file}: a row is longer than {_BLOCK_BYTES // 2**20} MiB, or its quote is never "
+                "closed. Correct it, or write the rows as Parquet."
+            ) from None
+        raise
 
 
 def split(cells: pa.Array) -> pa.Array:

@@ -28,8 +28,8 @@ _NOT_PLAIN = {
     "_delta_log": "is a Delta table, which lists its valid files in a log",
     ".hoodie": "is a Hudi table, which lists its valid files in a log",
     "_spark_metadata": "was written by a Spark stream, which lists its valid files in a log",
-    "_temporary": "is being written by a job, or was left behind by one that failed",
 }
+_UNFINISHED = "_temporary"  # of a job that is writing, or failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +116,11 @@ def extension(file: pathlib.Path) -> str:
 
 
 def _of_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    if (folder / _UNFINISHED).exists():
+        raise DataError(
+            f"{folder}: it holds {_UNFINISHED}, so a job is writing it, or failed. Wait for its "
+            "end, or name the files to read by a glob."
+        )
     own, partitions = contents(folder)
     yield from own
     for partition in partitions:
@@ -123,13 +128,16 @@ def _of_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def contents(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-    """The files of rows in a folder, or its partition folders.
+    """The files of rows in a folder, or its partition folders, by name.
 
     Raises:
       DataError: it holds both, or other folders of rows, or not all of its files are rows of it.
     """
     own, partitions, others = [], [], []
-    for entry in sorted(folder.iterdir()):
+    with os.scandir(folder) as scanned:
+        entries = sorted(scanned, key=lambda entry: entry.name)
+    for entry in entries:
+        path = folder / entry.name
         if entry.name in _NOT_PLAIN:
             raise DataError(
                 f"{folder}: {_NOT_PLAIN[entry.name]} (it holds {entry.name}). Write its present "
@@ -138,11 +146,11 @@ def contents(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Pat
         if entry.name.startswith((".", "_")):
             continue
         if not entry.is_dir():
-            own += [entry] if has_format(entry) else []
+            own += [path] if has_format(path) else []
         elif _PARTITION.fullmatch(entry.name):
-            partitions.append(entry)
-        elif any(map(_is_of_rows, entry.iterdir())):
-            others.append(entry)
+            partitions.append(path)
+        elif any(map(_is_of_rows, path.iterdir())):
+            others.append(path)
     if own and (partitions or others):
         raise DataError(
             f"{folder}: it should hold files or folders of rows. Received: both, such as "

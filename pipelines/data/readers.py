@@ -21,26 +21,29 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
 from qianmo.layers.schema import Schema
-from qianmo.pipelines.data import csv_files, keys, parquet, tfrecord
+from qianmo.pipelines.data import csv_files, parquet, tfrecord
+from qianmo.pipelines.data.batches import batch, labels_and_weights, signature
 from qianmo.pipelines.data.columns import Block, Column, Entries, Part, of_schema
 from qianmo.pipelines.data.convert import block_of, is_of
 from qianmo.pipelines.data.errors import DataError, NoRowsError
 from qianmo.pipelines.data.files import DataFile, PathLike, extension, files, has_format, sha256
 from qianmo.pipelines.data.keys import task_ids
 from qianmo.pipelines.data.shuffling import num_rows, shuffled, taken
+from qianmo.pipelines.data.tally import Tally
 
 __all__ = [
     "Block",
     "DataError",
     "NoRowsError",
     "PathLike",
+    "Tally",
     "batch",
     "blocks",
     "count_rows",
@@ -93,6 +96,7 @@ def blocks(
     shard: tuple[int, int] = (0, 1),
     targets: bool = True,
     gauc: bool = False,
+    tally: Tally | None = None,
 ) -> Iterator[Block]:
     """Reads the schema's columns as NumPy blocks of many rows.
 
@@ -111,6 +115,7 @@ def blocks(
       targets: whether to read labels, weights, timestamp, event_id, task_id, domain and group,
         which rows to be scored need not have.
       gauc: whether to read the columns of `gauc_by` too.
+      tally: counts what is left out, as the rows are read.
 
     Yields:
       Arrays by column name, of the rows of `schema.only_domains` if any are named: features int64
@@ -128,7 +133,8 @@ def blocks(
     if shuffle_rows < 1:
         raise ValueError(f"`shuffle_rows` should be >= 1. Received: {shuffle_rows}")
     columns = of_schema(schema, targets, gauc)
-    return _blocks(columns, _plan(columns, path, shard), path, seed, epoch, shuffle_rows)
+    plan = _plan(columns, path, shard)
+    return _blocks(columns, plan, path, seed, epoch, shuffle_rows, tally)
 
 
 def dataset(
@@ -191,76 +197,6 @@ def dataset(
     return rows.rebatch(batch_size, drop_remainder=drop_remainder).prefetch(tf.data.AUTOTUNE)
 
 
-def batch(schema: Schema, block: Block, gauc: bool = False) -> tuple[Block, Block]:
-    """The features and targets of a block, as `dataset` gives them."""
-    labels, label_weights = labels_and_weights(schema, block)
-    weight = block[schema.weight] if schema.weight else np.ones(len(labels), np.float32)
-    for domain, factor in schema.domain_weights:
-        own = is_of(block[schema.domain], (domain,))
-        weight = np.where(own, np.float32(factor) * weight, weight)
-    targets = {role: block[name] for role, name in _roles(schema).items()}
-    if schema.task_id:
-        targets["task_id"] = task_ids(schema, block)
-    if schema.label_weights:
-        targets["label_weights"] = label_weights
-    if gauc and schema.gauc_by:
-        targets["gauc"] = keys.groups(schema, block)
-    features = {name: block[name] for name in schema.input_names}
-    return features, {"labels": labels, "weight": weight, **targets}
-
-
-def labels_and_weights(schema: Schema, block: Block) -> tuple[Any, Any]:
-    """A block's labels, float32 [n, K], and what their losses are multiplied by, [n, K].
-
-    A label is NaN where the row does not have it, or a column of its weights holds 0.
-    """
-    labels, weights = [], []
-    for name in schema.labels:
-        weight = schema.label_weights.get(name, 1.0)
-        label = block[name]
-        if isinstance(weight, str):
-            factor = block[weight]
-            label = np.where(factor == 0, np.float32(np.nan), label)
-        else:
-            factor = np.full(len(label), weight, np.float32)
-        labels.append(label)
-        weights.append(np.where(np.isnan(label), np.float32(0), factor))
-    return np.stack(labels, axis=1), np.stack(weights, axis=1)
-
-
-def signature(
-    schema: Schema, gauc: bool = False
-) -> tuple[dict[str, tf.TensorSpec], dict[str, tf.TensorSpec]]:
-    """The types and shapes of `batch`, with any number of rows."""
-    columns = of_schema(schema)
-
-    def spec(column: Column) -> tf.TensorSpec:
-        shape = [None, column.max_length] if column.max_length else [None]
-        return tf.TensorSpec(shape, tf.as_dtype(column.dtype))
-
-    lengths = [f.length_name for f in schema.categorical if f.is_list]
-    num_labels = len(schema.labels)
-    targets = {
-        "labels": tf.TensorSpec([None, num_labels], tf.float32),
-        "weight": tf.TensorSpec([None], tf.float32),
-        **{role: spec(columns[name]) for role, name in _roles(schema).items()},
-    }
-    if schema.task_id:
-        targets["task_id"] = tf.TensorSpec([None], tf.int64)
-    if schema.label_weights:
-        targets["label_weights"] = tf.TensorSpec([None, num_labels], tf.float32)
-    if gauc and schema.gauc_by:
-        targets["gauc"] = tf.TensorSpec([None], tf.int64)
-    features = {feature.name: spec(columns[feature.name]) for feature in schema.features}
-    return features | {name: tf.TensorSpec([None], tf.int64) for name in lengths}, targets
-
-
-def _roles(schema: Schema) -> dict[str, str]:
-    """The columns that become targets as they are, where declared."""
-    roles = ("domain", "timestamp", "event_id", "group")
-    return {role: getattr(schema, role) for role in roles if getattr(schema, role)}
-
-
 @contextlib.contextmanager
 def own_errors() -> Iterator[None]:
     """Raises a `DataError` that was met inside a `dataset` as itself, out of TensorFlow's wrapping.
@@ -277,13 +213,22 @@ def own_errors() -> Iterator[None]:
         raise DataError(found[1]) from None
 
 
-def count_rows(schema: Schema, path: PathLike, *, targets: bool = True) -> int:
-    """Counts the rows; Parquet's are written in the files, others are read once."""
+def count_rows(
+    schema: Schema, path: PathLike, *, targets: bool = True, tally: Tally | None = None
+) -> int:
+    """Counts the rows; Parquet's are written in the files, others are read once.
+
+    Args:
+      schema: as for `blocks`, and so are path and targets.
+      path: the data.
+      targets: whether the rows have labels and the columns that describe them.
+      tally: counts the rows that `only_domains` leaves out.
+    """
     columns = of_schema(schema, targets)
     plan = _plan(columns, path, (0, 1))
     if schema.only_domains:
         kept = {name: column for name, column in columns.items() if column.tells_domain}
-        return sum(map(num_rows, _in_order(kept, plan, path, _DECODED_ROWS)))
+        return sum(map(num_rows, _in_order(kept, plan, path, _DECODED_ROWS, tally)))
     count = 0
     for part in plan.parts:
         if part.metadata is not None:
@@ -338,19 +283,25 @@ def _blocks(
     seed: int | None,
     epoch: int,
     shuffle_rows: int,
+    tally: Tally | None = None,
 ) -> Iterator[Block]:
     if seed is None:
-        yield from _in_order(columns, plan, path, _DECODED_ROWS)
+        yield from _in_order(columns, plan, path, _DECODED_ROWS, tally)
         return
     random = np.random.default_rng([seed, epoch])
     parts = [plan.parts[i] for i in random.permutation(len(plan.parts))]
     plan = dataclasses.replace(plan, parts=parts)
     decoded_rows = min(_DECODED_ROWS, shuffle_rows)
-    yield from shuffled(_in_order(columns, plan, path, decoded_rows), random, shuffle_rows)
+    ordered = _in_order(columns, plan, path, decoded_rows, tally)
+    yield from shuffled(ordered, random, shuffle_rows)
 
 
 def _in_order(
-    columns: Mapping[str, Column], plan: _Plan, path: PathLike, decoded_rows: int
+    columns: Mapping[str, Column],
+    plan: _Plan,
+    path: PathLike,
+    decoded_rows: int,
+    tally: Tally | None,
 ) -> Iterator[Block]:
     """Yields the plan's rows, checked, in the order of its parts.
 
@@ -359,21 +310,25 @@ def _in_order(
     """
     empty = none_kept = True
     ordered = _domain_first(columns)
+    tally = tally or Tally()
     for part in plan.parts:
         row = part.first_row
         kind = _format(part.file)
         for arrays in kind.read(part, columns, decoded_rows):
             here = dataclasses.replace(part, first_row=row)
             text = arrays if kind.is_text else part.file.partitions
-            block = block_of(here, ordered, arrays, text)
+            block = block_of(here, ordered, arrays, text, tally)
             rows = num_rows(block)
             empty = empty and not rows
             if plan.stride > 1:
                 own = slice((plan.offset - row) % plan.stride, None, plan.stride)
                 block = {name: values[own] for name, values in block.items()}
             row += rows
+            tally.rows += num_rows(block)
             if only := ordered[0].only:
-                block = taken(block, np.flatnonzero(is_of(block[ordered[0].name], only)))
+                own_rows = np.flatnonzero(is_of(block[ordered[0].name], only))
+                tally.of_other_domains += num_rows(block) - len(own_rows)
+                block = taken(block, own_rows)
             if num_rows(block):
                 none_kept = False
                 yield block
@@ -412,4 +367,4 @@ def text_block(
         cells = pa.array([row.get(key) for row in rows], pa.binary())
         arrays[name] = csv_files.split(cells) if column.max_length else cells
     part = Entries(DataFile(pathlib.Path(source)), ids=ids)
-    return block_of(part, _domain_first(columns), arrays, arrays)
+    return block_of(part, _domain_first(columns), arrays, arrays, Tally())

@@ -158,7 +158,8 @@ def complete(
     }
     moments = {feature.name: _Moments() for feature in schema.dense if feature.mean is None}
     moments |= {r: _Moments() for r in _ratings(schema) if r not in schema.label_moments}
-    for block in readers.blocks(schema, path):
+    tally = readers.Tally()
+    for block in readers.blocks(schema, path, tally=tally):
         if observe is not None:
             observe(block)
         for feature in schema.categorical:
@@ -183,6 +184,8 @@ def complete(
             if label in moments:
                 moments[label].add(values)
 
+    for line in tally.lines(schema):
+        print(f"{path}: {line}")
     for name, seen in moments.items():
         if not seen.count:
             raise readers.DataError(

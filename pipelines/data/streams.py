@@ -1,4 +1,4 @@
-"""Rows that keep coming: from a folder that grows, or from a Redis stream.
+"""Rows that keep coming, such as from a folder that grows; `redis_stream` has the others.
 
 Rows have an order that never changes, and `take` gives exactly as many as asked for. So the steps
 made of them are the same ones however fast the rows come, and wherever a run was cut.
@@ -11,17 +11,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from absl import logging
 
 from qianmo.layers.schema import Schema
 from qianmo.pipelines.data import readers
+from qianmo.pipelines.data.files import contents
 from qianmo.pipelines.data.readers import Block, DataError
 
 Position = dict[str, Any]
-
-CONSUMER = "online"  # one trainer moves a student, so its group has one consumer
-_ENTRIES_AT_ONCE = 1000
-_SECONDS = 30  # for Redis to answer
 
 
 class Stream(Protocol):
@@ -29,11 +25,17 @@ class Stream(Protocol):
 
     Attributes:
       name: what messages call it.
-      position: where that which was taken ends, as plain data; a stream opened with it goes on.
     """
 
     name: str
-    position: Position
+
+    @property
+    def position(self) -> Position:
+        """Where what was taken ends, as plain data; a stream opened with it goes on."""
+
+    @property
+    def place(self) -> str:
+        """Where what was taken ends, for messages."""
 
     def take(self, count: int) -> Block | None:
         """The next rows, or None while there are not so many."""
@@ -45,22 +47,28 @@ class Stream(Protocol):
         """Says that `position` was written down, so that what was taken is not needed again."""
 
 
-class _Buffer:
-    """Rows that were read and not yet taken, each with its place."""
+class Buffer:
+    """Rows that were read and not yet taken, each with where it ends in the stream."""
 
     def __init__(self) -> None:
         self._blocks: list[Block] = []
-        self._places: list[Any] = []
+        self._ends: list[Any] = []
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._ends)
 
-    def add(self, block: Block, places: Sequence[Any]) -> None:
+    def add(self, block: Block, ends: Sequence[Any]) -> None:
+        """Adds rows."""
         self._blocks.append(block)
-        self._places.extend(places)
+        self._ends.extend(ends)
+
+    @property
+    def first_end(self) -> Any:
+        """Where the first row ends; None where there is none."""
+        return self._ends[0] if self._ends else None
 
     def take(self, count: int) -> tuple[Block, Any]:
-        """The first rows, and the place of the last of them."""
+        """The first rows, and where the last of them ends."""
         parts: list[Block] = []
         left = count
         while left:
@@ -69,12 +77,12 @@ class _Buffer:
             if readers.num_rows(block) > left:
                 self._blocks.insert(0, {name: values[left:] for name, values in block.items()})
             left -= readers.num_rows(parts[-1])
-        last = self._places[count - 1]
-        del self._places[:count]
+        last = self._ends[count - 1]
+        del self._ends[:count]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, last
 
 
-def _checked(name: str, position: Position | None, first: Position) -> Position:
+def checked(name: str, position: Position | None, first: Position) -> Position:
     """The position to begin at: the one given, or the first.
 
     Raises:
@@ -88,9 +96,11 @@ def _checked(name: str, position: Position | None, first: Position) -> Position:
 class FolderStream:
     """The files of a folder, in the order of their names; new ones are found as they appear.
 
-    A file should appear whole, by a rename. One that cannot be read is an error that names it, and
-    so is one whose name comes before that of a file that was begun: its rows would be lost. Files
-    may be deleted once they were read.
+    A file should appear whole, by a rename, and stay as it is. Its name should come behind those of
+    all files that were begun: the position holds the names that are there, so that a file which
+    appears too late is refused, also when it came while nobody was looking. Reading it after all
+    would make the order of rows depend on when they came. Files may be deleted once all of their
+    rows were taken.
 
     Args:
       schema: the columns.
@@ -99,7 +109,8 @@ class FolderStream:
       start_after: without a position, files up to this name are passed over.
 
     Raises:
-      DataError: no such folder.
+      DataError: no such folder, or one of partition folders; a file that appeared too late, changed
+        or vanished since the position was written down.
     """
 
     def __init__(
@@ -111,23 +122,78 @@ class FolderStream:
         start_after: str = "",
     ) -> None:
         self.name = str(folder)
-        self.position = _checked(self.name, position, {"file": start_after, "rows": 0})
+        first = {
+            "file": start_after,  # the one of the row that was taken last
+            "bytes": 0,  # its size
+            "rows": 0,  # how many of its rows were taken
+            "ended": True,  # whether that is known to be all
+            "passed": [],  # the names up to it that are in the folder
+            "start_after": start_after,
+        }
+        begin = checked(self.name, position, first)
         self._schema = schema
         self._folder = pathlib.Path(folder)
         if not self._folder.is_dir():
             raise DataError(f"{folder}: there should be a folder of rows, and there is none.")
-        self._buffer = _Buffer()
-        self._known: set[str] | None = None
+        self._buffer = Buffer()
         self._blocks: Iterator[Block] = iter(())
-        self._file = str(self.position["file"])  # the one being read, or that was read last
+        self._start_after: str = begin["start_after"]
+        self._known: set[str] = set(begin["passed"])
+        self._taken: tuple[str, int, int] = (begin["file"], begin["bytes"], begin["rows"])
+        self._file: str = begin["file"]  # the one being read, or that was read last
         self._size = self._row = 0
+        self._skip = 0  # rows of it that an earlier run took
+        self._at_end = True
         self._bytes_read = self._rows_read = 0  # of whole files
-        if self.position["rows"] and (self._folder / self._file).exists():
-            self._begin(self._file)
+        self._unread()
+        if not begin["ended"]:
+            self._resume(begin)
+
+    @property
+    def position(self) -> Position:
+        """Where what was taken ends."""
+        file, size, rows = self._taken
+        waiting = self._buffer.first_end
+        ended = waiting[0] != file if waiting else self._at_end or self._file != file
+        return {
+            "file": file,
+            "bytes": size,
+            "rows": rows,
+            "ended": ended,
+            "passed": sorted(name for name in self._known if name <= file),
+            "start_after": self._start_after,
+        }
+
+    @property
+    def place(self) -> str:
+        """Where what was taken ends, for messages."""
+        file, _, rows = self._taken
+        return f"row {rows} of {file}"
+
+    def _resume(self, begin: Position) -> None:
+        """Goes on within a file.
+
+        Raises:
+          DataError: it is not there as it was.
+        """
+        path = self._folder / self._file
+        if not path.exists():
+            raise DataError(
+                f"{path}: {begin['rows']} rows of it were taken, it may have held more, and it is "
+                "gone. Put it back."
+            )
+        self._begin(self._file)
+        self._skip = begin["rows"]
+        if self._size != begin["bytes"]:
+            raise DataError(
+                f"{path}: it had {begin['bytes']:,} bytes when {self._skip} of its rows were "
+                f"taken, and has {self._size:,} now. A file should stay as it appeared."
+            )
 
     def _begin(self, file: str) -> None:
         path = self._folder / file
         self._file, self._size, self._row = file, path.stat().st_size, 0
+        self._skip, self._at_end = 0, False
         try:
             self._blocks = readers.blocks(self._schema, path)
         except readers.NoRowsError:  # of a quiet minute
@@ -137,18 +203,26 @@ class FolderStream:
         """The files to come.
 
         Raises:
-          DataError: one appeared too late.
+          DataError: one appeared too late, or the folder is no folder of files.
         """
-        found = {path.name for path in self._folder.iterdir() if readers.has_format(path)}
-        known = found if self._known is None else self._known
-        late = sorted(name for name in found - known if name < self._file)
+        try:
+            own, partitions = contents(self._folder)
+        except OSError as error:
+            raise DataError(f"{self._folder}: cannot be listed: {error}") from error
+        if partitions:
+            raise DataError(
+                f"{self._folder}: files are followed in one folder. Received: partition folders, "
+                f"such as {partitions[0].name}. Follow one of them, or move files as they come."
+            )
+        names = {path.name for path in own}
+        late = sorted(name for name in names - self._known if self._start_after < name < self._file)
         if late:
             raise DataError(
                 f"{self._folder / late[0]}: it appeared when {self._file} had been begun, whose "
                 "name comes after, so its rows would be lost. Give it a name that comes last."
             )
-        self._known = found
-        return sorted(name for name in found if name > self._file)
+        self._known = names
+        return sorted(name for name in names if name > self._file)
 
     def _next_block(self) -> Block | None:
         try:
@@ -160,26 +234,24 @@ class FolderStream:
         """Reads on; tells whether there was anything to read."""
         block = self._next_block()
         if block is None:
-            before = self.position["rows"] if self._file == self.position["file"] else 0
-            if self._size and self._row < before:
+            if self._row < self._skip:
                 raise DataError(
-                    f"{self._folder / self._file}: {before} rows of it were read before, and it "
+                    f"{self._folder / self._file}: {self._skip} rows of it were taken, and it "
                     f"has {self._row}. A file should stay as it appeared."
                 )
-            if self._row:
+            if self._row and not self._at_end:
                 self._bytes_read += self._size
                 self._rows_read += self._row
-            files = self._unread()
-            if files:
-                self._begin(files[0])
-            return bool(files)
+            self._at_end = True
+            to_come = self._unread()
+            if to_come:
+                self._begin(to_come[0])
+            return bool(to_come)
         first, self._row = self._row, self._row + readers.num_rows(block)
-        # What an earlier run took of a file that it did not end.
-        taken = self.position["rows"] if self._file == self.position["file"] else 0
-        start = min(max(taken - first, 0), readers.num_rows(block))
+        start = min(max(self._skip - first, 0), readers.num_rows(block))
         self._buffer.add(
             {name: values[start:] for name, values in block.items()},
-            [(self._file, row + 1) for row in range(first + start, self._row)],
+            [(self._file, self._size, row + 1) for row in range(first + start, self._row)],
         )
         return True
 
@@ -192,8 +264,7 @@ class FolderStream:
         while len(self._buffer) < count:
             if not self._read():
                 return None
-        block, (file, rows) = self._buffer.take(count)
-        self.position = {"file": file, "rows": rows}
+        block, self._taken = self._buffer.take(count)
         return block
 
     def behind(self) -> int | None:
@@ -207,168 +278,3 @@ class FolderStream:
 
     def keep(self) -> None:
         """Nothing: files are not ours."""
-
-
-class RedisStream:
-    """The entries of a Redis stream, read by a consumer group. An entry is a row, as in a CSV file.
-
-    Each field is a column's value as text, the items of a list between vertical bars. Entries are
-    acknowledged when the position behind them was written down, so one that a killed run had got
-    and not written down is still pending, and is read again. Acknowledging deletes nothing.
-
-    Args:
-      schema: the columns.
-      url: of the server, such as redis://127.0.0.1:6379/0.
-      key: the stream's.
-      group: the consumer group, made where it is not there.
-      position: of an earlier stream, to go on from.
-      start_after: without a position and a group, entries up to this id are passed over.
-
-    Raises:
-      DataError: no Redis there, or one that refuses.
-    """
-
-    def __init__(
-        self,
-        schema: Schema,
-        url: str,
-        key: str,
-        group: str,
-        position: Position | None = None,
-        *,
-        start_after: str = "",
-    ) -> None:
-        try:
-            import redis
-        except ImportError:
-            raise DataError("A Redis stream needs redis-py: pip install 'qianmo[redis]'.") from None
-        self.name = f"Redis stream `{key}`"
-        self.position = _checked(self.name, position, {"id": start_after or "0-0"})
-        self._lost = (redis.ConnectionError, redis.TimeoutError)
-        self._refused = redis.ResponseError
-        self._schema = schema
-        self._key, self._group = key, group
-        self._buffer = _Buffer()
-        self._received: list[str] = []  # and not acknowledged, in their order
-        self._last = str(self.position["id"])  # of those received
-        self._again = True  # read first what was sent before and not acknowledged
-        try:
-            self._client: Any = redis.Redis.from_url(
-                url, protocol=2, socket_timeout=_SECONDS, socket_connect_timeout=_SECONDS
-            )
-            self._join()
-        except (redis.RedisError, ValueError) as error:
-            raise DataError(f"{self.name}: {error}. Check the address, key and group.") from None
-
-    def _join(self) -> None:
-        """Makes the group, and takes over what was sent to it before."""
-        try:
-            self._client.xgroup_create(self._key, self._group, id=self._last, mkstream=True)
-        except self._refused as error:
-            if "BUSYGROUP" not in str(error):
-                raise
-        start = "-"
-        while pending := self._client.xpending_range(
-            self._key, self._group, min=start, max="+", count=_ENTRIES_AT_ONCE
-        ):
-            ids = [entry["message_id"].decode() for entry in pending]
-            start = f"({ids[-1]}"
-            # Of what the position covers, a kill cut off the acknowledgement alone.
-            covered = [i for i in ids if _number(i) <= _number(self._last)]
-            if covered:
-                self._client.xack(self._key, self._group, *covered)
-            if ids[len(covered) :]:
-                self._client.xclaim(
-                    self._key, self._group, CONSUMER, 0, ids[len(covered) :], justid=True
-                )
-
-    def _entries(self, count: int) -> list[tuple[bytes, dict[bytes, bytes]]]:
-        """The next entries; none where there are none, or no connection."""
-        try:
-            while True:
-                answer = self._client.xreadgroup(
-                    self._group,
-                    CONSUMER,
-                    {self._key: self._last if self._again else ">"},
-                    count=min(count, _ENTRIES_AT_ONCE),
-                )
-                found = answer[0][1] if answer else []
-                if found or not self._again:
-                    return found
-                self._again = False
-        except self._lost as error:
-            # What was sent and did not arrive is pending, and is read again.
-            self._again = True
-            logging.warning("%s: %s; trying on.", self.name, error)
-            return []
-        except self._refused as error:
-            raise DataError(
-                f"{self.name}: {error}. If Redis lost its data, start again with the rows that "
-                "were not yet read."
-            ) from None
-
-    def _read(self, count: int) -> bool:
-        """Reads on; tells whether there was anything to read."""
-        entries = self._entries(count)
-        if not entries:
-            return False
-        self._received += [i.decode() for i, _ in entries]
-        self._last = self._received[-1]
-        there = [(i.decode(), fields) for i, fields in entries if fields]
-        if len(there) < len(entries):
-            logging.warning(
-                "%s: %d entries were deleted before they were read.",
-                self.name,
-                len(entries) - len(there),
-            )
-        if there:
-            ids = [i for i, _ in there]
-            rows = [fields for _, fields in there]
-            block = readers.text_block(self._schema, self.name, ids, rows)
-            if self._schema.only_domains:
-                own = readers.is_of(block[self._schema.domain], self._schema.only_domains)
-                places = np.flatnonzero(own)
-                block, ids = readers.taken(block, places), [ids[i] for i in places]
-            self._buffer.add(block, ids)
-        return True
-
-    def take(self, count: int) -> Block | None:
-        """The next rows, or None while there are not so many.
-
-        Raises:
-          DataError: an entry that does not fit the schema.
-        """
-        while len(self._buffer) < count:
-            if not self._read(count - len(self._buffer)):
-                return None
-        block, last = self._buffer.take(count)
-        self.position = {"id": last}
-        return block
-
-    def behind(self) -> int | None:
-        """Rows that wait, as Redis counts them."""
-        try:
-            groups = self._client.xinfo_groups(self._key)
-        except (*self._lost, self._refused):
-            return None
-        lag = next((g.get("lag") for g in groups if g["name"].decode() == self._group), None)
-        return None if lag is None else lag + len(self._buffer)
-
-    def keep(self) -> None:
-        """Acknowledges the entries up to the position."""
-        end = _number(self.position["id"])
-        covered = [i for i in self._received if _number(i) <= end]
-        try:
-            for start in range(0, len(covered), _ENTRIES_AT_ONCE):
-                part = covered[start : start + _ENTRIES_AT_ONCE]
-                self._client.xack(self._key, self._group, *part)
-        except self._lost as error:  # the next checkpoint acknowledges them
-            logging.warning("%s: %s; trying on.", self.name, error)
-            return
-        del self._received[: len(covered)]
-
-
-def _number(entry: str) -> tuple[int, int]:
-    """An entry's id as numbers, which have its order."""
-    time, _, place = entry.partition("-")
-    return int(time), int(place or 0)

@@ -45,8 +45,8 @@ def amazon_cdr(
     Returns:
       What data.json holds.
     """
-    rows = read_table(pathlib.Path(source) / "interactions.parquet")
-    rows = rows.filter(pc.equal(pc.cast(rows["pair"], pa.string()), pair))
+    every = read_table(pathlib.Path(source) / "interactions.parquet")
+    rows = every.filter(pc.equal(pc.cast(every["pair"], pa.string()), pair))
     names = pair.split("_")
     domain = pc.index_in(pc.cast(rows["domain"], pa.string()), pa.array(names)).to_numpy()
     if len(names) != 2 or not len(rows) or not np.isin((0, 1), domain).all():
@@ -85,10 +85,16 @@ def amazon_cdr(
         return rows
 
     _, first = np.unique(item, return_index=True)
+    is_known = np.isin(test["item_id"].to_numpy(), item)
     parts = {
         "train": with_bought(train.filter(~is_valid)),
         "valid": with_bought(train.filter(is_valid)),
-        "test": with_bought(test.filter(np.isin(test["item_id"].to_numpy(), item))),
+        "test": with_bought(test.filter(is_known)),
         "items": train.select(["item_id", "domain"]).take(first),
     }
-    return write(output, f"amazon_cdr, {pair}", parts, overwrite)
+    left_out = {
+        "of other pairs": len(every) - len(rows),
+        "that the publisher leaves out": len(rows) - len(train) - len(test),
+        "to be tested, of items that training does not know": int((~is_known).sum()),
+    }
+    return write(output, f"amazon_cdr, {pair}", parts, overwrite, left_out=left_out)

@@ -6,8 +6,9 @@ Of the last rows known of a task, newest last (at most 20):
   <prefix>_rate: (sum of labels + 5 r) / (rows + 5), with r a rate given
   <prefix>_count: log(1 + rows)
 
-A row never sees its own label or a later one. With the lists in the items' table and mean pooling,
-a model gets the mean vectors of liked and disliked items; `configs/history.py` has the schema.
+A row sees rows of strictly earlier time alone, so never its own label or one of the same time. With
+the lists in the items' table and mean pooling, a model gets the mean vectors of liked and disliked
+items; `configs/history.py` has the schema.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from qianmo.pipelines.datasets.protocols import SUPPORT_ROWS
+from qianmo.pipelines.datasets.protocols import SUPPORT_ROWS, Ties
 
 RANDOM_SIZES = (0, 1, 2, 3, 5, 8, 12, 20)
 _PRIOR_ROWS = 5
@@ -33,10 +34,11 @@ def add(
     task: str,
     item: str,
     label: str,
+    time: str,
     rate: float,
     sizes: Sequence[int] = (SUPPORT_ROWS,),
     seed: int = 0,
-    since: str = "",
+    ties: Ties = "excluded",
     prefix: str = "history",
 ) -> dict[str, pa.Table]:
     """Adds the columns to all parts of a split.
@@ -49,12 +51,13 @@ def add(
       task: column of the task.
       item: column of the item.
       label: column of the label, in [0, 1].
+      time: column of the time: rows see those of earlier times. Labels that are known later, such
+        as on the next day, take a column of that period, in which rows do not see each other.
       rate: r, a constant of the data set.
       sizes: how many rows a row of `train` sees at most is drawn from these, so that a model meets
         tasks with little history too.
       seed: of that draw.
-      since: column of a period, such as the day, within which rows do not see each other: for
-        labels that are known later. Empty: each row sees all rows before it.
+      ties: "by_row" lets rows also see those of their own time that stand before them.
       prefix: of the columns.
 
     Returns:
@@ -72,9 +75,10 @@ def add(
                 table,
                 **columns,
                 rate=rate,
+                time=time,
                 sizes=(SUPPORT_ROWS,) if name.endswith("_support") else sizes,
                 seed=seed,
-                since=since,
+                ties=ties,
                 prefix=prefix,
             )
     return made
@@ -106,48 +110,64 @@ def from_earlier_rows(
     task: str,
     item: str,
     label: str,
+    time: str,
     rate: float,
     sizes: Sequence[int] = (SUPPORT_ROWS,),
     seed: int = 0,
-    since: str = "",
+    ties: Ties = "excluded",
     prefix: str = "history",
 ) -> pa.Table:
     """Adds what the earlier rows of its task say to each row; see `add`."""
-    place = np.arange(len(table))
-    ids = table[task].to_numpy()
-    period = table[since].to_numpy() if since else place
-    order = np.lexsort((period, ids))
-    ids, period = ids[order], period[order]
-    is_first = np.append(True, ids[1:] != ids[:-1])
-    opens = is_first | np.append(True, period[1:] != period[:-1])
-    stops, starts = np.empty_like(place), np.empty_like(place)
-    stops[order] = np.maximum.accumulate(np.where(opens, place, 0))
-    starts[order] = np.maximum.accumulate(np.where(is_first, place, 0))
+    order, starts, stops = _earlier(table, task, time, ties)
     most = np.random.default_rng(seed).choice(np.asarray(sizes), len(table))
     starts = np.maximum(starts, stops - most)
     return _with_columns(table, table.take(order), (starts, stops), item, label, rate, prefix)
 
 
-def last_items(table: pa.Table, *, task: str, item: str, rows: int, name: str) -> pa.Table:
+def last_items(
+    table: pa.Table,
+    *,
+    task: str,
+    item: str,
+    time: str,
+    rows: int,
+    name: str,
+    ties: Ties = "excluded",
+) -> pa.Table:
     """Adds a list of the items of a task's `rows` rows before each row, oldest first.
 
     Args:
       table: rows in order of time.
       task: column of the task.
       item: column of the item.
+      time: column of the time: rows see those of earlier times.
       rows: most items of a list.
       name: of the column.
+      ties: "by_row" lets rows also see those of their own time that stand before them.
     """
-    ids = table[task].to_numpy()
-    order = np.argsort(ids, kind="stable")
-    place = np.arange(len(ids))
-    first = np.append(True, ids[order][1:] != ids[order][:-1])
-    starts, stops = np.empty_like(place), np.empty_like(place)
-    stops[order] = place
-    starts[order] = np.maximum.accumulate(np.where(first, place, 0))
+    order, starts, stops = _earlier(table, task, time, ties)
     starts = np.maximum(starts, stops - rows)
     lists = _lists(table[item].to_numpy()[order], starts, stops - starts)
     return table.append_column(name, lists)
+
+
+def _earlier(table: pa.Table, task: str, time: str, ties: Ties) -> tuple[_Rows, _Rows, _Rows]:
+    """An order of the rows by task and time, and where in it each row's earlier ones are.
+
+    Rows of equal task and time stay in the table's order.
+    """
+    place = np.arange(len(table))
+    ids, times = table[task].to_numpy(), table[time].to_numpy()
+    order = np.lexsort((times, ids))
+    ids, times = ids[order], times[order]
+    is_first = np.append(True, ids[1:] != ids[:-1])
+    opens = is_first | np.append(True, times[1:] != times[:-1])
+    if ties == "by_row":
+        opens = np.ones_like(opens)
+    stops, starts = np.empty_like(place), np.empty_like(place)
+    stops[order] = np.maximum.accumulate(np.where(opens, place, 0))
+    starts[order] = np.maximum.accumulate(np.where(is_first, place, 0))
+    return order, starts, stops
 
 
 def _lists(items: _Rows, first: _Rows, lengths: _Rows) -> pa.Array:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import bisect
 import collections
 import pathlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +19,6 @@ from qianmo.pipelines.datasets import protocols
 from qianmo.pipelines.datasets.tables import filled, narrowed, read_table, rows_of, write
 
 SAMPLE = pathlib.Path(__file__).resolve().parents[1] / "sample"
-
-
-LAST_TRAIN_DAY, VALID_DAY, TEST_DAY = 20220503, 20220504, 20220505
 
 
 HISTORY_LENGTH = 20
@@ -68,13 +66,30 @@ _HISTORY_GROUPS = ("0", "1-5", "6-20", ">20")
 
 
 # Rates are smoothed towards those of the training days, with the weight of so many rows.
-_CLICK_RATE, _LONG_VIEW_RATE = 0.45, 0.32
-
-
-_TAB_CLICK_RATES = {0: 0.08, 1: 0.50, 2: 0.47, 4: 0.60, 6: 0.14}
-
-
 _USER_ROWS, _USER_TAB_ROWS = 5, 3
+
+
+_LEAST_TAB_ROWS = 1000  # in the training days, of a tab with a rate of its own
+
+
+class _Priors(NamedTuple):
+    """Rates of the training days, to two digits: of clicks, of long views, of clicks by tab."""
+
+    click: float
+    long_view: float
+    tab_click: Mapping[int, float]
+
+
+def _priors(log: pa.Table, train_until: int) -> _Priors:
+    train = log.filter(log["date"].to_numpy() <= train_until)
+    click, tab = train["is_click"].to_numpy(), train["tab"].to_numpy()
+    tabs, rows = np.unique(tab, return_counts=True)
+    common = tabs[rows >= _LEAST_TAB_ROWS].tolist()
+    return _Priors(
+        round(float(click.mean()), 2),
+        round(float(train["long_view"].to_numpy().mean()), 2),
+        {t: round(float(click[tab == t].mean()), 2) for t in common},
+    )
 
 
 def kuairand_sample(
@@ -96,7 +111,7 @@ def kuairand_sample(
     """
     folder = pathlib.Path(source)
     log = read_table(folder / "interactions.parquet")
-    keys = log.column_names
+    keys, rows_before = log.column_names, len(log)
     first = log.append_column("row", pa.array(np.arange(len(log)))).group_by(keys)
     rows = first.aggregate([("row", "min")])["row_min"].to_numpy()
     log = log.take(np.sort(rows)).select(_LOG_COLUMNS)
@@ -126,13 +141,17 @@ def kuairand_sample(
     tables = {"interactions": log, "users": users, "videos": videos, "history": history}
     tables = {name: narrowed(table) for name, table in tables.items()}
     notices = [file for file in (SAMPLE / "ATTRIBUTION.md", SAMPLE / "LICENSE") if file.exists()]
-    return write(output, "kuairand_sample", tables, overwrite, notices, compression_level=19)
+    left_out = {"that are exact duplicates of others": rows_before - len(log)}
+    return write(output, "kuairand_sample", tables, overwrite, notices, 19, left_out)
 
 
 def kuairand(
     source: readers.PathLike | None,
     output: readers.PathLike,
     *,
+    train_until: int = 20220503,
+    valid_day: int = 20220504,
+    test_day: int = 20220505,
     support_history: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -144,29 +163,50 @@ def kuairand(
     Outcomes of a row (clicks, long views, likes) are labels of its own day and become features on
     the next: `liked`, `long_watched` and the users' rates hold rows of earlier days alone, so no
     label of a day is in any feature of that day. A rate is (k + w r) / (n + w): k of n rows had the
-    outcome, r is the training days' rate, w is 5 rows, or 3 for a user's rows of one tab. Long
-    views are counted in the published histories too, clicks in the log only. Tabs differ in what a
-    click is, so a lift counts clicks above the rate that the row's tab had in training.
+    outcome, r is the training days' rate to two digits, w is 5 rows, or 3 for a user's rows of one
+    tab. Long views are counted in the published histories too, clicks in the log only. Tabs differ
+    in what a click is, so a lift counts clicks above the rate that the row's tab had in training,
+    where it has 1,000 rows; else above that of all.
 
     `valid_support` and `test_support` hold the last 20 impressions of each user before the day.
 
     Args:
       source: folder made by `kuairand_sample`; None takes the shipped one.
       output: folder to make.
+      train_until: the last training day, as in 20220503.
+      valid_day: the validation day, after it.
+      test_day: the test day, after that. Rows of other days are left out.
       support_history: whether to add the columns of `history.add` for clicks, from the last 20
         rows of earlier days.
       overwrite: whether an existing output is replaced.
 
     Returns:
       What data.json holds.
+
+    Raises:
+      ValueError: days out of order.
+      DataError: a source that is not whole, or has no rows of a day.
     """
+    if not train_until < valid_day < test_day:
+        raise ValueError(
+            "`train_until`, `valid_day` and `test_day` should follow each other. Received: "
+            f"{train_until}, {valid_day}, {test_day}"
+        )
     folder = pathlib.Path(source or SAMPLE)
     log = read_table(folder / "interactions.parquet")
+    date = log["date"].to_numpy()
+    days = {"train_until": date <= train_until, "valid_day": date == valid_day}
+    for name, own in (*days.items(), ("test_day", date == test_day)):
+        if not own.any():
+            raise readers.DataError(
+                f"{folder}: no rows for `{name}`; its days are {date.min()} to {date.max()}."
+            )
     log = log.take(np.argsort(log["time_ms"].to_numpy(), kind="stable"))
     users = rows_of(read_table(folder / "users.parquet"), "user_id", log["user_id"])
     videos = rows_of(read_table(folder / "videos.parquet"), "video_id", log["video_id"])
     history = read_table(folder / "history.parquet")
-    past = _past(log, history)
+    past = _past(log, history, train_until)
+    priors = _priors(log, train_until)
 
     tags = pc.fill_null(videos["tag"], "-1")
     tags = pc.split_pattern(tags, ",").combine_chunks().cast(pa.list_(pa.int64()))
@@ -185,7 +225,7 @@ def kuairand(
         "log_duration": np.log1p(seconds).astype(np.float32),
         **past,
         "log_num_history": np.log1p(past["num_history"]).astype(np.float32),
-        **_user_rates(log, history),
+        **_user_rates(log, history, priors),
         **{name: log[name] for name in _LABELS},
         "time_ms": log["time_ms"],
         "date": log["date"],
@@ -193,23 +233,34 @@ def kuairand(
     table = pa.table(columns)
     date = log["date"].to_numpy()
     parts = {
-        "train": table.filter(date <= LAST_TRAIN_DAY),
-        "valid": table.filter(date == VALID_DAY),
-        "test": table.filter(date == TEST_DAY),
+        "train": table.filter(date <= train_until),
+        "valid": table.filter(date == valid_day),
+        "test": table.filter(date == test_day),
     }
-    for part, day in (("valid", VALID_DAY), ("test", TEST_DAY)):
+    others = (date > train_until) & ~np.isin(date, (valid_day, test_day))
+    left_out = {
+        f"of days after {test_day}": int((others & (date > test_day)).sum()),
+        "of days between the parts": int((others & (date < test_day)).sum()),
+    }
+    for part, day in (("valid", valid_day), ("test", test_day)):
         parts[f"{part}_support"] = protocols.support_before(
             table.filter(date < day), parts[part], "user_id", "time_ms"
         )
     if support_history:
         parts = histories.add(
-            parts, task="user_id", item="video_id", label="is_click", rate=_CLICK_RATE, since="date"
+            parts,
+            task="user_id",
+            item="video_id",
+            label="is_click",
+            time="date",
+            rate=priors.click,
         )
     notices = [folder / name for name in ("ATTRIBUTION.md", "LICENSE")]
-    return write(output, "kuairand", parts, overwrite, [n for n in notices if n.exists()])
+    notices = [notice for notice in notices if notice.exists()]
+    return write(output, "kuairand", parts, overwrite, notices, left_out=left_out)
 
 
-def _past(log: pa.Table, history: pa.Table) -> dict[str, Any]:
+def _past(log: pa.Table, history: pa.Table, train_until: int) -> dict[str, Any]:
     """For each row of the log, which is sorted by time, what its user did before it."""
     columns = ("watched", "liked", "long_watched")
     lists: dict[str, dict[int, collections.deque[int]]] = {
@@ -240,7 +291,7 @@ def _past(log: pa.Table, history: pa.Table) -> dict[str, Any]:
             for earlier, day in pending.pop(user):
                 lists["watched"][user].append(earlier)
                 total[user] += 1
-                in_training[user] += day <= LAST_TRAIN_DAY
+                in_training[user] += day <= train_until
         for day, earlier, was_liked, was_long in outcomes[user]:
             if day < date and was_liked:
                 lists["liked"][user].append(earlier)
@@ -263,7 +314,7 @@ def _past(log: pa.Table, history: pa.Table) -> dict[str, Any]:
     }
 
 
-def _user_rates(log: pa.Table, history: pa.Table) -> dict[str, Any]:
+def _user_rates(log: pa.Table, history: pa.Table, priors: _Priors) -> dict[str, Any]:
     """For each row of the log, the rates of its user over rows of earlier days."""
     ids, days = log["user_id"].to_numpy(), log["date"].to_numpy()
     everyone = np.concatenate([history["user_id"].to_numpy(), ids])
@@ -273,7 +324,7 @@ def _user_rates(log: pa.Table, history: pa.Table) -> dict[str, Any]:
         ids.astype(np.int64) * 100 + log["tab"].to_numpy(), return_inverse=True
     )
     tabs = log["tab"].to_pylist()
-    tab_rate = np.array([_TAB_CLICK_RATES.get(tab, _CLICK_RATE) for tab in tabs])
+    tab_rate = np.array([priors.tab_click.get(tab, priors.click) for tab in tabs])
     one, click = np.ones(len(log)), log["is_click"].to_numpy()
 
     def earlier(values: Any, codes: Any, start: Any) -> Any:
@@ -299,9 +350,9 @@ def _user_rates(log: pa.Table, history: pa.Table) -> dict[str, Any]:
     tab_rows = earlier(one, in_tab, none_in_tab)
     tab_clicks = earlier(click, in_tab, none_in_tab)
     columns = {
-        "user_click_rate": rate(clicks, rows, _CLICK_RATE, _USER_ROWS),
+        "user_click_rate": rate(clicks, rows, priors.click, _USER_ROWS),
         "user_click_lift": rate(clicks - earlier(tab_rate, here, none), rows, 0.0, _USER_ROWS),
-        "user_long_view_rate": rate(long_views, views, _LONG_VIEW_RATE, _USER_ROWS),
+        "user_long_view_rate": rate(long_views, views, priors.long_view, _USER_ROWS),
         "user_tab_click_rate": rate(tab_clicks, tab_rows, tab_rate, _USER_TAB_ROWS),
         "log_user_rows": np.log1p(rows),
     }

@@ -39,6 +39,7 @@ def movielens_1m(
     *,
     split: Split = "time",
     seed: int = 0,
+    ties: protocols.Ties = "excluded",
     support_history: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -52,10 +53,13 @@ def movielens_1m(
         valid, 10 % test. "ages": the same of all ratings, 3 like 1 and 2, with a domain
         `age_group`: 0 below 25, 1 below 35, 2 from there. "new_users" holds out 20 % of the users
         and tests on their rows after the 20th, "all_users" tests on the last 20 % of every user's
-        rows; both with the 20 rows before as test_support, see `protocols`. "new_items" trains on
+        rows; both with the 20 rows before as test_support, and with 10 % more for valid and
+        valid_support, see `protocols`. "new_items" trains on
         films with 650 rows or more and tests on others, see `protocols.new_items`. "next_item" and
         "melu": other rows, see `movielens_1m_next_item` and `movielens_1m_melu`.
       seed: of the random splits, and of the draw of new users.
+      ties: whether a user's ratings of one second are known to each other, in the published order
+        of the rows; for histories and support.
       support_history: whether to add the columns of `history.add`; for splits with support. For
         new users the training rows see histories of random lengths.
       overwrite: whether an existing output is replaced.
@@ -69,15 +73,18 @@ def movielens_1m(
         raise ValueError(f"`support_history` needs a split with support. Received: {split!r}")
     if split == "melu":
         return movielens_1m_melu(
-            source, output, support_history=support_history, overwrite=overwrite
+            source, output, ties=ties, support_history=support_history, overwrite=overwrite
         )
     if split == "next_item":
-        return movielens_1m_next_item(source, output, overwrite=overwrite)
+        return movielens_1m_next_item(source, output, ties=ties, overwrite=overwrite)
     tables = _movielens_tables(pathlib.Path(source))
     ratings = tables["ratings"]
+    left_out = {}
     if split != "ages":
-        ratings = ratings.filter(pc.not_equal(ratings["rating"], 3))
-    ratings = _in_order(ratings, ties=split in ("new_users", "all_users"))
+        neither = pc.equal(ratings["rating"], 3)
+        left_out["of rating 3, which is neither a like nor a dislike"] = pc.sum(neither).as_py()
+        ratings = ratings.filter(pc.invert(neither))
+    ratings = _in_order(ratings, within_seconds=split in ("new_users", "all_users"))
     is_liked = pc.cast(pc.greater_equal(ratings["rating"], 4), pa.int8())
     table = _movielens_rows(tables, ratings, is_liked)
     count = len(table)
@@ -85,9 +92,9 @@ def movielens_1m(
     if split == "time":
         parts = {"train": table.slice(0, train), "test": table.slice(train)}
     elif split == "new_users":
-        parts = protocols.new_users(table, "user_id", seed=seed)
+        parts = protocols.new_users(table, "user_id", "timestamp", seed=seed, ties=ties)
     elif split == "all_users":
-        parts = protocols.all_users(table, "user_id")
+        parts = protocols.all_users(table, "user_id", "timestamp", ties=ties)
     elif split == "new_items":
         parts = {**protocols.new_items(table, "movie_id"), "items": _films(table)}
     else:
@@ -99,20 +106,33 @@ def movielens_1m(
         # Within a part, rows stay in order of time.
         names = ("train", "valid", "test")
         parts = {name: table.take(np.sort(cut)) for name, cut in zip(names, cuts, strict=True)}
+    if split == "new_users":
+        used = sum(map(len, parts.values()))
+        reason = "of held-out users, too few to score or of the second of the first row to score"
+        left_out[reason] = count - used
+    elif split == "new_items":
+        used = sum(len(rows) for name, rows in parts.items() if name != "items")
+        left_out["of films with too few rows"] = count - used
     if support_history:
         parts = histories.add(
             parts,
             task="user_id",
             item="movie_id",
             label="label",
+            time="timestamp",
             rate=_LIKE_RATE,
             sizes=histories.RANDOM_SIZES if split == "new_users" else (protocols.SUPPORT_ROWS,),
+            ties=ties,
         )
-    return write(output, f"movielens_1m, {split} split", parts, overwrite)
+    return write(output, f"movielens_1m, {split} split", parts, overwrite, left_out=left_out)
 
 
 def movielens_1m_next_item(
-    source: readers.PathLike, output: readers.PathLike, *, overwrite: bool = False
+    source: readers.PathLike,
+    output: readers.PathLike,
+    *,
+    ties: protocols.Ties = "excluded",
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Makes MovieLens-1M's rows for retrieval: one a rating, whatever it is; `label` is 1.
 
@@ -123,18 +143,26 @@ def movielens_1m_next_item(
     Args:
       source: folder as for `movielens_1m`.
       output: folder to make.
+      ties: "by_row" is the protocol of published results, in which a film is known that was rated
+        in the same second, where the published order has it first.
       overwrite: whether an existing output is replaced.
 
     Returns:
       What data.json holds.
     """
     tables = _movielens_tables(pathlib.Path(source))
-    ratings = _in_order(tables["ratings"], ties=True)
+    ratings = _in_order(tables["ratings"], within_seconds=True)
     table = _movielens_rows(tables, ratings, pa.array(np.ones(len(ratings), np.int8)))
     table = histories.last_items(
-        table, task="user_id", item="movie_id", rows=HISTORY_LENGTH, name="watched"
+        table,
+        task="user_id",
+        item="movie_id",
+        time="timestamp",
+        rows=HISTORY_LENGTH,
+        name="watched",
+        ties=ties,
     )
-    parts = protocols.next_items(table, "user_id")
+    parts = protocols.next_items(table, "user_id", "timestamp", ties=ties)
     parts["items"] = _films(table)
     return write(output, "movielens_1m, next_item split", parts, overwrite)
 
@@ -143,6 +171,7 @@ def movielens_1m_melu(
     source: readers.PathLike,
     output: readers.PathLike,
     *,
+    ties: protocols.Ties = "excluded",
     support_history: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -157,6 +186,8 @@ def movielens_1m_melu(
     Args:
       source: folder with Parquet tables: ratings with a column melu_split, users, and movies_extra.
       output: folder to make.
+      ties: as for `movielens_1m`, of the histories of training rows. Support is drawn at random,
+        as the protocol has it, and may be younger than the rows to be scored.
       support_history: whether to add the columns of `history.add`, the training rows' histories
         of random lengths.
       overwrite: whether an existing output is replaced.
@@ -203,6 +234,8 @@ def movielens_1m_melu(
         }
     )
     parts = protocols.melu(table, "user_id", "state", "timestamp")
+    used = len(parts["test"]) + len(parts["test_support"])
+    left_out = {"of users with fewer than 13 or more than 100 in a state": len(table) - used}
     parts |= protocols.melu_within(parts["train"], "user_id", "movie_id")
     if support_history:
         parts = histories.add(
@@ -210,10 +243,12 @@ def movielens_1m_melu(
             task="task",
             item="movie_id",
             label="label",
+            time="timestamp",
             rate=_MEAN_RATING,
             sizes=histories.RANDOM_SIZES,
+            ties=ties,
         )
-    return write(output, "movielens_1m, melu split", parts, overwrite)
+    return write(output, "movielens_1m, melu split", parts, overwrite, left_out=left_out)
 
 
 def _films(table: pa.Table) -> pa.Table:
@@ -222,10 +257,10 @@ def _films(table: pa.Table) -> pa.Table:
     return table.select(["movie_id", "first_genre", "genres", "year"]).take(first)
 
 
-def _in_order(ratings: pa.Table, *, ties: bool) -> pa.Table:
-    """Sorts ratings by time; with `ties`, a user's equal times by the order that is published."""
+def _in_order(ratings: pa.Table, *, within_seconds: bool) -> pa.Table:
+    """Sorts ratings by time, and a user's equal times by the order that is published, if asked."""
     order = np.argsort(ratings["timestamp"].to_numpy(), kind="stable")
-    if ties and "seq_pos" in ratings.column_names:
+    if within_seconds and "seq_pos" in ratings.column_names:
         # A source whose times are partly estimated gives the order of a user's equal times apart.
         order = np.lexsort((ratings["seq_pos"].to_numpy(), ratings["timestamp"].to_numpy()))
     return ratings.take(order)

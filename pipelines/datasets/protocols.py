@@ -3,11 +3,16 @@
 A part `test` comes with a part `test_support`. The support of a row of `test` are all rows of
 `test_support` that have its task; within a task they stand in order of time, the newest last, so
 that the k most recent are the last k. A task without support has no row there.
+
+What is known of a row is strictly older than it. Times of whole seconds tie often: on MovieLens-1M
+42 % of the ratings share user and second with the one before. `Ties` says what becomes of equal
+times: "excluded" leaves them out, "by_row" takes the order of the rows for that of time, as some
+published protocols do.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,63 +22,95 @@ SUPPORT_ROWS = 20
 # MeLU's four states of users and films: known in training, or not.
 STATES = ("warm", "user_cold", "item_cold", "user_and_item_cold")
 
+Ties = Literal["excluded", "by_row"]
 _Rows = npt.NDArray[Any]
 
 
-def new_users(table: pa.Table, task: str, *, seed: int, share: float = 0.2) -> dict[str, pa.Table]:
-    """Holds out a share of the tasks, to be met with their first 20 rows for support.
+def new_users(
+    table: pa.Table,
+    task: str,
+    time: str,
+    *,
+    seed: int,
+    share: float = 0.2,
+    valid_share: float = 0.1,
+    ties: Ties = "excluded",
+) -> dict[str, pa.Table]:
+    """Holds out a share of the tasks, to be met with their first rows for support.
 
     Args:
       table: rows in order of time.
       task: column of the task.
+      time: column of the time.
       seed: of the draw of the tasks.
-      share: of the tasks to hold out.
+      share: of the tasks to hold out for test.
+      valid_share: of the tasks to hold out for valid; 0 leaves it out.
+      ties: support rows of the time of the task's first row in test are left out, or not.
 
     Returns:
       train: all rows of the other tasks; test: rows of held-out tasks after their 20th;
-      test_support: the 20 rows before those.
+      test_support: the rows before those, at most 20; valid and valid_support: the same of others.
     """
     ids = table[task].to_numpy()
     tasks = np.unique(ids)
-    drawn = np.random.default_rng(seed).permutation(tasks)[: int(share * len(tasks))]
-    held = np.isin(ids, drawn)
-    place, count = _places(ids)
-    is_test = held & (place >= SUPPORT_ROWS)
-    return {
-        "train": table.filter(~held),
-        "test": table.filter(is_test),
-        "test_support": table.filter(held & (place < SUPPORT_ROWS) & (count > SUPPORT_ROWS)),
-    }
+    order = np.random.default_rng(seed).permutation(tasks)
+    ends = int(share * len(tasks)), int((share + valid_share) * len(tasks))
+    place, _ = _places(ids)
+    parts = {"train": table.filter(~np.isin(ids, order[: ends[1]]))}
+    for part, drawn in (("valid", order[ends[0] : ends[1]]), ("test", order[: ends[0]])):
+        held = np.isin(ids, drawn)
+        if part == "test" or valid_share:
+            first_rows = table.filter(held & (place < SUPPORT_ROWS))
+            parts[part] = table.filter(held & (place >= SUPPORT_ROWS))
+            parts[f"{part}_support"] = support_before(first_rows, parts[part], task, time, ties)
+    return parts
 
 
-def all_users(table: pa.Table, task: str, *, share: float = 0.2) -> dict[str, pa.Table]:
+def all_users(
+    table: pa.Table,
+    task: str,
+    time: str,
+    *,
+    share: float = 0.2,
+    valid_share: float = 0.1,
+    ties: Ties = "excluded",
+) -> dict[str, pa.Table]:
     """Cuts off the last rows of every task.
 
     Args:
       table: rows in order of time.
       task: column of the task.
-      share: of each task's rows to cut off, rounded down.
+      time: column of the time.
+      share: of each task's rows to cut off for test, rounded down.
+      valid_share: of each task's rows before those to cut off for valid; 0 leaves it out.
+      ties: as for `new_users`.
 
     Returns:
-      train: each task's first rows; test: its last ones; test_support: the last 20 of its rows in
-      train, of tasks that have rows in test.
+      train: each task's first rows; valid: the next; test: its last ones; test_support: the last 20
+      rows before those of test, of tasks that have any; valid_support: the same for valid.
     """
     place, count = _places(table[task].to_numpy())
-    first = count - (share * count).astype(np.int64)
-    is_support = (place < first) & (place >= first - SUPPORT_ROWS) & (first < count)
-    return {
-        "train": table.filter(place < first),
-        "test": table.filter(place >= first),
-        "test_support": table.filter(is_support),
-    }
+    test_from = count - (share * count).astype(np.int64)
+    valid_from = test_from - (valid_share * count).astype(np.int64)
+    parts = {"train": table.filter(place < valid_from)}
+    for part, first, end in (("valid", valid_from, test_from), ("test", test_from, count)):
+        if part == "test" or valid_share:
+            parts[part] = table.filter((place >= first) & (place < end))
+            before = table.filter(place < first)
+            parts[f"{part}_support"] = support_before(before, parts[part], task, time, ties)
+    return parts
 
 
-def next_items(table: pa.Table, task: str) -> dict[str, pa.Table]:
+def next_items(
+    table: pa.Table, task: str, time: str, *, ties: Ties = "excluded"
+) -> dict[str, pa.Table]:
     """Leaves the last row of every task out, and the last but one.
 
     Args:
-      table: rows in order of time.
+      table: rows in order of time; of equal times the last one counts as last.
       task: column of the task. Those with fewer than three rows are all in train.
+      time: column of the time.
+      ties: as for `new_users`.
 
     Returns:
       test: each task's last row; valid: the last but one; train: the others; test_support and
@@ -81,17 +118,15 @@ def next_items(table: pa.Table, task: str) -> dict[str, pa.Table]:
     """
     place, count = _places(table[task].to_numpy())
     left = np.where(count < 3, 2, count - 1 - place)  # rows of the task that follow
-
-    def rows(first: int, end: int) -> pa.Table:
-        return table.filter((count >= 3) & (left >= first) & (left < end))
-
-    return {
+    parts = {
         "train": table.filter(left >= 2),
-        "valid": rows(1, 2),
-        "test": rows(0, 1),
-        "valid_support": rows(2, 2 + SUPPORT_ROWS),
-        "test_support": rows(1, 1 + SUPPORT_ROWS),
+        "valid": table.filter(left == 1),
+        "test": table.filter(left == 0),
     }
+    for part, first in (("valid", 2), ("test", 1)):
+        before = table.filter((count >= 3) & (left >= first))
+        parts[f"{part}_support"] = support_before(before, parts[part], task, time, ties)
+    return parts
 
 
 def new_items(
@@ -120,7 +155,9 @@ def new_items(
     return {**parts, "test": table.filter(is_new & (place >= 3 * rows))}
 
 
-def support_before(table: pa.Table, query: pa.Table, task: str, time: str) -> pa.Table:
+def support_before(
+    table: pa.Table, query: pa.Table, task: str, time: str, ties: Ties = "excluded"
+) -> pa.Table:
     """The last 20 rows of each task that are older than the task's first row in `query`.
 
     Args:
@@ -128,14 +165,16 @@ def support_before(table: pa.Table, query: pa.Table, task: str, time: str) -> pa
       query: rows to be scored.
       task: column of the task.
       time: column of the time.
+      ties: "by_row" takes all rows of `table` for older, which those that come before `query` in a
+        table ordered by time are.
     """
     asked, inverse = np.unique(query[task].to_numpy(), return_inverse=True)
-    first = np.full(len(asked), np.iinfo(np.int64).max)
-    np.minimum.at(first, inverse, query[time].to_numpy())
-    ids = table[task].to_numpy()
-    table = table.filter(np.isin(ids, asked))
-    at = np.searchsorted(asked, table[task].to_numpy())
-    table = table.filter(table[time].to_numpy() < first[at])
+    table = table.filter(np.isin(table[task].to_numpy(), asked))
+    if ties == "excluded":
+        first = np.full(len(asked), np.iinfo(np.int64).max)
+        np.minimum.at(first, inverse, query[time].to_numpy())
+        at = np.searchsorted(asked, table[task].to_numpy())
+        table = table.filter(table[time].to_numpy() < first[at])
     place, count = _places(table[task].to_numpy())
     return table.filter(place >= count - SUPPORT_ROWS)
 

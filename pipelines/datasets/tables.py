@@ -123,8 +123,22 @@ def write(
     overwrite: bool,
     notices: Iterable[pathlib.Path] = (),
     compression_level: int = 3,
+    left_out: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Writes the tables, what they are, and the notices that must travel with them."""
+    """Writes the tables, what they are, and the notices that must travel with them.
+
+    Args:
+      output: folder to make.
+      dataset: its name, and how it was split.
+      tables: name -> rows.
+      overwrite: whether an existing output is replaced.
+      notices: files to copy beside the tables.
+      compression_level: of Parquet's zstd.
+      left_out: reason -> rows of the source that are in no table.
+
+    Returns:
+      What data.json holds.
+    """
     target = pathlib.Path(os.path.abspath(output))
     with new_folder(target, overwrite) as folder:
         for name, table in tqdm(tables.items(), "files", unit="file"):
@@ -139,6 +153,7 @@ def write(
         about = {
             "dataset": dataset,
             "rows": {name: len(table) for name, table in tables.items()},
+            "left_out": {reason: rows for reason, rows in (left_out or {}).items() if rows},
             "sha256": {name: readers.sha256(folder / f"{name}.parquet") for name in tables},
         }
         (folder / "data.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

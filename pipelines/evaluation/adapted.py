@@ -97,6 +97,14 @@ def curve_table(curve: Mapping[str, Any], label: str) -> str:
     return "\n".join(lines)
 
 
+def with_all_support(model: Ranker, path: str, support_path: str) -> dict[str, Any]:
+    """Metrics of rows scored with all support of their tasks, as of `evaluate`: label -> parts."""
+    assert model.meta is not None
+    support = support_rows(model, support_path, model.meta.inner.max_support)
+    most = int(support.count.max(initial=1))
+    return evaluate(score(model, path, support, [most]), model.schema)[str(most)]
+
+
 def measure(model: Ranker, path: str, support_path: str) -> dict[str, Any]:
     """What adaptation brings on rows whose tasks have support.
 

@@ -77,27 +77,12 @@ def item_rows(model: TwoTower, path: str) -> dict[str, npt.NDArray[Any]]:
     return {name: column[order] for name, column in columns.items()}
 
 
-def catalogue(model: TwoTower, path: str, *, with_vectors: bool = True) -> Catalogue:
-    """Reads the items of a file and makes their vectors, which are of width 0 if none are asked."""
+def catalogue(model: TwoTower, path: str) -> Catalogue:
+    """Reads the items of a file and makes their vectors."""
     columns = item_rows(model, path)
     features = {name: tf.constant(c) for name, c in columns.items()}
-    ids = columns[model.item.name]
-    vectors = np.zeros((len(ids), 0), np.float32)
-    if with_vectors:
-        vectors = model.item_vectors(features)[0].numpy()
-    return Catalogue(ids, vectors, _domain(model, features))
-
-
-def check_recipe(model: Any, data: Data) -> None:
-    """Looks whether all items to be found stand in the catalogue, before anything is trained.
-
-    Raises:
-      readers.DataError: see `check_targets`.
-    """
-    items = catalogue(model, data.catalogue, with_vectors=False)
-    for path in (data.valid, data.test):
-        if path:
-            check_targets(model, path, items)
+    vectors, _ = model.item_vectors(features)
+    return Catalogue(columns[model.item.name], vectors.numpy(), _domain(model, features))
 
 
 def _domain(model: TwoTower, features: Mapping[str, tf.Tensor]) -> npt.NDArray[np.int64]:
@@ -181,41 +166,6 @@ def _vectors(
     return (_listed if model.support_feature else _plain)(model, features)
 
 
-def check_targets(model: TwoTower, path: str, items: Catalogue) -> int:
-    """Looks whether the targets of a file stand in the catalogue; returns how many there are.
-
-    Raises:
-      readers.DataError: there is none, one's item is not in the catalogue, or stands there in
-        another domain.
-    """
-    schema, label = model.schema, model.schema.labels[0]
-    features = [f for f in schema.features if f.name in (model.item.name, schema.domain)]
-    alone = Schema(features=tuple(features), labels=(label,))
-    count = 0
-    for block in readers.blocks(alone, path):
-        block = readers.taken(block, np.flatnonzero(block[label] > 0))
-        count += readers.num_rows(block)
-        ids = block[model.item.name]
-        at = items.places(ids)
-        if (at < 0).any():
-            raise readers.DataError(
-                f"{path}, column `{model.item.name}`: item {ids[at < 0][0]} is not in "
-                f"`data.catalogue`, and {int((at < 0).sum()) - 1:,} more rows of these. Add a row "
-                "for each item there."
-            )
-        wrong = items.domain[at] != _domain(model, {k: tf.constant(v) for k, v in block.items()})
-        if wrong.any():
-            raise readers.DataError(
-                f"{path}, column `{model.item.name}`: item {ids[wrong][0]} is of another domain in "
-                "`data.catalogue`. Give items of different domains different ids."
-            )
-    if not count:
-        raise readers.DataError(
-            f"{path}, column `{label}`: no row has a label above 0, so there is nothing to find."
-        )
-    return count
-
-
 def ranks(
     model: TwoTower,
     path: str,
@@ -227,11 +177,12 @@ def ranks(
     """The rank of each target's item, from 1 on: head "model", and "adapted" with support.
 
     Raises:
-      readers.DataError: see `check_targets`.
+      readers.DataError: no row is a target, or an item is not in the catalogue, or stands there in
+        another domain.
 
     Cost: scores of `_SCORES` pairs at a time, however many items there are.
     """
-    check_targets(model, path, items)
+    label = model.schema.labels[0]
     found: dict[str, list[npt.NDArray[np.int64]]] = {}
     with readers.own_errors():
         for features, targets in readers.dataset(model.schema, path, batch_size=batch_size):
@@ -240,8 +191,19 @@ def ranks(
             task_id = targets["task_id"].numpy()[is_target.numpy()]
             if not len(task_id):
                 continue
-            right = items.places(features[model.item.name].numpy())
-            domain = _domain(model, features)
+            ids = features[model.item.name].numpy()
+            right, domain = items.places(ids), _domain(model, features)
+            if (right < 0).any():
+                raise readers.DataError(
+                    f"{path}, column `{model.item.name}`: item {ids[right < 0][0]} is not in "
+                    "`data.catalogue`. Add its row there."
+                )
+            wrong = items.domain[right] != domain
+            if wrong.any():
+                raise readers.DataError(
+                    f"{path}, column `{model.item.name}`: item {ids[wrong][0]} is of another "
+                    "domain in `data.catalogue`. Give items of different domains different ids."
+                )
             for head, u in _vectors(model, features, task_id, support).items():
                 step = max(1, _SCORES // len(items.ids))
                 for first in range(0, len(task_id), step):
@@ -253,6 +215,10 @@ def ranks(
                     for each in np.unique(domain[own][domain[own] > 0]):
                         scores[np.ix_(domain[own] == each, items.domain != each)] = -np.inf
                     found.setdefault(head, []).append(metrics.ranks(scores, right[own]))
+    if not found:
+        raise readers.DataError(
+            f"{path}, column `{label}`: no row has a label above 0, so there is nothing to find."
+        )
     return {head: np.concatenate(parts) for head, parts in found.items()}
 
 

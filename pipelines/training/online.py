@@ -204,7 +204,7 @@ class Online:
         scores = self._step(features, targets).numpy()
         if int(self.model.first_bad_step) >= 0:
             raise NotFiniteError(
-                f"The loss was not finite on the rows that end at {self.stream.position} of "
+                f"The loss was not finite on the rows that end at {self.stream.place} of "
                 f"{self.stream.name}. The checkpoint before them stays. A lower --learning_rate "
                 "is the usual remedy."
             )

@@ -7,7 +7,7 @@ import pathlib
 import resource
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tensorflow as tf
@@ -15,9 +15,10 @@ import tf_keras
 
 from qianmo.models import zoo
 from qianmo.models.ranker import Ranker, Weight
+from qianmo.models.two_tower import TwoTower
 from qianmo.pipelines import locks, run_dir
-from qianmo.pipelines.data import chunks, identity, look, readers, summaries
-from qianmo.pipelines.evaluation import adapted, report, retrieval
+from qianmo.pipelines.data import catalogue, chunks, identity, look, readers, summaries
+from qianmo.pipelines.evaluation import adapted, report
 from qianmo.pipelines.evaluation.scores import LOWER_IS_BETTER, mean_loss, measured, table
 from qianmo.pipelines.recipe import Recipe, optimizer
 from qianmo.pipelines.training import inputs, migrate, restore, runtime
@@ -73,7 +74,9 @@ class Run:
         if known is None:
             check_learnable(self.recipe, self.model, self.looks)
         if recipe.data.catalogue:
-            retrieval.check_recipe(self.model, recipe.data)
+            item = cast(TwoTower, self.model).item
+            rows = [path for path in (recipe.data.valid, recipe.data.test) if path]
+            catalogue.check(self.recipe.schema, item, recipe.data.catalogue, rows)
         self.monitor_head = train.monitor_head or self.model.serving_head
         if self.monitor_head not in self.model.head_names:
             raise ValueError(
@@ -328,8 +331,8 @@ class Run:
         train, data = self.recipe.train, self.recipe.data
         found = measured(self.model, data, data.valid).report
         if data.valid_support and not data.catalogue:
-            most = adapted.measure(self.model, data.valid, data.valid_support)["test"]
-            found |= {"adapted": most["adapted"]}
+            own = adapted.with_all_support(self.model, data.valid, data.valid_support)
+            found = {**found, "adapted": own}
         valid = {
             head: {label: parts["all"] for label, parts in labels.items()}
             for head, labels in found.items()

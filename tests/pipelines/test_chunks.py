@@ -150,17 +150,37 @@ def test_chunks_stand_beside_shuffled_rows(data: pathlib.Path) -> None:
     assert passes[0].tolist() != passes[size].tolist()
 
 
+def test_without_a_time_a_tasks_rows_keep_the_files_order(data: pathlib.Path) -> None:
+    schema = {**SCHEMA, "timestamp": ""}
+    user = pq.read_table(data)["user"].to_numpy()
+    chunks = ChunkReader(Schema.from_config(schema), data, rows=7, tasks=1)
+    batches = [batch["row"] for batch in drawn(chunks.dataset(seed=1))]
+    np.testing.assert_array_equal(np.sort(np.concatenate(batches)), np.arange(COUNT))
+    for rows in batches:
+        own = np.flatnonzero(user == user[rows[0]])
+        first = int(np.searchsorted(own, rows[0]))
+        assert rows.tolist() == own[first : first + len(rows)].tolist()
+    # A recipe needs no time either, where support is drawn at random.
+    meta = {"split": "random", "inner": {"steps": 1}}
+    recipe = config(data)
+    recipe["model"] = {**recipe["model"], "meta": meta}
+    assert not Recipe.from_config({**recipe, "schema": schema}).schema.timestamp
+    recipe["model"]["meta"] = {**meta, "split": "time"}
+    with pytest.raises(ValueError, match=r"`data.chunk_rows` needs `schema\.timestamp`"):
+        Recipe.from_config({**recipe, "schema": schema})
+
+
 def test_refusals(data: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="`rows` of chunks should be >= 1"):
         reader(data, rows=0)
     with pytest.raises(ValueError, match="`tasks` of chunks should be >= 1"):
         reader(data, tasks=0)
+    untasked = Schema.from_config({**SCHEMA, "task_id": ""})
+    with pytest.raises(ValueError, match=r"`schema\.task_id`, the column they are cut by"):
+        ChunkReader(untasked, data, rows=2, tasks=2)
     for role in ("task_id", "timestamp"):
-        schema = {**SCHEMA, role: ""}
-        with pytest.raises(ValueError, match=f"`schema.{role}`, the column they are cut by"):
-            ChunkReader(Schema.from_config(schema), data, rows=2, tasks=2)
-    with pytest.raises(ValueError, match=r"`data.chunk_rows` needs `schema.task_id`"):
-        Recipe.from_config({**config(data), "schema": {**SCHEMA, "task_id": ""}})
+        with pytest.raises(ValueError, match=rf"`data.chunk_rows` needs `schema.{role}`"):
+            Recipe.from_config({**config(data), "schema": {**SCHEMA, role: ""}})
     for key, value in (("chunk_rows", -1), ("chunk_tasks", 0)):
         with pytest.raises(ValueError, match=rf"`data.{key}` should be >="):
             Recipe.from_config(config(data, **{key: value}))

@@ -201,7 +201,7 @@ def test_a_folder_with_the_name_of_a_file_is_a_folder(tmp_path: pathlib.Path) ->
         ("_delta_log", "is a Delta table, which lists its valid files in a log (it holds _delta"),
         (".hoodie", "is a Hudi table"),
         ("_spark_metadata", "was written by a Spark stream"),
-        ("_temporary", "is being written by a job, or was left behind by one that failed"),
+        ("_temporary", "it holds _temporary, so a job is writing it, or failed. Wait for its end"),
     ],
 )
 def test_a_folder_whose_files_are_not_all_valid(

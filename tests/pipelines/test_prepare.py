@@ -52,6 +52,40 @@ def test_kuairand_is_split_by_day(made: pathlib.Path) -> None:
     assert "10.1145/3511808.3557624" in (made / "ATTRIBUTION.md").read_text()
 
 
+def test_kuairand_by_other_days(tmp_path: pathlib.Path, made: pathlib.Path) -> None:
+    """Rows of other days are counted, and priors are those of the training days."""
+    log = pq.read_table(kuairand.SAMPLE / "interactions.parquet")
+    date, click = log["date"].to_numpy(), log["is_click"].to_numpy()
+    days = {"train_until": 20220427, "valid_day": 20220429, "test_day": 20220502}
+    about = kuairand.kuairand(None, tmp_path / "made", **days)
+    rows = {
+        "train": int((date <= 20220427).sum()),
+        "valid": int((date == 20220429).sum()),
+        "test": int((date == 20220502).sum()),
+    }
+    assert rows.items() <= about["rows"].items()
+    between = np.isin(date, (20220428, 20220430, 20220501)).sum()
+    assert about["left_out"] == {
+        "of days after 20220502": int((date > 20220502).sum()),
+        "of days between the parts": int(between),
+    }
+    assert sum(rows.values()) + sum(about["left_out"].values()) == len(log)
+    assert json.loads((tmp_path / "made" / "data.json").read_text()) == about
+    assert json.loads((made / "data.json").read_text())["left_out"] == {}
+    table = pq.read_table(tmp_path / "made" / "train.parquet")
+    new = table.filter(table["log_user_rows"].to_numpy() == 0)
+    (rate,) = set(new["user_click_rate"].to_pylist())
+    assert rate == np.float32(round(click[date <= 20220427].mean(), 2)) != np.float32(0.45)
+    assert max(table["date"].to_pylist()) == 20220427
+    group = dict(zip(table["history_group"].to_pylist(), [0] * len(table), strict=True))
+    assert set(group) == {"0", "1-5", "6-20", ">20"}
+    with pytest.raises(ValueError, match=r"should follow each other\. Received: 20220503, 2"):
+        kuairand.kuairand(None, tmp_path / "x", valid_day=20220503)
+    with pytest.raises(readers.DataError, match=r"no rows for `test_day`; its days are 2022042"):
+        kuairand.kuairand(None, tmp_path / "x", test_day=20220601)
+    assert not (tmp_path / "x").exists()
+
+
 def test_support_is_the_last_rows_of_a_user_before_the_day(made: pathlib.Path) -> None:
     about = json.loads((made / "data.json").read_text())
     assert about["rows"]["valid_support"] == 69_834
@@ -193,22 +227,26 @@ def test_no_feature_knows_of_a_label_of_its_day_or_a_later_one(
     assert differing["test"] == OUTCOMES | seen | {"liked", "long_watched"}
 
 
-def test_later_rows_change_nothing_in_earlier_ones(
-    made: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_later_rows_change_nothing_in_earlier_ones(tmp_path: pathlib.Path) -> None:
     """Cuts the log at a moment: the rows up to it must be the same in every column."""
     source = tmp_path / "source"
     source.mkdir()
     for name in ("users", "videos", "history"):
         os.link(kuairand.SAMPLE / f"{name}.parquet", source / f"{name}.parquet")
     log = pq.read_table(kuairand.SAMPLE / "interactions.parquet")
-    moment = log["time_ms"][20_000].as_py()
+    day = log.filter(log["date"].to_numpy() == 20220428)
+    moment = day["time_ms"][5_000].as_py()
     pq.write_table(log.filter(log["time_ms"].to_numpy() <= moment), source / "interactions.parquet")
-    kuairand.kuairand(source, tmp_path / "cut")
-    cut = pq.read_table(tmp_path / "cut" / "train.parquet")
-    whole = pq.read_table(made / "train.parquet")
-    assert len(cut) > 20_000
-    assert cut.equals(whole.slice(0, len(cut)))
+    days = {"train_until": 20220426, "valid_day": 20220427, "test_day": 20220428}
+    kuairand.kuairand(source, tmp_path / "cut", **days)
+    kuairand.kuairand(None, tmp_path / "whole", **days)
+    for part in ("train", "valid", "test"):
+        cut, whole = (
+            pq.read_table(tmp_path / name / f"{part}.parquet") for name in ("cut", "whole")
+        )
+        assert len(cut) > 5_000
+        assert (len(cut) == len(whole)) == (part != "test")
+        assert cut.equals(whole.slice(0, len(cut)))
 
 
 def test_kuairand_values(made: pathlib.Path) -> None:
@@ -279,6 +317,7 @@ def published_tables(folder: pathlib.Path) -> None:
 def test_the_sample_is_cut_from_the_published_tables(tmp_path: pathlib.Path) -> None:
     published_tables(tmp_path)
     about = kuairand.kuairand_sample(tmp_path, tmp_path / "sample")
+    assert about["left_out"] == {"that are exact duplicates of others": 3}
     assert about["rows"] == {"interactions": 27, "users": 2, "videos": 2, "history": 1}
     log = pq.read_table(tmp_path / "sample" / "interactions.parquet")
     source = pq.read_table(tmp_path / "interactions.parquet").slice(0, 27)
@@ -325,6 +364,7 @@ def test_movielens_from_the_publishers_files(tmp_path: pathlib.Path) -> None:
     movielens_files(tmp_path / "ml-1m")
     about = movielens_1m.movielens_1m(tmp_path / "ml-1m", tmp_path / "out")
     assert about["rows"] == {"train": 32, "test": 8}
+    assert about["left_out"] == {"of rating 3, which is neither a like nor a dislike": 10}
     rows = [
         row for part in ("train", "test") for row in rows_of(tmp_path / "out" / f"{part}.parquet")
     ]
@@ -471,6 +511,7 @@ def test_the_program(tmp_path: pathlib.Path, programs: zygote.Zygote) -> None:
     done = run("--dataset=movielens_1m", "--split=random", source, output)
     assert done.code == 0, done.stderr
     assert "train.parquet: 32 rows, sha256 " in done.stdout
+    assert "left out: 10 rows of rating 3, which is neither a like nor a dislike" in done.stdout
     assert "exists" in run("--dataset=movielens_1m", source, output).stderr
     assert run("--dataset=movielens_1m", "--overwrite", source, output).code == 0
     assert (tmp_path / "out" / "test.parquet").exists()

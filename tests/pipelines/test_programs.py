@@ -134,7 +134,7 @@ def test_flags_that_exclude_each_other(programs: zygote.Zygote) -> None:
         (RECIPE, ["--config.train.epochs=many"], 2, r"--config\.train\.epochs=many: .*int"),
         (RECIPE, ["--config.train.epochs=0"], 1, r"`train\.epochs` should be >= 1\. Received: 0"),
         (RECIPE, ["--config.model.name=MLPs"], 1, r"did you mean `mlp`\? Received: 'MLPs'"),
-        (RECIPE, ["--config.data.items=a"], 1, r"`train\.monitor` should be ndcg_10"),
+        (RECIPE, ["--config.data.catalogue=a"], 1, r"`train\.monitor` should be ndcg_10"),
     ],
 )  # fmt: skip
 def test_a_wrong_recipe(

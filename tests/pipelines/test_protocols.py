@@ -22,12 +22,17 @@ MOVIELENS = pytest.mark.skipif(
 )
 
 
+TIED = 60  # rows of one time
+
+
 def log() -> pa.Table:
     """Rows in order of time, of users with 1 to about 90 rows; `row` is unique."""
     random = np.random.default_rng(2)
     user = np.repeat(np.arange(40) * 3, random.integers(1, 90, 40))
     user = np.append(random.permutation(user), [1000])
-    return pa.table({"user": user, "row": np.arange(len(user)), "time": np.arange(len(user)) // 3})
+    return pa.table(
+        {"user": user, "row": np.arange(len(user)), "time": np.arange(len(user)) // TIED}
+    )
 
 
 def by_user(table: pa.Table) -> dict[int, list[int]]:
@@ -37,41 +42,73 @@ def by_user(table: pa.Table) -> dict[int, list[int]]:
     return found
 
 
-def test_new_users_are_held_out_whole() -> None:
+def before(rows: list[int], first: int, ties: protocols.Ties) -> list[int]:
+    """The last 20 of rows that are older than row `first`."""
+    if ties == "excluded":
+        rows = [row for row in rows if row // TIED < first // TIED]
+    return [row for row in rows if row < first][-20:]
+
+
+each_way = pytest.mark.parametrize("ties", ["excluded", "by_row"])
+
+
+@each_way
+def test_new_users_are_held_out_whole(ties: protocols.Ties) -> None:
     table = log()
     own = by_user(table)
-    parts = {
-        name: by_user(part) for name, part in protocols.new_users(table, "user", seed=4).items()
-    }
+    found = protocols.new_users(table, "user", "time", seed=4, ties=ties)
+    parts = {name: by_user(part) for name, part in found.items()}
     held = own.keys() - parts["train"].keys()
-    assert len(held) == int(0.2 * len(own)) == 8
+    assert len(held) == int(0.3 * len(own)) == 12
     assert all(parts["train"][user] == own[user] for user in parts["train"])
-    assert set(parts["test"]) == {user for user in held if len(own[user]) > 20} != held
-    for user, rows in parts["test"].items():
-        assert parts["test_support"].pop(user) + rows == own[user]
-        assert len(rows) == len(own[user]) - 20
-    assert not parts["test_support"]
-    again = protocols.new_users(table, "user", seed=4)
+    assert not parts["test"].keys() & parts["valid"].keys()
+    scored = parts["test"].keys() | parts["valid"].keys()
+    assert scored == {user for user in held if len(own[user]) > 20} != held
+    sizes = []
+    for part in ("valid", "test"):
+        for user, rows in parts[part].items():
+            assert rows == own[user][20:]
+            support = parts[f"{part}_support"].pop(user)
+            assert support == before(own[user], rows[0], ties)
+            sizes.append(len(support))
+        assert not parts[f"{part}_support"]
+    assert (min(sizes) < 20) == (ties == "excluded")
+    alone = protocols.new_users(table, "user", "time", seed=4, valid_share=0.0, ties=ties)
+    assert [*alone] == ["train", "test", "test_support"]
+    assert by_user(alone["test"]) == parts["test"]
+    assert len(own.keys() - by_user(alone["train"]).keys()) == int(0.2 * len(own))
+    again = protocols.new_users(table, "user", "time", seed=4, ties=ties)
     assert by_user(again["test"]) == parts["test"]
-    assert by_user(protocols.new_users(table, "user", seed=5)["test"]) != parts["test"]
+    other = protocols.new_users(table, "user", "time", seed=5, ties=ties)
+    assert by_user(other["test"]) != parts["test"]
 
 
-def test_the_last_rows_of_all_users() -> None:
+@each_way
+def test_the_last_rows_of_all_users(ties: protocols.Ties) -> None:
     table = log()
     own = by_user(table)
-    parts = {name: by_user(part) for name, part in protocols.all_users(table, "user").items()}
+    found = protocols.all_users(table, "user", "time", ties=ties)
+    parts = {name: by_user(part) for name, part in found.items()}
     for user, rows in own.items():
-        size = int(0.2 * len(rows))
-        first = len(rows) - size
-        assert parts["train"][user] == rows[:first]
+        first = len(rows) - int(0.2 * len(rows))
+        second = first - int(0.1 * len(rows))
+        assert parts["train"][user] == rows[:second]
+        assert parts["valid"].get(user, []) == rows[second:first]
         assert parts["test"].get(user, []) == rows[first:]
-        assert parts["test_support"].get(user, []) == (rows[:first][-20:] if size else [])
+        for part, start, end in (("valid", second, first), ("test", first, len(rows))):
+            support = before(rows, rows[start], ties) if start < end else []
+            assert parts[f"{part}_support"].get(user, []) == support
+    alone = protocols.all_users(table, "user", "time", valid_share=0.0, ties=ties)
+    assert [*alone] == ["train", "test", "test_support"]
+    assert by_user(alone["test_support"]) == parts["test_support"]
 
 
-def test_the_next_items_are_the_last_two_of_each_user() -> None:
+@each_way
+def test_the_next_items_are_the_last_two_of_each_user(ties: protocols.Ties) -> None:
     short = pa.table({"user": [2000, 2000], "row": [-1, -2], "time": [0, 0]})
     table = pa.concat_tables([log(), short])
-    parts = {name: by_user(part) for name, part in protocols.next_items(table, "user").items()}
+    found = protocols.next_items(table, "user", "time", ties=ties)
+    parts = {name: by_user(part) for name, part in found.items()}
     for user, rows in by_user(table).items():
         if len(rows) < 3:
             assert parts["train"][user] == rows
@@ -80,8 +117,8 @@ def test_the_next_items_are_the_last_two_of_each_user() -> None:
         assert parts["train"][user] == rows[:-2]
         assert parts["valid"][user] == rows[-2:-1]
         assert parts["test"][user] == rows[-1:]
-        assert parts["valid_support"][user] == rows[-22:-2]
-        assert parts["test_support"][user] == rows[-21:-1]
+        assert parts["valid_support"].get(user, []) == before(rows, rows[-2], ties)
+        assert parts["test_support"].get(user, []) == before(rows, rows[-1], ties)
 
 
 def test_new_items_come_in_small_batches() -> None:
@@ -108,7 +145,7 @@ def test_support_is_older_than_the_first_row_to_score() -> None:
     found = by_user(protocols.support_before(rest, query, "user", "time"))
     expected: dict[int, list[int]] = {}
     for user, rows in by_user(query).items():
-        older = [r for r in by_user(rest).get(user, []) if r // 3 < rows[0] // 3]
+        older = [r for r in by_user(rest).get(user, []) if r // TIED < rows[0] // TIED]
         if older:
             expected[user] = older[-20:]
     assert len(expected) > 5
@@ -214,8 +251,26 @@ def test_the_four_states_of_movielens_1m(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("split", "rows"),
     [
-        ("new_users", {"train": 588_803, "test": 126_333, "test_support": 22_100}),
-        ("all_users", {"train": 593_644, "test": 145_368, "test_support": 117_099}),
+        (
+            "new_users",
+            {
+                "train": 509_999,
+                "valid": 66_872,
+                "valid_support": 10_593,
+                "test": 126_333,
+                "test_support": 21_155,
+            },
+        ),
+        (
+            "all_users",
+            {
+                "train": 522_506,
+                "valid": 71_138,
+                "valid_support": 114_747,
+                "test": 145_368,
+                "test_support": 116_416,
+            },
+        ),
     ],
 )
 def test_movielens_1m(
@@ -234,12 +289,22 @@ def test_movielens_1m(
     }
     assert all(len(np.unique(keys[name])) == rows[name] for name in rows)
     assert not np.isin(keys["test"], [*keys["train"], *keys["test_support"]]).any()
-    assert set(users["test"]) == set(users["test_support"])
+    assert not np.isin(keys["valid"], [*keys["train"], *keys["valid_support"]]).any()
+    for part in ("valid", "test"):
+        assert set(users[part]) >= set(users[f"{part}_support"])
+        first = np.full(7000, np.iinfo(np.int64).max)
+        np.minimum.at(first, users[part], parts[part]["timestamp"].to_numpy())
+        times = parts[f"{part}_support"]["timestamp"].to_numpy()
+        assert (times < first[users[f"{part}_support"]]).all()
+    by_row = movielens_1m.movielens_1m(source, tmp_path / "by_row", split=split, ties="by_row")
+    assert by_row["rows"]["test_support"] > rows["test_support"]
+    assert by_row["sha256"]["test"] == about["sha256"]["test"]
     if split == "new_users":
-        assert len(np.unique(users["train"])) == 6040 - 1208
+        assert len(np.unique(users["train"])) == 6040 - 1208 - 604
         assert not np.isin(users["test"], users["train"]).any()
     else:
-        assert np.isin(keys["test_support"], keys["train"]).all()
+        assert np.isin(keys["test_support"], [*keys["train"], *keys["valid"]]).all()
+        assert np.isin(keys["valid_support"], keys["train"]).all()
     # The order within a user is the published one, as far as it is known: support, then test.
     if (source / "ratings.parquet").exists():
         ratings = pq.read_table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import pathlib
@@ -553,3 +554,46 @@ def test_rows_without_targets_can_be_read_for_scoring(tmp_path: pathlib.Path) ->
     np.testing.assert_array_equal(block["user"], [3, 4])
     with pytest.raises(readers.DataError, match="click"):
         list(readers.blocks(schema, tmp_path / "new.parquet"))
+
+
+@pytest.mark.parametrize("extension", WRITERS)
+def test_what_is_left_out_is_counted(tmp_path: pathlib.Path, extension: str) -> None:
+    rows = make_rows(300)
+    WRITERS[extension](tmp_path / f"a.{extension}", rows)
+    schema = dataclasses.replace(SCHEMA, only_domains=(0, 2))
+    tally = readers.Tally()
+    kept = sum(readers.num_rows(b) for b in readers.blocks(schema, tmp_path, tally=tally))
+    others = sum(row["scene"] == 1 for row in rows)
+    assert (tally.rows, tally.of_other_domains) == (300, others) == (300, 300 - kept)
+    cut = [len(row["seen"]) - 3 for row in rows if len(row["seen"]) > 3]
+    assert tally.cut_lists == {
+        "seen": len(cut),
+        "tags": sum(len(row["tags"]) > 2 for row in rows),
+    }
+    assert tally.cut_values["seen"] == sum(cut)
+    lines = tally.lines(schema)
+    assert lines[0] == (
+        f"{others:,} of 300 rows are of other domains than (0, 2) and left out, as `only_domains` "
+        "says."
+    )
+    assert lines[1] == (
+        f"{len(cut)} of 300 lists `seen` are longer than `max_length` 3: {sum(cut)} values at "
+        "their start are left out."
+    )
+    assert "values at their end are left out." in lines[2]
+    counted = readers.Tally()
+    assert readers.count_rows(schema, tmp_path, counted) == kept
+    assert counted.of_other_domains == others
+    # Shuffling, and shares of workers, count each row once.
+    tallies = [readers.Tally() for _ in range(3)]
+    for index, one in enumerate(tallies):
+        list(readers.blocks(schema, tmp_path, seed=1, shuffle_rows=50, shard=(index, 3), tally=one))
+    assert sum(one.rows for one in tallies) == 300
+    assert sum(one.of_other_domains for one in tallies) == others
+
+
+def test_nothing_is_said_where_nothing_is_left_out(tmp_path: pathlib.Path) -> None:
+    ids_file(tmp_path / "a.parquet", range(5))
+    tally = readers.Tally()
+    list(readers.blocks(SMALL, tmp_path, tally=tally))
+    assert tally.lines(SMALL) == []

@@ -56,8 +56,9 @@ def made(folder: pathlib.Path) -> pathlib.Path:
             "time": time,
         }
     ).take(order)
-    table = history.last_items(table, task="user", item="item", rows=10, name="last")
-    parts = protocols.next_items(table, "user")
+    columns = {"task": "user", "item": "item", "time": "time"}
+    table = history.last_items(table, **columns, rows=10, name="last")
+    parts = protocols.next_items(table, "user", "time")
     parts["items"] = pa.table(
         {"item": np.arange(ITEMS), "half": np.where(np.arange(ITEMS) < ITEMS // 2, "low", "high")}
     )
@@ -279,7 +280,7 @@ def test_an_item_that_the_catalogue_lacks_is_refused_before_training(
     lacking = dataclasses.replace(
         good, data=dataclasses.replace(good.data, catalogue=str(tmp_path / "items.parquet"))
     )
-    with pytest.raises(readers.DataError, match=rf"item {own} is not in `data.catalogue`"):
+    with pytest.raises(readers.DataError, match=rf"item {own} is not in the catalogue"):
         Run(lacking, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
@@ -303,6 +304,10 @@ def test_refusals(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
         retrieval.measure(
             model, good["data"]["test"], str(tmp_path / "few.parquet"), [good["data"]["train"]]
         )
+    # A run says so before its first step.
+    few = {**good["data"], "catalogue": str(tmp_path / "few.parquet")}
+    with pytest.raises(readers.DataError, match=r"valid\.parquet, column `item`, row \d+ .*not in"):
+        Run(Recipe.from_config({**good, "data": few}), tmp_path / "run")
 
 
 def _complete(config: dict[str, Any]) -> dict[str, Any]:

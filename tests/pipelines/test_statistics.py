@@ -149,3 +149,12 @@ def test_a_vocabulary_without_values_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(readers.DataError, match="no value occurs `min_count` = 2 times") as error:
         statistics.complete(schema_of({"name": "a", "min_count": 2}), path)
     assert "column `a`" in str(error.value)
+
+
+def test_what_is_left_out_is_said(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, seen=[[1, 2, 3], [4], []])
+    statistics.complete(schema_of({"name": "seen", "max_length": 2}), path)
+    cut = "1 of 3 lists `seen` are longer than `max_length` 2: 1 values at their start are left out"
+    assert capsys.readouterr().out == f"{path}: {cut}.\n"
