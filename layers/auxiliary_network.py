@@ -10,6 +10,7 @@ import tf_keras
 
 from qianmo.layers.embed import Embedded
 from qianmo.layers.mlp import MLP
+from qianmo.layers.seam import AUXILIARY, Columns
 from qianmo.layers.seeding import derive_seed, pick_seed
 
 
@@ -48,6 +49,11 @@ class AuxiliaryNetwork(tf_keras.layers.Layer):
             dtype=self.dtype_policy,
             name="dense",
         )
+
+    @property
+    def columns(self) -> Columns:
+        """What it puts into h."""
+        return Columns(AUXILIARY, self.num_labels)
 
     def call(self, embedded: Embedded) -> tf.Tensor:
         """Computes s."""

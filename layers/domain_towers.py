@@ -10,6 +10,7 @@ import tf_keras
 
 from qianmo.layers.by_domain import by_domain
 from qianmo.layers.domain_column import read_domain
+from qianmo.layers.seam import DOMAIN, Columns
 from qianmo.layers.seeding import derive_seed, pick_seed
 from qianmo.layers.tower import Tower, TowerOutput
 
@@ -36,6 +37,7 @@ class DomainTowers(tf_keras.layers.Layer):
     """
 
     reads_domain = True
+    read_columns = (Columns(DOMAIN, 1),)
 
     def __init__(
         self,

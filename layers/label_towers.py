@@ -62,6 +62,11 @@ class LabelTowers(tf_keras.layers.Layer):
             for k in range(num_labels)
         ]
 
+    @property
+    def num_states(self) -> int:
+        """Hidden states that it takes h for."""
+        return self.num_labels if self.split else 1
+
     def _width(self, h_dim: int) -> int:
         if not self.split:
             return h_dim

@@ -117,6 +117,11 @@ class PLE(tf_keras.layers.Layer):
             num_others = self.num_own * (1 if self.reads_domain else self.num_tasks)
             self._shared_gates.append(gate(num_others + self.num_shared, 1, SHARED_GATE))
 
+    @property
+    def num_states(self) -> int:
+        """Hidden states side by side."""
+        return 1 if self.reads_domain else self.num_tasks
+
     def _of_level(self, layers: list[Any], level: int) -> list[Any]:
         size = len(layers) // len(self.units)
         return layers[level * size : (level + 1) * size]

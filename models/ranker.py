@@ -166,8 +166,19 @@ class Ranker(tf_keras.Model):
         return self.one_head(features, head)[0].h
 
     def build(self, input_shape: Any = None) -> None:
-        """Makes all weights; the schema tells all shapes, so none is needed."""
+        """Makes all weights; the schema tells all shapes, so none is needed.
+
+        Raises:
+          ValueError: a layer made for another number of domains.
+        """
         if not getattr(self, "built", False):
+            for layer in self.submodules:
+                count = getattr(layer, "num_domains", 0)
+                if count and count != self.schema.num_domains:
+                    raise ValueError(
+                        f"`{layer.name}` ({type(layer).__name__}) should have `num_domains` "
+                        f"{self.schema.num_domains}, those of the schema. Received: {count}"
+                    )
             self.built = True
             with tf.init_scope():
                 features = example(self.schema)
