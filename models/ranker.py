@@ -15,6 +15,7 @@ from qianmo.layers.encode import Encode, Encoded, example
 from qianmo.layers.inner_loop import AdaptableTower
 from qianmo.layers.label_heads import label_losses, label_moments, predictions, present
 from qianmo.layers.meta import Meta
+from qianmo.layers.own_weights import collect, still
 from qianmo.layers.schema import Schema
 from qianmo.layers.tower import TowerOutput
 
@@ -273,21 +274,26 @@ class Ranker(tf_keras.Model):
     def _apply(
         self, optimizer: Any, gradients: Sequence[Any], variables: Sequence[tf.Variable]
     ) -> None:
-        """Applies gradients; those of `trained_apart` are clipped by a norm of their own."""
+        """Applies gradients; those of `trained_apart` are clipped by a norm of their own.
+
+        What belongs to a domain or label that the batch does not speak of stays as it is.
+        """
+        with tf.init_scope():
+            optimizer.build(variables)  # slots in the order of `trained_by`, whatever is clipped
+        pairs = list(optimizer.aggregate_gradients(zip(gradients, variables, strict=True)))
         norm = optimizer.global_clipnorm
-        if not norm:
-            optimizer.apply_gradients(zip(gradients, variables, strict=True))
-            return
-        pairs = optimizer.aggregate_gradients(zip(gradients, variables, strict=True))
-        apart = {variable.ref() for variable in self.trained_apart()}
-        clipped: list[tuple[Any, tf.Variable]] = []
-        for is_apart in (True, False):
-            part = [(g, v) for g, v in pairs if (v.ref() in apart) == is_apart]
-            found, _ = tf.clip_by_global_norm([g for g, _ in part], norm)
-            clipped += zip(found, [v for _, v in part], strict=True)
+        if norm:
+            apart = {variable.ref() for variable in self.trained_apart()}
+            clipped: list[tuple[Any, tf.Variable]] = []
+            for is_apart in (True, False):
+                part = [(g, v) for g, v in pairs if (v.ref() in apart) == is_apart]
+                found, _ = tf.clip_by_global_norm([g for g, _ in part], norm)
+                clipped += zip(found, [v for _, v in part], strict=True)
+            pairs = clipped
         try:
             optimizer.global_clipnorm = None
-            optimizer.apply_gradients(clipped, skip_gradients_aggregation=True)
+            with still(optimizer, pairs, collect(self.submodules)):
+                optimizer.apply_gradients(pairs, skip_gradients_aggregation=True)
         finally:
             optimizer.global_clipnorm = norm
 
