@@ -129,7 +129,7 @@ class Encode(tf_keras.layers.Layer):
     """
 
     def __init__(self, schema: Schema | Mapping[str, Any], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # raw values are standardised before they narrow
         self.schema = schema if isinstance(schema, Schema) else Schema.from_config(schema)
         self._lookups = {name: _lookup(table) for name, table in self.schema.tables.items()}
         missing = [f.name for f in self.schema.dense if f.mean is None]

@@ -33,7 +33,7 @@ class GateColumns(tf_keras.layers.Layer):
         self, schema: Schema | Mapping[str, Any], features: Sequence[str], **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        self.select = Select(schema, features, name="select")
+        self.select = Select(schema, features, dtype=self.dtype_policy, name="select")
 
     @property
     def columns(self) -> Columns:

@@ -145,6 +145,7 @@ class DualDNN(Ranker):
                     kernel_initializer=tf_keras.initializers.GlorotUniform(
                         derive_seed(student_tower.seed, 2, i)
                     ),
+                    dtype=self.dtype_policy,
                     name=f"hint_{i}",
                 )
                 for i, (t, s) in enumerate(self._hint_widths())

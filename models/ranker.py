@@ -75,9 +75,10 @@ class Ranker(tf_keras.Model):
         meta: Meta | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # so raw features reach `encode` as they are
         self.schema = schema if isinstance(schema, Schema) else Schema.from_config(schema)
-        self.encode = Encode(self.schema, name="encode")
+        # Parts have the model's policy, not that of the process: a file is loaded under any.
+        self.encode = Encode(self.schema, name="encode", dtype=self.dtype_policy)
         self.embed = Embed(
             self.schema,
             linear_dim,
@@ -85,10 +86,11 @@ class Ranker(tf_keras.Model):
             stddev=embedding_stddev,
             seed=embedding_seed,
             name="embed",
+            dtype=self.dtype_policy,
         )
-        self.meta: Meta | None = (
-            meta if meta is None or isinstance(meta, Meta) else Meta(**{"name": "meta", **meta})
-        )
+        if meta is not None and not isinstance(meta, Meta):
+            meta = Meta(**{"name": "meta", "dtype": self.dtype_policy, **meta})
+        self.meta: Meta | None = meta
         if self.meta is not None:
             needs = ("task_id", "timestamp") if self.meta.split == "time" else ("task_id",)
             missing = [key for key in needs if not getattr(self.schema, key)]
@@ -192,7 +194,7 @@ class Ranker(tf_keras.Model):
     def compile(
         self,
         optimizer: Any,
-        table_optimizer: Any,
+        table_optimizer: Any = None,
         meta_optimizer: Any = None,
         slowed: Sequence[tuple[Weight, float]] = (),
         **kwargs: Any,
@@ -202,8 +204,15 @@ class Ranker(tf_keras.Model):
         Weights in `slowed` move by that factor of what their optimiser would move them; 0 freezes.
 
         Raises:
-          ValueError: an optimiser that averages weights, which Keras can do for one alone.
+          ValueError: no optimiser of the tables; or an optimiser that averages weights, which Keras
+            can do for one alone.
         """
+        if kwargs.pop("from_serialized", False):
+            # Keras' SavedModels hold one optimiser.
+            tf.get_logger().warning("Compile the loaded model again before it trains.")
+            return
+        if table_optimizer is None:
+            raise ValueError("`table_optimizer` should be the optimiser of the tables.")
         if any(getattr(o, "use_ema", False) for o in (optimizer, table_optimizer, meta_optimizer)):
             raise ValueError("`use_ema` should be False: a model has several optimisers.")
         super().compile(optimizer=optimizer, **kwargs)
@@ -352,10 +361,19 @@ class Ranker(tf_keras.Model):
         logits = self(features, training=False)
         return {name: predictions(self.schema, z) for name, z in logits.items()}
 
+    def get_build_config(self) -> dict[str, Any]:
+        """Tells Keras that a loaded model can be built: without weights it could read none."""
+        return {"input_shape": None}
+
+    def build_from_config(self, config: Mapping[str, Any]) -> None:
+        """Builds a model that is being loaded."""
+        self.build()
+
     def ranker_config(self) -> dict[str, Any]:
         """The arguments that all rankers have."""
         return {
             "name": self.name,
+            "dtype": self.dtype_policy.name,
             "schema": self.schema.to_config(),
             "linear_dim": self.embed.linear_dim,
             "embedding_l2": self.embed.l2,

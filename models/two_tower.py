@@ -115,8 +115,9 @@ class TwoTower(Ranker):
             )
         check_seam(user_bottom, tower)
         check_seam(item_bottom, item_tower)
-        self.user_features = Select(schema, users, name="user_features")
-        self.item_features = Select(schema, items, name="item_features")
+        policy = self.dtype_policy
+        self.user_features = Select(schema, users, dtype=policy, name="user_features")
+        self.item_features = Select(schema, items, dtype=policy, name="item_features")
         self.user_bottom = user_bottom
         self.item_bottom = item_bottom
         self.tower = tower
