@@ -64,6 +64,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dcn of rank None": {"name": "dcn", "num_cross_layers": 2, **MLPS},
     "dcn of rank 2": {"name": "dcn", "num_cross_layers": 2, "projection_dim": 2, **MLPS},
     "xdeepfm": {"name": "xdeepfm", "cin_units": (4, 3), **MLPS},
+    "xdeepfm of relu": {
+        "name": "xdeepfm",
+        "cin_units": (4, 3),
+        "cin_activation": "relu",
+        **MLPS,
+    },
     "teacher_alone": {
         "name": "teacher_alone",
         "interactions": INTERACTIONS,

@@ -52,7 +52,7 @@ def interactions(bottom: Any, w: Any, rows: eq.Rows) -> list[Array]:
     """As INTERACTIONS names them, those on the flat row behind."""
     v = rows.fields()
     fwfm, cin = bottom.interactions[2:]
-    parts = [eq.fm(v), eq.bi_interaction(v), eq.fwfm(w, fwfm, v), eq.cin(w, cin, v, eq.relu)]
+    parts = [eq.fm(v), eq.bi_interaction(v), eq.fwfm(w, fwfm, v), eq.cin(w, cin, v)]
     return [*parts, eq.cross(w, bottom.networks[0], rows.flat())]
 
 
@@ -315,16 +315,19 @@ CASES: dict[str, Case] = {
         )
         for rank in (None, 2)
     },
-    "xdeepfm": (
-        ctr(
-            lambda b, w, r: [
-                r.linear(),
-                eq.cin(w, b.interactions[0], r.fields(), eq.relu),
-                deep(b, w, r),
-            ]
-        ),
-        None,
-    ),
+    **{
+        name: (
+            ctr(
+                lambda b, w, r, act=act: [
+                    r.linear(),
+                    eq.cin(w, b.interactions[0], r.fields(), *act),
+                    deep(b, w, r),
+                ]
+            ),
+            None,
+        )
+        for name, act in (("xdeepfm", ()), ("xdeepfm of relu", (eq.relu,)))
+    },
     "teacher_alone": (teacher_alone, None),
     "dual_dnn": (dual_dnn, dual_loss),
     "distilled": (distilled, distilled_loss),
@@ -361,6 +364,7 @@ SHAPES: dict[str, Shapes] = {
     "dcn of rank None": [*DEEP, (18, 18), (18, 18), (23, 2)],
     "dcn of rank 2": [*DEEP, *[(18, 2), (2, 18)] * 2, (23, 2)],
     "xdeepfm": [*DEEP, (16, 4), (8, 3), (12, 2)],
+    "xdeepfm of relu": [*DEEP, (16, 4), (8, 3), (12, 2)],
     "teacher_alone": TEACHER,
     "dual_dnn": [*TEACHER, (18, 4), (4, 2), (4, 5)],
     "distilled": [
