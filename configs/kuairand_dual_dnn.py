@@ -12,7 +12,10 @@ def get_config(variant: str = "dual") -> ConfigDict:
     config.schema = kuairand.schema()
     for part in ("train", "valid", "test"):
         config.data[part] = f"runs/kuairand/{part}.parquet"
-    teacher = {"interactions": {"cin": {"units": (32, 32)}}, "teacher_units": (128, 64)}
+    teacher = {
+        "interactions": {"cin": {"units": (32, 32), "activation": "relu"}},
+        "teacher_units": (128, 64),
+    }
     config.model = {
         "dual": {
             "name": "dual_dnn",

@@ -14,7 +14,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "wdl": {"units": UNITS},
     "deepfm": {"units": UNITS},
     "dcn": {"num_cross_layers": 2, "projection_dim": 32, "units": UNITS},
-    "xdeepfm": {"cin_units": (64, 64), "units": UNITS},
+    "xdeepfm": {"cin_units": (64, 64), "cin_activation": "relu", "units": UNITS},
 }
 
 

@@ -26,7 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 TEACHERS: dict[str, dict[str, Any]] = {
     "bi": {"bi_interaction": {}, "fm": {}},
-    "cin": {"cin": {"units": (64, 64)}},
+    "cin": {"cin": {"units": (64, 64), "activation": "relu"}},
 }
 
 

@@ -10,6 +10,8 @@ import tf_keras
 
 from qianmo.layers.embed import Embedded
 from qianmo.layers.mlp import MLP
+from qianmo.layers.own_weights import Own
+from qianmo.layers.seam import AUXILIARY, Columns
 from qianmo.layers.seeding import derive_seed, pick_seed
 
 
@@ -48,6 +50,19 @@ class AuxiliaryNetwork(tf_keras.layers.Layer):
             dtype=self.dtype_policy,
             name="dense",
         )
+
+    @property
+    def columns(self) -> Columns:
+        """What it puts into h."""
+        return Columns(AUXILIARY, self.num_labels)
+
+    @property
+    def own_weights(self) -> list[Own]:
+        """The labels' columns of the layer that makes s."""
+        return [
+            Own(self.dense.kernel, (1, self.num_labels)),
+            Own(self.dense.bias, (self.num_labels,)),
+        ]
 
     def call(self, embedded: Embedded) -> tf.Tensor:
         """Computes s."""

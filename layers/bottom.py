@@ -68,9 +68,12 @@ class Bottom(tf_keras.layers.Layer):
         self.seed = pick_seed(seed) if seam_dim else seed
         if seam_dim:
             glorot = tf_keras.initializers.GlorotUniform(self.seed)
-            self.seam = tf_keras.layers.Dense(seam_dim, kernel_initializer=glorot, name="seam")
+            policy = self.dtype_policy
+            self.seam = tf_keras.layers.Dense(
+                seam_dim, kernel_initializer=glorot, dtype=policy, name="seam"
+            )
             self.centre = tf_keras.layers.LayerNormalization(
-                center=False, scale=False, name="centre"
+                center=False, scale=False, dtype=policy, name="centre"
             )
 
     def call(self, embedded: Embedded, training: bool = False) -> tf.Tensor:

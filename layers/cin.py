@@ -24,7 +24,7 @@ class CIN(tf_keras.layers.Layer):
 
     Args:
       units: feature maps U_k of each layer.
-      activation: of every layer, by its Keras name.
+      activation: of every layer, by its Keras name; the paper has none.
       split_half: see above.
       seed: of the first weights, which depend on it and on the shapes alone. None draws one.
 
@@ -40,7 +40,8 @@ class CIN(tf_keras.layers.Layer):
 
     References:
       Lian et al. xDeepFM: Combining Explicit and Implicit Feature Interactions for Recommender
-      Systems. KDD 2018. The bias and the split are of the authors' code, not of the paper.
+      Systems. KDD 2018, equation 6. The bias and the split are of the authors' code, not of the
+      paper. DeepCTR's layer has the activation relu by default.
 
     Example:
     >>> CIN((64, 64))(tf.zeros([5, 9, 16])).shape
@@ -50,7 +51,7 @@ class CIN(tf_keras.layers.Layer):
     def __init__(
         self,
         units: Sequence[int],
-        activation: str = "relu",
+        activation: str = "linear",
         split_half: bool = True,
         seed: int | None = None,
         **kwargs: Any,

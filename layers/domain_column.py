@@ -6,6 +6,7 @@ import tensorflow as tf
 import tf_keras
 
 from qianmo.layers.embed import Embedded
+from qianmo.layers.seam import DOMAIN, Columns
 
 _MOST_IN_BFLOAT16 = 256  # larger whole numbers are not exact in it
 
@@ -19,6 +20,7 @@ class DomainColumn(tf_keras.layers.Layer):
     """
 
     reads_domain = True
+    columns = Columns(DOMAIN, 1)
 
     def call(self, embedded: Embedded) -> tf.Tensor:
         """Makes the column."""

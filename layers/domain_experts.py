@@ -10,6 +10,7 @@ import tf_keras
 
 from qianmo.layers.by_domain import by_domain
 from qianmo.layers.embed import Embedded
+from qianmo.layers.own_weights import Own
 
 
 @tf_keras.utils.register_keras_serializable(package="qianmo")
@@ -36,6 +37,11 @@ class DomainExperts(tf_keras.layers.Layer):
         if not experts:
             raise ValueError("`experts` should hold one layer for each domain. Received: none")
         self.experts = list(experts)
+
+    @property
+    def own_weights(self) -> list[Own]:
+        """The experts' weights."""
+        return [Own(v) for v in self.trainable_weights]
 
     def call(self, inputs: Embedded | tuple[Any, tf.Tensor], training: bool = False) -> tf.Tensor:
         """Computes y."""

@@ -10,6 +10,7 @@ import tf_keras
 
 from qianmo.layers.by_domain import by_domain
 from qianmo.layers.mlp import MLP
+from qianmo.layers.own_weights import Own
 from qianmo.layers.seeding import derive_seed, pick_seed
 
 
@@ -90,6 +91,13 @@ class DomainMLP(tf_keras.layers.Layer):
                 aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
             )
         super().build(input_shape)
+
+    @property
+    def own_weights(self) -> list[Own]:
+        """All weights, by domain."""
+        return [
+            Own(v, (self.num_domains, *(1,) * (v.shape.rank - 1))) for v in self.trainable_weights
+        ]
 
     def of_domain(self, place: int) -> dict[str, tf.Variable]:
         """The variables whose part `place`, 0 to P - 1, is one domain's, by an `MLP`'s names."""

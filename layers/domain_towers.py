@@ -10,6 +10,8 @@ import tf_keras
 
 from qianmo.layers.by_domain import by_domain
 from qianmo.layers.domain_column import read_domain
+from qianmo.layers.own_weights import Own
+from qianmo.layers.seam import DOMAIN, Columns
 from qianmo.layers.seeding import derive_seed, pick_seed
 from qianmo.layers.tower import Tower, TowerOutput
 
@@ -36,6 +38,7 @@ class DomainTowers(tf_keras.layers.Layer):
     """
 
     reads_domain = True
+    read_columns = (Columns(DOMAIN, 1),)
 
     def __init__(
         self,
@@ -65,6 +68,11 @@ class DomainTowers(tf_keras.layers.Layer):
             )
             for place in range(num_domains + 1)
         ]
+
+    @property
+    def own_weights(self) -> list[Own]:
+        """The towers' weights."""
+        return [Own(v) for v in self.trainable_weights]
 
     def call(self, h: tf.Tensor, training: bool = False) -> TowerOutput:
         """Computes logits."""

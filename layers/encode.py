@@ -137,7 +137,7 @@ class Encode(tf_keras.layers.Layer):
     """
 
     def __init__(self, schema: Schema | Mapping[str, Any], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # raw values are standardised before they narrow
         self.schema = schema if isinstance(schema, Schema) else Schema.from_config(schema)
         tables = self.schema.tables.items()
         self._hashes = {

@@ -9,6 +9,7 @@ import tensorflow as tf
 import tf_keras
 
 from qianmo.layers.embed import Embedded
+from qianmo.layers.seam import Columns
 
 Layers = Sequence[tf_keras.layers.Layer]
 
@@ -25,10 +26,14 @@ class Extended(tf_keras.layers.Layer):
     Args:
       bottom: layer, `Embedded` -> [B, *].
       before: layers T, `Embedded` -> `Embedded`, such as `Select` or `EPNet`.
-      columns: layers C, `Embedded` -> [B, *], such as `DomainColumn`.
+      columns: layers C, `Embedded` -> [B, *], such as `DomainColumn`, which say by `columns` what
+        theirs are.
 
     Inputs: e, `Embedded`.
     Outputs: h, [B, H].
+
+    Raises:
+      ValueError: a layer C that does not say so.
     """
 
     def __init__(
@@ -42,6 +47,23 @@ class Extended(tf_keras.layers.Layer):
         self.bottom = bottom
         self.before = list(before)
         self.columns = list(columns)
+        for layer in self.columns:
+            if not isinstance(getattr(layer, "columns", None), Columns):
+                raise ValueError(
+                    f"`columns`: {type(layer).__name__} should have an attribute `columns`, the "
+                    "`Columns` that it puts into h. Received: none"
+                )
+
+    @property
+    def given_columns(self) -> tuple[Columns, ...]:
+        """What stands at the end of h."""
+        before: tuple[Columns, ...] = tuple(getattr(self.bottom, "given_columns", ()))
+        return (*before, *(layer.columns for layer in self.columns))
+
+    @property
+    def num_states(self) -> int:
+        """Hidden states side by side."""
+        return getattr(self.bottom, "num_states", 1)
 
     def call(self, embedded: Embedded, training: bool = False) -> tf.Tensor:
         """Computes h."""

@@ -9,6 +9,7 @@ import tensorflow as tf
 import tf_keras
 
 from qianmo.layers.mlp import MLP, Correction
+from qianmo.layers.seam import GATES, Columns
 from qianmo.layers.seeding import derive_seed, pick_seed
 from qianmo.layers.tower import DenseShape, Tower, TowerOutput
 
@@ -86,6 +87,11 @@ class GatedTower(tf_keras.layers.Layer):
                 MLP((width,), "sigmoid", seed=three, dtype=dtype, name=f"scale_{index}")
             )
         self.head = Tower(num_labels, seed=derive_seed(self.seed, 0), dtype=dtype, name="head")
+
+    @property
+    def read_columns(self) -> tuple[Columns, ...]:
+        """What it takes from the end of h."""
+        return (Columns(GATES, self.gate_dim),)
 
     def dense_shapes(self, h_dim: int) -> list[DenseShape]:
         """Its dense layers, in the order in which a correction counts them; gates do not adapt."""

@@ -12,6 +12,7 @@ import tf_keras
 
 from qianmo.layers.label_heads import LabelMoments, elementwise
 from qianmo.layers.mlp import Correction, Layer
+from qianmo.layers.own_weights import Own
 from qianmo.layers.tower import DenseShape, TowerOutput
 
 Rates = Literal["fixed", "rank_one", "per_weight"]
@@ -212,6 +213,7 @@ class InnerLoop(tf_keras.layers.Layer):
     def build(self, shapes: Sequence[DenseShape]) -> None:
         """Makes the learned step sizes of a tower's dense layers, and c."""
         constant = tf_keras.initializers.Constant
+        self._shapes = tuple(shapes)
         self._rates: dict[str, dict[str, tf.Variable]] = {}
         for number, shape in enumerate(shapes):
             if self.rates == "fixed" or not self._adapts(shape):
@@ -237,6 +239,22 @@ class InnerLoop(tf_keras.layers.Layer):
                 name="raw_c", shape=(), initializer=constant(raw), trainable=not self.first_order
             )
         self.built = True
+
+    @property
+    def own_weights(self) -> list[Own]:
+        """The step sizes of each dense layer, apart for each label in the one that makes logits.
+
+        A batch without episodes moves none, nor c.
+        """
+        c = [Own(self._raw_c)] if self.shrinkage else []
+        return c + [
+            Own(
+                v,
+                (*(1,) * (v.shape.rank - 1), v.shape[-1]) if shape.is_last and name != "in" else (),
+            )
+            for number, shape in enumerate(self._shapes)
+            for name, v in self._rates.get(str(number), {}).items()
+        ]
 
     @property
     def c(self) -> tf.Tensor:

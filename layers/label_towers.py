@@ -9,6 +9,7 @@ import tensorflow as tf
 import tf_keras
 
 from qianmo.layers.mlp import Correction, Layer
+from qianmo.layers.own_weights import Own
 from qianmo.layers.seeding import derive_seed, pick_seed
 from qianmo.layers.tower import DenseShape, Tower, TowerOutput
 
@@ -61,6 +62,16 @@ class LabelTowers(tf_keras.layers.Layer):
             )
             for k in range(num_labels)
         ]
+
+    @property
+    def own_weights(self) -> list[Own]:
+        """The towers' weights."""
+        return [Own(v) for v in self.trainable_weights]
+
+    @property
+    def num_states(self) -> int:
+        """Hidden states that it takes h for."""
+        return self.num_labels if self.split else 1
 
     def _width(self, h_dim: int) -> int:
         if not self.split:

@@ -89,7 +89,11 @@ class Meta(tf_keras.layers.Layer):
         for key, number in (("min_support", min_support), ("serving_steps", serving_steps)):
             if number is not None and number < 1:
                 raise ValueError(f"`{key}` should be >= 1. Received: {number}")
-        self.inner = inner if isinstance(inner, InnerLoop) else InnerLoop(**inner, name="inner")
+        self.inner = (
+            inner
+            if isinstance(inner, InnerLoop)
+            else InnerLoop(**{"dtype": self.dtype_policy, **inner}, name="inner")
+        )
         if reptile and not (self.inner.first_order and self.inner.rates == "fixed"):
             raise ValueError("`reptile` needs an inner loop with first_order and fixed rates.")
         self.weight = weight

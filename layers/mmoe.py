@@ -47,6 +47,11 @@ class MMoE(tf_keras.layers.Layer):
             len(self.experts), num_tasks, seed=seed, dtype=self.dtype_policy, name="gates"
         )
 
+    @property
+    def num_states(self) -> int:
+        """Hidden states side by side."""
+        return 1 if self.reads_domain else self.gates.num_gates
+
     def call(self, embedded: Embedded, training: bool = False) -> tf.Tensor:
         """Computes h."""
         y = tf.stack([expert(embedded, training=training) for expert in self.experts], 1)

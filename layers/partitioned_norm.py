@@ -7,6 +7,8 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
+from qianmo.layers.own_weights import Own
+
 
 @tf_keras.utils.register_keras_serializable(package="qianmo")
 class PartitionedNorm(tf_keras.layers.Layer):
@@ -75,6 +77,11 @@ class PartitionedNorm(tf_keras.layers.Layer):
         self.means = self.add_weight("means", shape, initializer="zeros", trainable=False)
         self.variances = self.add_weight("variances", shape, initializer="ones", trainable=False)
         super().build(input_shape)
+
+    @property
+    def own_weights(self) -> list[Own]:
+        """The domains' scales and shifts."""
+        return [Own(v, (self.num_domains, 1)) for v in (self.domain_gammas, self.domain_betas)]
 
     def _counted_in(
         self, x: tf.Tensor, domain: tf.Tensor

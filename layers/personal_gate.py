@@ -9,6 +9,7 @@ import tensorflow as tf
 import tf_keras
 
 from qianmo.layers.mlp import MLP
+from qianmo.layers.own_weights import Own
 from qianmo.layers.seeding import derive_seed, pick_seed
 
 
@@ -58,6 +59,14 @@ class PersonalGate(tf_keras.layers.Layer):
             dtype=self.dtype_policy,
             name="dense",
         )
+
+    @property
+    def own_weights(self) -> list[Own]:
+        """The gates, side by side in one layer."""
+        return [
+            Own(self.dense.kernel, (1, self.num_gates)),
+            Own(self.dense.bias, (self.num_gates,)),
+        ]
 
     def call(
         self,

@@ -11,6 +11,7 @@ import tf_keras
 from qianmo.layers.domain_mlp import DomainMLP
 from qianmo.layers.embed import Embedded
 from qianmo.layers.mlp import MLP
+from qianmo.layers.own_weights import Own
 from qianmo.layers.personal_gate import PersonalGate
 from qianmo.layers.seeding import derive_seed, pick_seed
 
@@ -116,6 +117,17 @@ class PLE(tf_keras.layers.Layer):
         if level < len(self.units) - 1:
             num_others = self.num_own * (1 if self.reads_domain else self.num_tasks)
             self._shared_gates.append(gate(num_others + self.num_shared, 1, SHARED_GATE))
+
+    @property
+    def own_weights(self) -> list[Own]:
+        """The labels' experts and gates; those of domains are stacked and say so themselves."""
+        own = [] if self.reads_domain else [*self._own, *self._gates]
+        return [Own(v) for layer in own for v in layer.trainable_weights]
+
+    @property
+    def num_states(self) -> int:
+        """Hidden states side by side."""
+        return 1 if self.reads_domain else self.num_tasks
 
     def _of_level(self, layers: list[Any], level: int) -> list[Any]:
         size = len(layers) // len(self.units)

@@ -10,6 +10,7 @@ import tf_keras
 from qianmo.layers.domain_column import read_domain
 from qianmo.layers.item_queue import ItemQueue
 from qianmo.layers.mlp import Correction
+from qianmo.layers.seam import DOMAIN, Columns
 from qianmo.layers.tower import DenseShape, Tower, TowerOutput
 
 
@@ -64,6 +65,11 @@ class ProductTower(tf_keras.layers.Layer):
         self.temperature = temperature
         self.num_domains = num_domains
         self.dim = queue.dim
+
+    @property
+    def read_columns(self) -> tuple[Columns, ...]:
+        """What it takes from the end of h_u."""
+        return (Columns(DOMAIN, 1),) if self.num_domains else ()
 
     def dense_shapes(self, h_dim: int) -> list[DenseShape]:
         """The dense layers of W, in the order in which a correction counts them."""

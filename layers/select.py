@@ -87,6 +87,12 @@ class Select(tf_keras.layers.Layer):
         kept = [f for f in self.schema.features if f.name in self.features]
         return self.schema.with_features(dataclasses.replace(f, domains=()) for f in kept)
 
+    @property
+    def width(self) -> int:
+        """Columns of what comes out, flat."""
+        selected = self.selected
+        return sum(f.dim for f in selected.categorical) + len(selected.dense)
+
     def call(self, embedded: Embedded) -> Embedded:
         """Selects."""
         pairs = zip(embedded.fields, self._fields, strict=True)

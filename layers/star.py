@@ -8,6 +8,7 @@ import tensorflow as tf
 import tf_keras
 
 from qianmo.layers.by_domain import by_domain
+from qianmo.layers.own_weights import Own
 from qianmo.layers.seeding import pick_seed
 
 
@@ -45,6 +46,14 @@ class StarLeaves(tf_keras.layers.Layer):
             "biases", (self.num_domains, num_outputs), initializer="zeros"
         )
         super().build(input_shape)
+
+    @property
+    def own_weights(self) -> list[Own]:
+        """The leaves."""
+        return [
+            Own(self.kernels, (self.num_domains, 1, 1)),
+            Own(self.biases, (self.num_domains, 1)),
+        ]
 
     def call(self, inputs: tuple[tf.Tensor, tf.Tensor, tf.Tensor]) -> tf.Tensor:
         """Computes leaf(x)."""

@@ -10,7 +10,9 @@ import tf_keras
 
 from qianmo.layers.domain_column import read_domain
 from qianmo.layers.mlp import Correction, Layer
+from qianmo.layers.own_weights import Own
 from qianmo.layers.partitioned_norm import PartitionedNorm
+from qianmo.layers.seam import AUXILIARY, DOMAIN, Columns
 from qianmo.layers.star import StarLeaves
 from qianmo.layers.tower import DenseShape, Tower, TowerOutput
 
@@ -69,6 +71,19 @@ class StarTower(Tower):
             StarLeaves(num_domains, dtype=dtype, name=f"leaves_{index}")
             for index, dtype in enumerate(dtypes)
         ]
+
+    @property
+    def read_columns(self) -> tuple[Columns, ...]:
+        """What it takes from the end of h."""
+        extra = (Columns(AUXILIARY, self.num_labels),) if self.auxiliary else ()
+        return (*extra, Columns(DOMAIN, 1))
+
+    @property
+    def own_weights(self) -> list[Own]:
+        """The labels' columns of the layer that makes logits, also in its leaves."""
+        leaves, labels = self.leaves[-1], self.num_labels
+        own = [Own(leaves.kernels, (1, 1, labels)), Own(leaves.biases, (1, labels))]
+        return [*super().own_weights, *own]
 
     def _split(self, h: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         num_extra = self.num_labels if self.auxiliary else 0

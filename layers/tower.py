@@ -9,6 +9,7 @@ import tensorflow as tf
 import tf_keras
 
 from qianmo.layers.mlp import MLP, Correction, corrected
+from qianmo.layers.own_weights import Own
 from qianmo.layers.seeding import derive_seed, pick_seed
 
 
@@ -73,6 +74,14 @@ class Tower(tf_keras.layers.Layer):
         self.head = tf_keras.layers.Dense(
             num_labels, kernel_initializer=glorot, dtype=wide, name="head"
         )
+
+    @property
+    def own_weights(self) -> list[Own]:
+        """The labels' columns of the layer that makes logits."""
+        return [
+            Own(self.head.kernel, (1, self.num_labels)),
+            Own(self.head.bias, (self.num_labels,)),
+        ]
 
     def dense_shapes(self, h_dim: int) -> list[DenseShape]:
         """Its dense layers, in the order in which a correction counts them."""

@@ -102,6 +102,7 @@ def xdeepfm(
     schema: Schema,
     *,
     cin_units: Sequence[int] = (64, 64),
+    cin_activation: str = "linear",
     units: Sequence[int] = UNITS,
     dropout: float = 0.0,
     **ranker: Any,
@@ -111,5 +112,5 @@ def xdeepfm(
     References: Lian et al. 2018, xDeepFM.
     """
     networks = [MLP(units, dropout=dropout)]
-    parts = {"interactions": [CIN(cin_units)], "networks": networks, "linear": True}
+    parts = {"interactions": [CIN(cin_units, cin_activation)], "networks": networks, "linear": True}
     return road(schema, parts, **ranker)

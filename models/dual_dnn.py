@@ -20,6 +20,7 @@ from qianmo.layers.fwfm import FwFM
 from qianmo.layers.label_heads import present, weighted
 from qianmo.layers.losses import Distance, distillation
 from qianmo.layers.schema import Schema
+from qianmo.layers.seam import check_seam
 from qianmo.layers.seeding import derive_seed, pick_seed
 from qianmo.layers.tower import Tower, TowerOutput
 from qianmo.models.ranker import Ranker, Targets
@@ -68,7 +69,7 @@ class DualDNN(Ranker):
     Outputs: logits of the heads "teacher" and "student".
 
     Raises:
-      ValueError: a wrong argument.
+      ValueError: a wrong argument, or a tower that would misread its bottom's h.
 
     References: the dual-DNN ranking model of iQIYI; Zhou et al. 2018, Rocket Launching.
     """
@@ -108,6 +109,9 @@ class DualDNN(Ranker):
             raise ValueError(f"`temperature` should be > 0. Received: {temperature}")
         if (teacher_bottom is None) != (teacher_tower is None):
             raise ValueError("Give `teacher_bottom` and `teacher_tower`, or neither.")
+        if teacher_tower is not None:
+            check_seam(teacher_bottom, teacher_tower)
+        check_seam(student_bottom, student_tower)
         # The teacher stands where a plain road has its own, so that one trained alone can start it.
         self.bottom = teacher_bottom
         self.tower = teacher_tower
@@ -141,6 +145,7 @@ class DualDNN(Ranker):
                     kernel_initializer=tf_keras.initializers.GlorotUniform(
                         derive_seed(student_tower.seed, 2, i)
                     ),
+                    dtype=self.dtype_policy,
                     name=f"hint_{i}",
                 )
                 for i, (t, s) in enumerate(self._hint_widths())

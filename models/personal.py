@@ -12,7 +12,7 @@ from typing import Any
 from qianmo.layers.bottom import Bottom
 from qianmo.layers.epnet import EPNet
 from qianmo.layers.extended import Extended
-from qianmo.layers.features import Categorical
+from qianmo.layers.gate_columns import GateColumns
 from qianmo.layers.gated_tower import GatedTower
 from qianmo.layers.schema import Schema
 from qianmo.layers.select import Select
@@ -40,9 +40,7 @@ def _gated(
     ranker: dict[str, Any],
 ) -> Road:
     names = _gate_features(schema, gate_features)
-    kept = [f for f in schema.features if f.name in names]
-    gate_dim = sum(f.dim if isinstance(f, Categorical) else 1 for f in kept)
-    of_gate = Extended(Bottom(flat=True), [Select(schema, names)], name="gate_input")
+    of_gate = GateColumns(schema, names, name="gate_input")
     before = []
     if epnet:
         before.append(EPNet(Select(schema, names), gate_units, name="epnet"))
@@ -50,7 +48,13 @@ def _gated(
     scaled = Extended(Bottom(flat=True), before) if before else Bottom(flat=True)
     bottom = Extended(scaled, columns=[of_gate], name="bottom")
     tower = GatedTower(
-        len(schema.labels), gate_dim, units, gate_units, reads_input, dropout, name="tower"
+        len(schema.labels),
+        of_gate.columns.width,
+        units,
+        gate_units,
+        reads_input,
+        dropout,
+        name="tower",
     )
     return Road(schema, bottom, tower, **ranker)
 

@@ -15,6 +15,7 @@ from qianmo.layers.encode import Encode, Encoded, example
 from qianmo.layers.inner_loop import AdaptableTower
 from qianmo.layers.label_heads import label_losses, label_moments, predictions, present
 from qianmo.layers.meta import Meta
+from qianmo.layers.own_weights import collect, still
 from qianmo.layers.schema import Schema
 from qianmo.layers.tower import TowerOutput
 
@@ -75,9 +76,10 @@ class Ranker(tf_keras.Model):
         meta: Meta | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # so raw features reach `encode` as they are
         self.schema = schema if isinstance(schema, Schema) else Schema.from_config(schema)
-        self.encode = Encode(self.schema, name="encode")
+        # Parts have the model's policy, not that of the process: a file is loaded under any.
+        self.encode = Encode(self.schema, name="encode", dtype=self.dtype_policy)
         self.embed = Embed(
             self.schema,
             linear_dim,
@@ -85,10 +87,11 @@ class Ranker(tf_keras.Model):
             stddev=embedding_stddev,
             seed=embedding_seed,
             name="embed",
+            dtype=self.dtype_policy,
         )
-        self.meta: Meta | None = (
-            meta if meta is None or isinstance(meta, Meta) else Meta(**{"name": "meta", **meta})
-        )
+        if meta is not None and not isinstance(meta, Meta):
+            meta = Meta(**{"name": "meta", "dtype": self.dtype_policy, **meta})
+        self.meta: Meta | None = meta
         if self.meta is not None:
             needs = ("task_id", "timestamp") if self.meta.split == "time" else ("task_id",)
             missing = [key for key in needs if not getattr(self.schema, key)]
@@ -167,8 +170,19 @@ class Ranker(tf_keras.Model):
         return self.one_head(features, head)[0].h
 
     def build(self, input_shape: Any = None) -> None:
-        """Makes all weights; the schema tells all shapes, so none is needed."""
+        """Makes all weights; the schema tells all shapes, so none is needed.
+
+        Raises:
+          ValueError: a layer made for another number of domains.
+        """
         if not getattr(self, "built", False):
+            for layer in self.submodules:
+                count = getattr(layer, "num_domains", 0)
+                if count and count != self.schema.num_domains:
+                    raise ValueError(
+                        f"`{layer.name}` ({type(layer).__name__}) should have `num_domains` "
+                        f"{self.schema.num_domains}, those of the schema. Received: {count}"
+                    )
             self.built = True
             with tf.init_scope():
                 features = example(self.schema)
@@ -181,7 +195,7 @@ class Ranker(tf_keras.Model):
     def compile(
         self,
         optimizer: Any,
-        table_optimizer: Any,
+        table_optimizer: Any = None,
         meta_optimizer: Any = None,
         slowed: Sequence[tuple[Weight, float]] = (),
         **kwargs: Any,
@@ -191,8 +205,15 @@ class Ranker(tf_keras.Model):
         Weights in `slowed` move by that factor of what their optimiser would move them; 0 freezes.
 
         Raises:
-          ValueError: an optimiser that averages weights, which Keras can do for one alone.
+          ValueError: no optimiser of the tables; or an optimiser that averages weights, which Keras
+            can do for one alone.
         """
+        if kwargs.pop("from_serialized", False):
+            # Keras' SavedModels hold one optimiser.
+            tf.get_logger().warning("Compile the loaded model again before it trains.")
+            return
+        if table_optimizer is None:
+            raise ValueError("`table_optimizer` should be the optimiser of the tables.")
         if any(getattr(o, "use_ema", False) for o in (optimizer, table_optimizer, meta_optimizer)):
             raise ValueError("`use_ema` should be False: a model has several optimisers.")
         super().compile(optimizer=optimizer, **kwargs)
@@ -263,21 +284,26 @@ class Ranker(tf_keras.Model):
     def _apply(
         self, optimizer: Any, gradients: Sequence[Any], variables: Sequence[tf.Variable]
     ) -> None:
-        """Applies gradients; those of `trained_apart` are clipped by a norm of their own."""
+        """Applies gradients; those of `trained_apart` are clipped by a norm of their own.
+
+        What belongs to a domain or label that the batch does not speak of stays as it is.
+        """
+        with tf.init_scope():
+            optimizer.build(variables)  # slots in the order of `trained_by`, whatever is clipped
+        pairs = list(optimizer.aggregate_gradients(zip(gradients, variables, strict=True)))
         norm = optimizer.global_clipnorm
-        if not norm:
-            optimizer.apply_gradients(zip(gradients, variables, strict=True))
-            return
-        pairs = optimizer.aggregate_gradients(zip(gradients, variables, strict=True))
-        apart = {variable.ref() for variable in self.trained_apart()}
-        clipped: list[tuple[Any, tf.Variable]] = []
-        for is_apart in (True, False):
-            part = [(g, v) for g, v in pairs if (v.ref() in apart) == is_apart]
-            found, _ = tf.clip_by_global_norm([g for g, _ in part], norm)
-            clipped += zip(found, [v for _, v in part], strict=True)
+        if norm:
+            apart = {variable.ref() for variable in self.trained_apart()}
+            clipped: list[tuple[Any, tf.Variable]] = []
+            for is_apart in (True, False):
+                part = [(g, v) for g, v in pairs if (v.ref() in apart) == is_apart]
+                found, _ = tf.clip_by_global_norm([g for g, _ in part], norm)
+                clipped += zip(found, [v for _, v in part], strict=True)
+            pairs = clipped
         try:
             optimizer.global_clipnorm = None
-            optimizer.apply_gradients(clipped, skip_gradients_aggregation=True)
+            with still(optimizer, pairs, collect(self.submodules)):
+                optimizer.apply_gradients(pairs, skip_gradients_aggregation=True)
         finally:
             optimizer.global_clipnorm = norm
 
@@ -341,10 +367,19 @@ class Ranker(tf_keras.Model):
         logits = self(features, training=False)
         return {name: predictions(self.schema, z) for name, z in logits.items()}
 
+    def get_build_config(self) -> dict[str, Any]:
+        """Tells Keras that a loaded model can be built: without weights it could read none."""
+        return {"input_shape": None}
+
+    def build_from_config(self, config: Mapping[str, Any]) -> None:
+        """Builds a model that is being loaded."""
+        self.build()
+
     def ranker_config(self) -> dict[str, Any]:
         """The arguments that all rankers have."""
         return {
             "name": self.name,
+            "dtype": self.dtype_policy.name,
             "schema": self.schema.to_config(),
             "linear_dim": self.embed.linear_dim,
             "embedding_l2": self.embed.l2,

@@ -9,6 +9,7 @@ import tf_keras
 
 from qianmo.layers.embed import Embedded
 from qianmo.layers.schema import Schema
+from qianmo.layers.seam import check_seam
 from qianmo.layers.tower import Tower, TowerOutput
 from qianmo.models.ranker import Ranker, Targets
 
@@ -22,6 +23,9 @@ class Road(Ranker):
       bottom: layer `Embedded` -> [B, H].
       tower: layer [B, H] -> `TowerOutput`.
       **kwargs: arguments of `Ranker`.
+
+    Raises:
+      ValueError: a tower that would misread the bottom's h.
     """
 
     head_names = ("model",)
@@ -35,6 +39,7 @@ class Road(Ranker):
         **kwargs: Any,
     ) -> None:
         super().__init__(schema, **kwargs)
+        check_seam(bottom, tower)
         self.bottom = bottom
         self.tower = tower
 

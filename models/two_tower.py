@@ -20,6 +20,7 @@ from qianmo.layers.item_queue import ItemQueue
 from qianmo.layers.mlp import MLP
 from qianmo.layers.product_tower import ProductTower
 from qianmo.layers.schema import Schema
+from qianmo.layers.seam import check_seam
 from qianmo.layers.seeding import derive_seed, pick_seed
 from qianmo.layers.select import Select
 from qianmo.layers.tower import Tower, TowerOutput
@@ -113,8 +114,11 @@ class TwoTower(Ranker):
                 f"`tower` should have `num_domains` {num_domains}, those that items belong to. "
                 f"Received: {tower.num_domains}"
             )
-        self.user_features = Select(schema, users, name="user_features")
-        self.item_features = Select(schema, items, name="item_features")
+        check_seam(user_bottom, tower)
+        check_seam(item_bottom, item_tower)
+        policy = self.dtype_policy
+        self.user_features = Select(schema, users, dtype=policy, name="user_features")
+        self.item_features = Select(schema, items, dtype=policy, name="item_features")
         self.user_bottom = user_bottom
         self.item_bottom = item_bottom
         self.tower = tower

@@ -33,6 +33,7 @@ from qianmo.layers.extended import Extended
 from qianmo.layers.features import Categorical, Dense
 from qianmo.layers.fm import FM
 from qianmo.layers.fwfm import FwFM
+from qianmo.layers.gate_columns import GateColumns
 from qianmo.layers.gated_tower import GatedTower
 from qianmo.layers.item_queue import ItemQueue
 from qianmo.layers.label_towers import LabelTowers
@@ -255,6 +256,7 @@ CASES: dict[str, Case] = {
         inputs=embedded,
     ),
     "Select": Case(make=lambda: Select(DOMAIN_SCHEMA, ["scene", "age"]), inputs=embedded),
+    "GateColumns": Case(make=lambda: GateColumns(DOMAIN_SCHEMA, ["user", "age"]), inputs=embedded),
     "DomainColumn": Case(make=DomainColumn, inputs=embedded, smooth=False),
     "DomainExperts": Case(
         make=lambda: DomainExperts([MLP((4,), seed=p) for p in range(3)]), inputs=with_domain(5)

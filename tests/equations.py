@@ -141,13 +141,13 @@ def fwfm(w: W, layer: Any, v: Array) -> Array:
     return found if layer.per_dim else found.sum(1, keepdims=True)
 
 
-def cin(w: W, layer: Any, v: Array, activation: Callable[[Array], Array]) -> Array:
+def cin(w: W, layer: Any, v: Array, act: Callable[[Array], Array] = lambda x: x) -> Array:
     """X^k_u = act(sum_ih W^k_ihu X^0_i * X^{k-1}_h + b_u); half of the maps go on, half out."""
     x, pooled = v, []
     for k, (kernel, bias) in enumerate(layer._weights):
         weight = w(kernel).reshape(v.shape[1], x.shape[1], -1)
         maps = np.einsum("ihu,bid,bhd->bud", weight, v, x) + w(bias)[:, None]
-        x = direct = activation(maps)
+        x = direct = act(maps)
         if layer.split_half and k < len(layer.units) - 1:
             x, direct = np.split(x, 2, 1)
         pooled.append(direct.sum(2))

@@ -167,6 +167,16 @@ def test_partitioned_norm_remembers_a_window_of_rows() -> None:
     assert layer.rows.numpy().tolist() == [12, 11, 6]  # the window, and the batch's own rows
 
 
+def test_partitioned_norm_keeps_the_statistics_of_absent_domains() -> None:
+    layer = PartitionedNorm(3)
+    layer((normal(ROWS, 2), DOMAIN), training=True)
+    before = [v.numpy() for v in (layer.rows, layer.means, layer.variances)]
+    layer((normal(4, 2, seed=8), np.array([1, 0, 1, 1])), training=True)
+    for a, v in zip(before, (layer.rows, layer.means, layer.variances), strict=True):
+        np.testing.assert_array_equal(a[2:], v.numpy()[2:])
+        assert not np.array_equal(a[:2], v.numpy()[:2])
+
+
 def test_partitioned_norm_holds_for_a_domain_of_one_row_and_an_empty_one() -> None:
     layer = PartitionedNorm(3)
     x = normal(9, 2)

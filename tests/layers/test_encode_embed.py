@@ -48,6 +48,17 @@ def test_ids():
     assert encoded.status.numpy().tolist() == [0, 0, 0, 0]
 
 
+def test_dense_values_are_standardised_before_they_narrow():
+    schema = Schema(
+        features=(Dense(name="price", mean=1000.0, variance=1.0), SCHEMA.features[0]), labels=("y",)
+    )
+    batch = {"price": tf.constant([1001.0, 1003.0]), "user": tf.constant([0, 1], tf.int64)}
+    encode = Encode(schema, dtype="mixed_bfloat16")
+    dense = encode(batch).dense
+    assert dense.dtype == tf.bfloat16
+    assert tf.cast(dense[:, 0], tf.float32).numpy().tolist() == [1, 3]
+
+
 def test_unreadable_values_get_a_status_and_leave_neighbours_alone():
     clean = Encode(SCHEMA)(rows())
     encoded = Encode(SCHEMA)(

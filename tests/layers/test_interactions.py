@@ -63,7 +63,11 @@ def test_fwfm_starts_as_fm() -> None:
 
 
 def numpy_cin(
-    v: np.ndarray, units: tuple[int, ...], weights: list[np.ndarray], split_half: bool
+    v: np.ndarray,
+    units: tuple[int, ...],
+    weights: list[np.ndarray],
+    split_half: bool,
+    is_linear: bool,
 ) -> np.ndarray:
     x, pooled = v, []
     for k, width in enumerate(units):
@@ -71,7 +75,8 @@ def numpy_cin(
         maps = np.zeros([len(v), width, D])
         for u, i, h in itertools.product(range(width), range(F), range(x.shape[1])):
             maps[:, u] += kernel[i * x.shape[1] + h, u] * v[:, i] * x[:, h]
-        maps = np.maximum(maps + bias[None, :, None], 0)
+        maps = maps + bias[None, :, None]
+        maps = maps if is_linear else np.maximum(maps, 0)
         x = direct = maps
         if split_half and k < len(units) - 1:
             x, direct = maps[:, : width // 2], maps[:, width // 2 :]
@@ -79,22 +84,24 @@ def numpy_cin(
     return np.concatenate(pooled, 1)
 
 
+@pytest.mark.parametrize("is_linear", [True, False])
 @pytest.mark.parametrize(
     ("units", "split_half", "width"),
     [((6, 4, 3), True, 8), ((5, 3), False, 8), ((5,), True, 5)],
 )
-def test_cin_values(units: tuple[int, ...], split_half: bool, width: int) -> None:
-    layer = CIN(units, split_half=split_half)
+def test_cin_values(units: tuple[int, ...], split_half: bool, width: int, is_linear: bool) -> None:
+    activation = {} if is_linear else {"activation": "relu"}  # the paper has none
+    layer = CIN(units, split_half=split_half, **activation)
     layer(V)
     weights = randomise(layer)
-    expected = numpy_cin(V, units, weights, split_half)
+    expected = numpy_cin(V, units, weights, split_half, is_linear)
     assert expected.shape == (B, width)
     np.testing.assert_allclose(layer(V), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_linear_cin_of_ones_is_the_product_of_the_sums() -> None:
     # With W = 1 every map of a layer is (sum_i v_i) times the sum of the maps before.
-    layer = CIN((1, 1), activation="linear", split_half=False)
+    layer = CIN((1, 1), split_half=False)
     layer(V)
     layer.set_weights([np.full(w.shape, float("kernel" in w.name)) for w in layer.weights])
     total = V.sum(1)

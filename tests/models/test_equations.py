@@ -9,69 +9,14 @@ import equations as eq
 import numpy as np
 import pytest
 import tensorflow as tf
-import tf_keras
+import zoo_cases
+from zoo_cases import COUNTS, B, batch, tensors
 
-from qianmo.layers.features import Categorical, Dense
-from qianmo.layers.schema import Schema
 from qianmo.models import zoo
 
 Array = Any
 Logits = dict[str, Array]
-SCENES = (7, 1, 4)
-SCHEMA = Schema(
-    features=(
-        Categorical(name="tags", num_ids=5, dim=4, max_length=3, side="item"),
-        Categorical(name="topic", num_ids=5, dim=4, domains=(1,)),
-        Categorical(name="scene", vocabulary=SCENES, dim=4),
-        Dense(name="price", mean=1.0, variance=4.0, domains=(4, 7)),
-        Categorical(name="user", num_ids=6, dim=4, side="user"),
-        Dense(name="age", mean=0.5, variance=0.25, side="user"),
-    ),
-    labels=("click", "like"),
-    domain="scene",
-)
-SHARED = Schema(  # what all domains have, so that own experts are stacked
-    features=(SCHEMA.features[0], *SCHEMA.features[2:3], *SCHEMA.features[4:]),
-    labels=("click", "like"),
-    domain="scene",
-)
-SIDES = Schema(
-    features=(
-        Categorical(name="user", num_ids=6, dim=4, side="user"),
-        Categorical(name="tags", num_ids=5, dim=4, max_length=3, side="item"),
-        Dense(name="age", mean=0.5, variance=0.25, side="user"),
-        Categorical(name="topic", num_ids=5, dim=4, side="item"),
-    ),
-    labels=("click",),
-)
-B = 12
 GATE = ("scene", "user", "age")
-INTERACTIONS = {
-    "fm": {},
-    "bi_interaction": {},
-    "fwfm": {"per_dim": True},
-    "cin": {"units": (4, 3)},
-    "cross": {"num_layers": 2},
-}
-
-
-def batch(schema: Schema) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Rows with unknown values, empty lists and labels that are absent."""
-    rng = np.random.default_rng(7)
-    columns = {
-        "tags": rng.integers(0, 6, (B, 3)),
-        "tags_length": rng.integers(0, 4, B),
-        "topic": rng.integers(0, 6, B),
-        "scene": np.array([7, 1, 4, 99, 7, 1, 4, 1, 7, 7, 1, 4]),
-        "user": rng.integers(-1, 6, B),
-        "price": rng.normal(size=B).astype(np.float32),
-        "age": rng.normal(size=B).astype(np.float32),
-    }
-    labels = rng.integers(0, 2, (B, len(schema.labels))).astype(np.float32)
-    if len(schema.labels) > 1:
-        labels[::5, 1] = np.nan
-    weight = rng.uniform(0.5, 2, B).astype(np.float32)
-    return {n: columns[n] for n in schema.input_names}, {"labels": labels, "weight": weight}
 
 
 class Values:
@@ -107,7 +52,7 @@ def interactions(bottom: Any, w: Any, rows: eq.Rows) -> list[Array]:
     """As INTERACTIONS names them, those on the flat row behind."""
     v = rows.fields()
     fwfm, cin = bottom.interactions[2:]
-    parts = [eq.fm(v), eq.bi_interaction(v), eq.fwfm(w, fwfm, v), eq.cin(w, cin, v, eq.relu)]
+    parts = [eq.fm(v), eq.bi_interaction(v), eq.fwfm(w, fwfm, v), eq.cin(w, cin, v)]
     return [*parts, eq.cross(w, bottom.networks[0], rows.flat())]
 
 
@@ -329,9 +274,6 @@ def sides(model: Any, w: Any, features: Any) -> tuple[Array, Array]:
     return u, eq.unit(eq.tower(w, model.item_tower, v))
 
 
-COUNTS = np.array([3, 1, 0, 2, 5, 1])  # pushes of each topic's row before the batch
-
-
 def two_tower(model: Any, w: Any, sg: Any, features: Any) -> Logits:
     """z = <u, v> / tau - log sum_j w_j exp(<u, n_j> / tau)."""
     u, v = sides(model, w, features)
@@ -354,30 +296,15 @@ def two_tower_loss(model: Any, w: Any, sg: Any, features: Any, targets: Any) -> 
     return total * positive * (eq.logsumexp(scores) - np.diag(scores))
 
 
-MLPS: dict[str, Any] = {"units": (6, 5)}
-EXPERT: dict[str, Any] = {"expert_units": (6, 5), "tower_units": (4,)}
-DISTILLED = {
-    "teacher": {"name": "star", "units": (6,)},
-    "student": {"name": "mlp", "units": (5,), "tower_units": (4,)},
-}
-TWO_TOWER = {"item_id": "topic", "dim": 3, "units": (6,), "seam_dim": 5, "item_units": (6,)}
-TWO_TOWER.update(temperature=0.2, queue_size=4)
-# case -> model, its config, its equation, and the loss of each row where it is not of the labels.
-Case = tuple[str, dict[str, Any], Any, Any]
+# case -> its equation, and the loss of each row where it is not of the labels
+Case = tuple[Any, Any]
 CASES: dict[str, Case] = {
-    "lr": ("lr", {}, ctr(lambda b, w, r: [r.linear(), r.dense()]), None),
-    "mlp": ("mlp", MLPS, ctr(lambda b, w, r: [deep(b, w, r)]), None),
-    "wdl": ("wdl", MLPS, ctr(lambda b, w, r: [r.linear(), deep(b, w, r)]), None),
-    "deepfm": (
-        "deepfm",
-        MLPS,
-        ctr(lambda b, w, r: [r.linear(), eq.fm(r.fields()), deep(b, w, r)]),
-        None,
-    ),
+    "lr": (ctr(lambda b, w, r: [r.linear(), r.dense()]), None),
+    "mlp": (ctr(lambda b, w, r: [deep(b, w, r)]), None),
+    "wdl": (ctr(lambda b, w, r: [r.linear(), deep(b, w, r)]), None),
+    "deepfm": (ctr(lambda b, w, r: [r.linear(), eq.fm(r.fields()), deep(b, w, r)]), None),
     **{
         f"dcn of rank {rank}": (
-            "dcn",
-            {"num_cross_layers": 2, "projection_dim": rank, **MLPS},
             ctr(
                 lambda b, w, r, rank=rank: [
                     eq.cross(w, b.networks[0], r.flat(), rank),
@@ -388,73 +315,36 @@ CASES: dict[str, Case] = {
         )
         for rank in (None, 2)
     },
-    "xdeepfm": (
-        "xdeepfm",
-        {"cin_units": (4, 3), **MLPS},
-        ctr(
-            lambda b, w, r: [
-                r.linear(),
-                eq.cin(w, b.interactions[0], r.fields(), eq.relu),
-                deep(b, w, r),
-            ]
-        ),
-        None,
-    ),
-    "teacher_alone": (
-        "teacher_alone",
-        {"interactions": INTERACTIONS, "teacher_units": (7, 5)},
-        teacher_alone,
-        None,
-    ),
-    "dual_dnn": (
-        "dual_dnn",
-        {
-            "interactions": INTERACTIONS,
-            "teacher_units": (7, 5),
-            "student_units": (4,),
-            "kd_weight": 0.7,
-            "distance": "soft_labels",
-            "temperature": 2.0,
-            "hint_weight": 0.3,
-        },
-        dual_dnn,
-        dual_loss,
-    ),
-    "distilled": ("distilled", DISTILLED, distilled, distilled_loss),
-    "star": ("star", {"units": (6, 5), "auxiliary_units": (3,)}, star, None),
-    "cross_domain": ("cross_domain", {**EXPERT, "interactions": {"fm": {}}}, cross_domain, None),
-    "cross_domain stacked": ("cross_domain", EXPERT, cross_domain, None),
-    "shared_bottom": ("shared_bottom", {**MLPS, "tower_units": (4,)}, shared_bottom, None),
-    "shared_bottom of domains": (
-        "shared_bottom",
-        {**MLPS, "tower_units": (4,), "tasks": "domains"},
-        shared_bottom_of_domains,
-        None,
-    ),
-    "mmoe": ("mmoe", {**EXPERT, "num_experts": 3}, mmoe, None),
-    "mmoe of domains": (
-        "mmoe",
-        {**EXPERT, "num_experts": 3, "tasks": "domains"},
-        lambda *x: mmoe(*x, by_domain=True),
-        None,
-    ),
-    "ple": (
-        "ple",
-        {"num_own": 2, "expert_units": ((6,), (5,)), "tower_units": (4,)},
-        ple,
-        None,
-    ),
-    "ple of domains": (
-        "ple",
-        {"expert_units": ((6,), (5,)), "tower_units": (4,), "tasks": "domains"},
-        ple_of_domains,
-        None,
-    ),
-    "ppnet": ("ppnet", {**MLPS, "gate_units": 3}, gated, None),
-    "pepnet": ("ppnet", {**MLPS, "gate_units": 3, "epnet": True}, gated, None),
-    "poso": ("poso", {**MLPS, "gate_units": 3}, gated, None),
-    "epnet": ("epnet", {**MLPS, "gate_units": 3}, epnet, None),
-    "two_tower": ("two_tower", TWO_TOWER, two_tower, two_tower_loss),
+    **{
+        name: (
+            ctr(
+                lambda b, w, r, act=act: [
+                    r.linear(),
+                    eq.cin(w, b.interactions[0], r.fields(), *act),
+                    deep(b, w, r),
+                ]
+            ),
+            None,
+        )
+        for name, act in (("xdeepfm", ()), ("xdeepfm of relu", (eq.relu,)))
+    },
+    "teacher_alone": (teacher_alone, None),
+    "dual_dnn": (dual_dnn, dual_loss),
+    "distilled": (distilled, distilled_loss),
+    "star": (star, None),
+    "cross_domain": (cross_domain, None),
+    "cross_domain stacked": (cross_domain, None),
+    "shared_bottom": (shared_bottom, None),
+    "shared_bottom of domains": (shared_bottom_of_domains, None),
+    "mmoe": (mmoe, None),
+    "mmoe of domains": (lambda *x: mmoe(*x, by_domain=True), None),
+    "ple": (ple, None),
+    "ple of domains": (ple_of_domains, None),
+    "ppnet": (gated, None),
+    "pepnet": (gated, None),
+    "poso": (gated, None),
+    "epnet": (epnet, None),
+    "two_tower": (two_tower, two_tower_loss),
 }
 every_case = pytest.mark.parametrize("name", CASES)
 Shapes = list[tuple[int, ...]]
@@ -474,6 +364,7 @@ SHAPES: dict[str, Shapes] = {
     "dcn of rank None": [*DEEP, (18, 18), (18, 18), (23, 2)],
     "dcn of rank 2": [*DEEP, *[(18, 2), (2, 18)] * 2, (23, 2)],
     "xdeepfm": [*DEEP, (16, 4), (8, 3), (12, 2)],
+    "xdeepfm of relu": [*DEEP, (16, 4), (8, 3), (12, 2)],
     "teacher_alone": TEACHER,
     "dual_dnn": [*TEACHER, (18, 4), (4, 2), (4, 5)],
     "distilled": [
@@ -510,28 +401,12 @@ SHAPES: dict[str, Shapes] = {
 
 
 def built(name: str, **changes: Any) -> Any:
-    """A model with weights away from zeros and ones."""
-    kind, config, *_ = CASES[name]
-    schema = {"two_tower": SIDES, "cross_domain stacked": SHARED}.get(name, SCHEMA)
-    tf_keras.utils.set_random_seed(3)
-    model = zoo.build(schema, {"name": kind, "embedding_stddev": 0.5, **config, **changes})
-    model.build()
-    random = np.random.default_rng(5)
-    for weight in model.trainable_variables:
-        weight.assign_add(0.3 * random.normal(size=weight.shape))
-    if name == "two_tower":
-        topics = np.repeat(np.arange(6), COUNTS)
-        vectors = eq.unit(random.normal(size=(len(topics), 3)))
-        model.tower.queue.push(tf.constant(topics), tf.constant(vectors, tf.float32))
-    return model
-
-
-def tensors(columns: dict[str, Array]) -> dict[str, tf.Tensor]:
-    return {name: tf.constant(column) for name, column in columns.items()}
+    return zoo_cases.built(zoo_cases.schema_of(name), {**zoo_cases.CONFIGS[name], **changes})
 
 
 def test_every_model_of_the_zoo_has_an_equation() -> None:
-    assert {kind for kind, *_ in CASES.values()} == set(zoo.MODELS)
+    assert set(CASES) == set(zoo_cases.CONFIGS)
+    assert {config["name"] for config in zoo_cases.CONFIGS.values()} == set(zoo.MODELS)
 
 
 @every_case
@@ -547,7 +422,7 @@ def test_logits_are_those_of_the_equation(name: str) -> None:
     model = built(name)
     features, _ = batch(model.schema)
     w = Values(model)
-    expected = CASES[name][2](model, w, w, features)
+    expected = CASES[name][0](model, w, w, features)
     found = model(tensors(features))
     assert set(found) == set(expected)
     for head, z in found.items():
@@ -570,8 +445,8 @@ def check_gradient(name: str, model: Any, training: bool, equation: Any) -> None
     y, there = np.nan_to_num(targets["labels"]), ~np.isnan(targets["labels"])
 
     def total(w: Values) -> float:
-        if CASES[name][3] is not None:
-            losses = CASES[name][3](model, w, start, features, targets)
+        if CASES[name][1] is not None:
+            losses = CASES[name][1](model, w, start, features, targets)
         else:
             losses = labels_loss(y, equation(model, w, start, features)["model"], there)
         return float(np.average(losses, weights=targets["weight"]))
@@ -593,7 +468,7 @@ def check_gradient(name: str, model: Any, training: bool, equation: Any) -> None
 
 @every_case
 def test_gradients_are_those_of_the_equation(name: str) -> None:
-    check_gradient(name, built(name), False, CASES[name][2])
+    check_gradient(name, built(name), False, CASES[name][0])
 
 
 def test_partitioned_norm_of_a_star_model_counts_its_batch_in() -> None:
