@@ -254,9 +254,12 @@ class _Counts:
         if name in self._varied or not len(values):
             return
         first = self._only.setdefault(name, values[0])
-        if not ((values == first) | ((values != values) & (first != first))).all():  # NaN is NaN
-            self._varied.add(name)
-            del self._only[name]
+        for some in (values[:100], values):  # most columns differ soon
+            same = some == first if first == first else some != some  # NaN is NaN
+            if not same.all():
+                self._varied.add(name)
+                del self._only[name]
+                return
 
     def constant(self) -> dict[str, Any]:
         """Columns of one value, and that value."""
