@@ -22,17 +22,22 @@ _BLOCK_BYTES = 2**22
 
 def parts(file: DataFile, columns: Mapping[str, Column]) -> list[Part]:
     """The file as one part, its columns' names checked."""
-    check_names(file, _header(file), columns)
+    check_names(file, header(file), columns)
     return [Part(file)]
 
 
-def _header(file: DataFile) -> list[str]:
+def header(file: DataFile) -> list[str]:
+    """The names of the columns.
+
+    Raises:
+      DataError: there is no header line.
+    """
     with readable(file, "CSV"), pa.input_stream(str(file.path)) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
-        header = next(csv.reader(text), None)
-    if header is None:
+        names = next(csv.reader(text), None)
+    if names is None:
         raise DataError(f"{file}: empty, without even the header line that names the columns.")
-    return header
+    return names
 
 
 def read(
@@ -40,8 +45,8 @@ def read(
 ) -> Iterator[dict[str, pa.Array]]:
     """Yields the bytes of consecutive rows' cells, as many as there are in a block of bytes."""
     del decoded_rows
-    header = _header(part.file)
-    names = [name for name in columns if name in header]
+    present = header(part.file)
+    names = [name for name in columns if name in present]
     with (
         readable(part.file, "CSV"),
         _whole_rows(part.file) as remember,
@@ -53,7 +58,7 @@ def read(
             parse_options=pa_csv.ParseOptions(
                 newlines_in_values=True,
                 # In a file of one column it is an empty cell.
-                ignore_empty_lines=len(header) > 1,
+                ignore_empty_lines=len(present) > 1,
                 invalid_row_handler=remember,
             ),
             # An empty cell is a null; "" in quotes is an empty string.

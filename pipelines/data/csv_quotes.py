@@ -100,8 +100,8 @@ class CheckedStream:
         at = np.flatnonzero(codes == _QUOTE)
         if not len(at):
             return None
-        opens = (self._quotes + np.arange(len(at))) % 2 == 0
-        opening, closing = at[opens], at[~opens]
+        is_open = self._quotes % 2
+        opening, closing = at[is_open::2], at[1 - is_open :: 2]
         neighbour = np.where(opening > 0, codes[opening - 1], before)
         wrong = opening[~_BORDER[neighbour]]
         closing_inside = closing[closing < len(codes) - 1]  # the last one's neighbour comes later

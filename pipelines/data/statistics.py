@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,10 +29,13 @@ class _Moments:
     count: int = 0
     mean: float = 0.0
     squares: float = 0.0
+    missing: int = 0
 
     def add(self, values: np.ndarray[Any, Any]) -> None:
-        """Counts the values that are not NaN."""
-        values = values[~np.isnan(values)].astype(np.float64)
+        """Counts the values that are not NaN, and those that are."""
+        is_there = ~np.isnan(values)
+        self.missing += int((~is_there).sum())
+        values = values[is_there].astype(np.float64)
         if not values.size:
             return
         mean = float(values.mean())
@@ -44,11 +47,14 @@ class _Moments:
         self.count = count
 
     @property
+    def is_constant(self) -> bool:
+        """Whether the spread is no more than the rounding of float32 inputs."""
+        return self.squares / self.count <= (1e-7 * self.mean) ** 2
+
+    @property
     def variance(self) -> float:
         """The variance; 1 for a constant, which then enters as 0 and any other value stays tame."""
-        variance = self.squares / self.count
-        # Below this the spread is the rounding of float32 inputs.
-        return variance if variance > (1e-7 * self.mean) ** 2 else 1.0
+        return 1.0 if self.is_constant else self.squares / self.count
 
 
 def without_empty_domains(schema: Schema, path: readers.PathLike) -> Schema:
@@ -127,12 +133,52 @@ def _own_rows(schema: Schema, feature: Feature, block: readers.Block) -> Any:
     return readers.is_of(block[schema.domain], feature.domains)
 
 
+class Counted(NamedTuple):
+    """What a pass over the training rows gave.
+
+    Attributes:
+      schema: the schema with what was left to count.
+      constant: single features and labels that have one value in all rows that have them, and
+        that value; among numbers also those that differ by no more than float32 rounds.
+      tally: how many rows there are, and what was left out of them.
+    """
+
+    schema: Schema
+    constant: dict[str, Any]
+    tally: readers.Tally
+
+    def lines(self) -> list[str]:
+        """What a reader of the schema alone would not expect, a sentence each."""
+        lines = [
+            f"`{name}` is {value!r} in all rows: nothing can be learned from it."
+            for name, value in self.constant.items()
+        ]
+        return [*self.tally.lines(self.schema), *lines]
+
+
 def complete(
     schema: Schema,
     path: readers.PathLike,
-    *,
-    observe: Callable[[readers.Block], None] | None = None,
+    observe: Callable[[readers.Block], object] | None = None,
 ) -> Schema:
+    """Counts what the schema does not give, and says what was left out and what is constant.
+
+    Args, and what is raised, are those of `count`. Without `observe`, a schema of which nothing is
+    left to count is returned as it is, and no row is read.
+    """
+    if schema.is_complete and observe is None:
+        return schema
+    counted = count(schema, path, observe)
+    for line in counted.lines():
+        print(f"{path}: {line}")
+    return counted.schema
+
+
+def count(
+    schema: Schema,
+    path: readers.PathLike,
+    observe: Callable[[readers.Block], object] | None = None,
+) -> Counted:
     """Counts in one pass what the schema does not give, and checks every row on the way.
 
     Features that share a table are counted together. A vocabulary is ordered by count, largest
@@ -141,81 +187,132 @@ def complete(
     are those of the values that are there; of a rating, in the rows whose weight for it is not 0.
 
     Args:
-      schema: any schema; returned as it is when nothing is left to count.
+      schema: any schema.
       path: the training rows, as for `readers.blocks`. Never give it evaluation rows.
-      observe: sees every block, also where nothing is left to count.
+      observe: sees each block of rows once, in the files' order, and leaves it as it is.
 
     Raises:
       DataError: the rows do not fit the schema, no value is as frequent as `min_count` asks, or a
         dense feature or rating has no value at all.
     """
-    if schema.is_complete and observe is None:
-        return schema
-    counts: dict[str, collections.Counter[Any]] = {
-        name: collections.Counter()
-        for name, feature in schema.tables.items()
-        if feature.vocabulary is None and not feature.num_ids and not feature.hash_buckets
-    }
-    moments = {feature.name: _Moments() for feature in schema.dense if feature.mean is None}
-    moments |= {r: _Moments() for r in _ratings(schema) if r not in schema.label_moments}
+    counts = _Counts(schema)
     tally = readers.Tally()
     for block in readers.blocks(schema, path, tally=tally):
+        counts.add(block)
         if observe is not None:
             observe(block)
-        for feature in schema.categorical:
-            if feature.table not in counts:
-                continue
-            own = _own_rows(schema, feature, block)
+    constant = counts.constant()
+    return Counted(counts.completed(path), constant, tally)
+
+
+class _Counts:
+    """What has been counted for a schema."""
+
+    def __init__(self, schema: Schema) -> None:
+        self.schema = schema
+        self._values: dict[str, collections.Counter[Any]] = {
+            name: collections.Counter()
+            for name, feature in schema.tables.items()
+            if feature.vocabulary is None and not feature.num_ids and not feature.hash_buckets
+        }
+        self._moments = {feature.name: _Moments() for feature in schema.dense}
+        self._moments |= {rating: _Moments() for rating in _ratings(schema)}
+        self._only: dict[str, Any] = {}  # the value of each column that has had one value so far
+        self._varied: set[str] = set()
+
+    def add(self, block: readers.Block) -> None:
+        """Counts a block."""
+        for feature in self.schema.categorical:
+            own = _own_rows(self.schema, feature, block)
             values = block[feature.name][own]
             if feature.is_list:
                 lengths = block[feature.length_name][own]
                 values = values[np.arange(feature.max_length) < lengths[:, None]]
-            if feature.dtype == "int64":
-                distinct, times = np.unique(values, return_counts=True)
-                for value, number in zip(distinct.tolist(), times.tolist(), strict=True):
-                    counts[feature.table][value] += number
             else:
-                counts[feature.table].update(values.tolist())
-        for dense in schema.dense:
-            if dense.name in moments:
-                moments[dense.name].add(block[dense.name][_own_rows(schema, dense, block)])
-        labels, _ = readers.labels_and_weights(schema, block)
-        for label, values in zip(schema.labels, labels.T, strict=True):
-            if label in moments:
-                moments[label].add(values)
+                self._compare(feature.name, values)
+            if feature.table in self._values:
+                self._count(self._values[feature.table], values)
+        for dense in self.schema.dense:
+            values = block[dense.name][_own_rows(self.schema, dense, block)]
+            self._compare(dense.name, values)
+            self._moments[dense.name].add(values)
+        labels, _ = readers.labels_and_weights(self.schema, block)
+        for label, values in zip(self.schema.labels, labels.T, strict=True):
+            self._compare(label, values[~np.isnan(values)])
+            if label in self._moments:
+                self._moments[label].add(values)
 
-    for line in tally.lines(schema):
-        print(f"{path}: {line}")
-    for name, seen in moments.items():
-        if not seen.count:
-            raise readers.DataError(
-                f"{path}, column `{name}`: no row has a value. Take it out of the schema."
-            )
-    vocabularies: dict[str, tuple[Any, ...]] = {}
-    for name, counter in counts.items():
-        feature = schema.tables[name]
-        frequent = [(-n, value) for value, n in counter.items() if n >= feature.min_count]
+    def _count(self, counter: collections.Counter[Any], values: Any) -> None:
+        if values.dtype == object:
+            counter.update(values.tolist())
+            return
+        distinct, times = np.unique(values, return_counts=True)
+        for value, number in zip(distinct.tolist(), times.tolist(), strict=True):
+            counter[value] += number
+
+    def _compare(self, name: str, values: Any) -> None:
+        if name in self._varied or not len(values):
+            return
+        first = self._only.setdefault(name, values[0])
+        for some in (values[:100], values):  # most columns differ soon
+            same = some == first if first == first else some != some  # NaN is NaN
+            if not same.all():
+                self._varied.add(name)
+                del self._only[name]
+                return
+
+    def constant(self) -> dict[str, Any]:
+        """Columns of one value, and that value."""
+        found = {
+            name: _plain(value.item() if isinstance(value, np.generic) else value)
+            for name, value in self._only.items()
+        }
+        for name, moments in self._moments.items():
+            if moments.count and moments.is_constant and not moments.missing:
+                found.setdefault(name, moments.mean)
+        return found
+
+    def completed(self, path: readers.PathLike) -> Schema:
+        """The schema with what was counted.
+
+        Raises:
+          DataError: there is nothing to count by.
+        """
+        schema = self.schema
+        given = {f.name for f in schema.dense if f.mean is not None} | {*schema.label_moments}
+        moments = {name: one for name, one in self._moments.items() if name not in given}
+        for name, seen in moments.items():
+            if not seen.count:
+                raise readers.DataError(
+                    f"{path}, column `{name}`: no row has a value. Take it out of the schema."
+                )
+        vocabularies = {
+            name: self._vocabulary(path, schema.tables[name], counter)
+            for name, counter in self._values.items()
+        }
+        features: list[Feature] = []
+        for feature in schema.features:
+            if isinstance(feature, Categorical) and feature.table in vocabularies:
+                feature = dataclasses.replace(feature, vocabulary=vocabularies[feature.table])
+            elif isinstance(feature, Dense) and feature.name in moments:
+                seen = moments[feature.name]
+                feature = dataclasses.replace(feature, mean=seen.mean, variance=seen.variance)
+            features.append(feature)
+        of_labels = {
+            label: (moments[label].mean, moments[label].variance)
+            for label in schema.labels
+            if label in moments
+        }
+        schema = dataclasses.replace(schema, label_moments={**schema.label_moments, **of_labels})
+        return schema.with_features(features)
+
+    def _vocabulary(
+        self, path: readers.PathLike, table: Categorical, counter: collections.Counter[Any]
+    ) -> tuple[Any, ...]:
+        frequent = [(-n, value) for value, n in counter.items() if n >= table.min_count]
         if not frequent:
             raise readers.DataError(
-                f"{path}, column `{feature.name}`: no value occurs `min_count` = "
-                f"{feature.min_count} times. Lower it, or take the feature out of the schema."
+                f"{path}, column `{table.name}`: no value occurs `min_count` = {table.min_count} "
+                "times. Lower it, or take the feature out of the schema."
             )
-        vocabularies[name] = tuple(_plain(value) for _, value in sorted(frequent))
-
-    def completed(feature: Feature) -> Feature:
-        if isinstance(feature, Categorical):
-            if feature.table not in vocabularies:
-                return feature
-            return dataclasses.replace(feature, vocabulary=vocabularies[feature.table])
-        if feature.name not in moments:
-            return feature
-        seen = moments[feature.name]
-        return dataclasses.replace(feature, mean=seen.mean, variance=seen.variance)
-
-    of_labels = {
-        label: (moments[label].mean, moments[label].variance)
-        for label in schema.labels
-        if label in moments
-    }
-    schema = dataclasses.replace(schema, label_moments={**schema.label_moments, **of_labels})
-    return schema.with_features(map(completed, schema.features))
+        return tuple(_plain(value) for _, value in sorted(frequent))

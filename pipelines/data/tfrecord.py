@@ -33,6 +33,19 @@ def parts(file: DataFile, columns: Mapping[str, Column]) -> list[Part]:
     return [Part(file)]
 
 
+def names(file: DataFile) -> list[str]:
+    """The features that the first records have."""
+    found: dict[str, None] = {}
+    try:
+        for record in tf.data.TFRecordDataset(str(file.path)).take(_LOOKED_AT):
+            found |= dict.fromkeys(tf.train.Example.FromString(record.numpy()).features.feature)
+    except tf.errors.DataLossError as error:
+        raise _loss(file) from error
+    except DecodeError as error:
+        raise DataError(f"{file}: should hold tf.train.Example; write it again.") from error
+    return sorted(found)
+
+
 def read(
     part: Part, columns: Mapping[str, Column], decoded_rows: int
 ) -> Iterator[dict[str, pa.Array]]:

@@ -52,8 +52,13 @@ def completed(recipe: Recipe, watched: look.Look | None = None) -> Recipe:
     else:
         schema = statistics.without_empty_domains(schema, recipe.data.train)
     schema = migrate.with_moments(schema, migrated)
-    observe = None if watched is None else watched.observe
-    counted = statistics.complete(schema, recipe.data.train, observe=observe)
+    if watched is None:
+        counted = statistics.complete(schema, recipe.data.train)
+    else:
+        found = statistics.count(schema, recipe.data.train, watched.observe)
+        counted = found.schema
+        for line in found.tally.lines(counted):
+            print(f"{recipe.data.train}: {line}")
     return dataclasses.replace(recipe, schema=migrate.with_values(schema, counted, migrated))
 
 

@@ -151,10 +151,53 @@ def test_a_vocabulary_without_values_is_refused(tmp_path: pathlib.Path) -> None:
     assert "column `a`" in str(error.value)
 
 
-def test_what_is_left_out_is_said(
+def test_what_is_left_out_and_constant_is_said(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write(tmp_path, seen=[[1, 2, 3], [4], []])
-    statistics.complete(schema_of({"name": "seen", "max_length": 2}), path)
-    cut = "1 of 3 lists `seen` are longer than `max_length` 2: 1 values at their start are left out"
-    assert capsys.readouterr().out == f"{path}: {cut}.\n"
+    path = write(
+        tmp_path,
+        7,
+        seen=[[1, 2, 3], [4], []] * 10,
+        city=["a"] * 30,
+        size=[4] * 30,
+        one=[0.25] * 30,
+        near=[1.0, float(np.nextafter(np.float32(1), np.float32(2)))] * 15,
+        none=[None, 1.0] * 15,
+        varies=[5] * 29 + [6],
+    )
+    schema = schema_of(
+        {"name": "seen", "max_length": 2},
+        {"name": "city", "dtype": "string"},
+        {"name": "size", "num_ids": 9},
+        {"kind": "dense", "name": "one", "mean": 0.0, "variance": 1.0},
+        {"kind": "dense", "name": "near"},
+        {"kind": "dense", "name": "none", "indicator": True},
+        {"name": "varies"},
+    )
+    counted = statistics.count(schema, path)
+    # `none` is 1 or missing, which its indicator tells.
+    constant = {"city": "a", "size": 4, "one": 0.25, "y": 0.0, "near": pytest.approx(1)}
+    assert counted.constant == constant
+    assert counted.tally.rows == 30
+    assert counted.schema.is_complete
+    assert statistics.complete(schema, path) == counted.schema
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(constant)
+    cut = "10 of 30 lists `seen` are longer than `max_length` 2: 10 values at their start are left "
+    assert lines[0] == f"{path}: {cut}out."
+    assert f"{path}: `city` is 'a' in all rows: nothing can be learned from it." in lines
+
+
+def test_every_block_is_observed_once(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path, 7, a=[*range(50)], x=np.arange(50.0))
+    seen: list[int] = []
+    schema = schema_of({"name": "a"}, {"kind": "dense", "name": "x"})
+    complete = statistics.complete(schema, path, lambda block: seen.extend(block["a"]))
+    assert seen == [*range(50)]
+    # The pass is made for the observer alone, too, and still checks every row.
+    assert statistics.complete(complete, path, lambda block: seen.extend(block["a"])) == complete
+    assert seen == [*range(50)] * 2
+    bad = write(tmp_path, a=[1, None], x=[0.0, 1.0])
+    with pytest.raises(readers.DataError, match=r"`a`, row 1 .*is null or absent"):
+        statistics.complete(complete, bad, seen.append)
+    assert statistics.complete(complete, bad) is complete
