@@ -33,12 +33,17 @@ class Look:
     Args:
       schema: of the rows; vocabularies need not be known yet.
       seed: of the sample.
+
+    Attributes:
+      rows: how many were seen.
+      tally: for the reader, to count what it leaves out.
     """
 
     def __init__(self, schema: Schema, seed: int = 0) -> None:
         self._schema = schema
         self._random = np.random.default_rng(seed)
         self.rows = 0
+        self.tally = readers.Tally()
         self._labels = {
             label: {"rows": 0.0, "sum": 0.0, "low": np.inf, "high": -np.inf}
             for label in schema.labels
@@ -100,11 +105,7 @@ class Look:
         schema = self._schema
         if not (schema.task_id in block and schema.timestamp in block):
             return
-        task = block[schema.task_id]
-        columns = [
-            readers.task_ids(schema, block) if task.dtype == object else task,
-            block[schema.timestamp],
-        ]
+        columns = [readers.task_ids(schema, block), block[schema.timestamp]]
         if schema.event_id in block:
             columns.append(block[schema.event_id])
         keys = np.stack(columns, 1)
@@ -159,6 +160,7 @@ class Look:
             for feature in schema.features
         ]
         found = Summary(self.rows, sampled, labels, weight, columns, self._duplicates())
+        found.left_out = self.tally.lines(schema)
         found.warnings = [*warnings(schema, found)]
         return found
 

@@ -149,6 +149,8 @@ def dataset(
     skip_batches: int = 0,
     drop_remainder: bool = False,
     gauc: bool = False,
+    observe: Callable[[Block], None] | None = None,
+    tally: Tally | None = None,
 ) -> tf.data.Dataset:
     """Reads batches `(features, targets)` for training and evaluation.
 
@@ -166,6 +168,8 @@ def dataset(
       skip_batches: leaves out that many batches from the start, and changes nothing in the others.
       drop_remainder: whether a last batch of fewer rows is left out.
       gauc: whether targets hold the groups of `gauc_by`, which evaluation alone needs.
+      observe: sees each block of rows as it is read, from a thread of tf.data.
+      tally: counts what is left out, as the rows are read.
 
     Returns:
       A dataset whose `features` are the tensors of `schema.input_names` (lists `[B, L]`) and whose
@@ -186,7 +190,9 @@ def dataset(
 
     def generate() -> Iterator[tuple[Block, Block]]:
         skip = skip_batches * batch_size
-        for block in _blocks(columns, plan, path, seed, epoch, shuffle_rows):
+        for block in _blocks(columns, plan, path, seed, epoch, shuffle_rows, tally):
+            if observe is not None:
+                observe(block)
             skipped = min(skip, num_rows(block))
             skip -= skipped
             if skipped == num_rows(block):

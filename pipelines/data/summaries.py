@@ -65,6 +65,7 @@ class Summary:
       labels: label -> rows that have it, its mean, least and greatest value.
       weight: mean, least and greatest weight, and the share of weights 0; empty without weights.
       columns: of the features.
+      left_out: what the reader left out and why, a sentence each.
       tasks: share of rows whose task and time (and event) another row has; None where not known.
       warnings: a sentence each.
     """
@@ -75,6 +76,7 @@ class Summary:
     weight: dict[str, float]
     columns: list[Column]
     tasks: float | None
+    left_out: list[str] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
 
     def to_config(self) -> dict[str, Any]:
@@ -210,5 +212,6 @@ def table(found: Summary, drifts: Mapping[str, float] | None = None) -> str:
         line = f"  {c.name:<{width}}  {c.kind:<11}{c.distinct:>9,}{c.missing:>9.1%}"
         line += f"{c.unknown:>9.1%}" if c.kind != "dense" else f"{'':>9}"
         lines.append(line + numbers + (f"{drifts.get(c.name, np.nan):>7.3f}" if drifts else ""))
+    lines += [f"  {line}" for line in found.left_out]
     lines += [f"warning: {warning}" for warning in found.warnings]
     return "\n".join(lines)

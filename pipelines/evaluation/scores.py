@@ -60,7 +60,14 @@ def score(
     """
     probabilities: dict[str, list[np.ndarray]] = {name: [] for name in model.head_names}
     columns: dict[str, list[np.ndarray]] = {}
-    data = readers.dataset(model.schema, path, batch_size=batch_size, gauc=True)
+    data = readers.dataset(
+        model.schema,
+        path,
+        batch_size=batch_size,
+        gauc=True,
+        observe=watched.observe if watched else None,
+        tally=watched.tally if watched else None,
+    )
     # One graph for all batch sizes, made before it is called.
     predict = model.probabilities.get_concrete_function(readers.signature(model.schema)[0])
     total = readers.count_rows(model.schema, path)
@@ -69,31 +76,15 @@ def score(
         for features, targets in data:
             for name, value in predict(features).items():
                 probabilities[name].append(value.numpy())
-            told = {name: value.numpy() for name, value in targets.items()}
-            for name, values in told.items():
-                columns.setdefault(name, []).append(values)
-            if watched is not None:
-                watched.observe(_block(model.schema, features, told))
-            bar.update(len(told["labels"]))
+            for name, value in targets.items():
+                columns.setdefault(name, []).append(value.numpy())
+            bar.update(len(targets["labels"]))
     joined = {name: np.concatenate(parts) for name, parts in columns.items()}
     return Scored(
         {name: np.concatenate(parts) for name, parts in probabilities.items()},
         joined.pop("labels"),
         joined,
     )
-
-
-def _block(
-    schema: Schema, features: Mapping[str, Any], targets: Mapping[str, np.ndarray]
-) -> readers.Block:
-    """A batch as the reader's block, for `Look`."""
-    block = {name: column.numpy() for name, column in features.items()}
-    for k, label in enumerate(schema.labels):
-        block[label] = targets["labels"][:, k]
-    for role in ("task_id", "timestamp", "event_id", "domain"):
-        if role in targets:
-            block.setdefault(getattr(schema, role), targets[role])
-    return block
 
 
 def mean_loss(schema: Schema, labels: np.ndarray, predictions: np.ndarray) -> float:

@@ -56,9 +56,7 @@ def completed(recipe: Recipe, watched: look.Look | None = None) -> Recipe:
         counted = statistics.complete(schema, recipe.data.train)
     else:
         found = statistics.count(schema, recipe.data.train, watched.observe)
-        counted = found.schema
-        for line in found.tally.lines(counted):
-            print(f"{recipe.data.train}: {line}")
+        counted, watched.tally = found.schema, found.tally
     return dataclasses.replace(recipe, schema=migrate.with_values(schema, counted, migrated))
 
 
@@ -72,7 +70,8 @@ def looked(recipe: Recipe) -> tuple[Recipe, dict[str, summaries.Summary]]:
     found = {"train": watched.summary(done.schema)}
     if recipe.data.valid:
         watched = look.Look(done.schema)
-        for block in readers.blocks(done.schema, recipe.data.valid, gauc=True):
+        rows = readers.blocks(done.schema, recipe.data.valid, gauc=True, tally=watched.tally)
+        for block in rows:
             watched.observe(block)
         found["valid"] = watched.summary(done.schema, found["train"])
         _check_monitor(done, watched.sample())

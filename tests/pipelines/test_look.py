@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import pathlib
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from qianmo.layers.features import Categorical, Dense
 from qianmo.layers.schema import Schema
-from qianmo.pipelines.data import look, summaries
+from qianmo.pipelines.data import look, readers, summaries
 from qianmo.pipelines.data.readers import DataError
 
 ROWS = 4000
@@ -206,3 +209,26 @@ def test_drift_is_the_population_stability_index() -> None:
     assert found["price"] > 0.25
     assert found["city"] > 0.25
     assert f"{found['price']:.3f}" in summaries.table(now, found)
+
+
+def test_what_the_reader_leaves_out_is_said(tmp_path: pathlib.Path) -> None:
+    lists = Schema(
+        features=(Categorical(name="seen", num_ids=9, max_length=2), Dense(name="x")),
+        labels=("click",),
+        domain="scene",
+        only_domains=(1,),
+    )
+    table = {
+        "seen": [[1, 2, 3], [4], [5, 6, 7, 8], []],
+        "x": [0.0, 1.0, 2.0, 3.0],
+        "click": [0, 1, 1, 0],
+        "scene": [1, 1, 1, 2],
+    }
+    pq.write_table(pa.table(table), tmp_path / "rows.parquet")
+    watched = look.Look(lists)
+    for each in readers.blocks(lists, tmp_path / "rows.parquet", tally=watched.tally):
+        watched.observe(each)
+    text = summaries.table(watched.summary(lists))
+    assert "3 rows" in text
+    assert "1 of 4 rows are of other domains than (1,) and left out" in text
+    assert "lists `seen` are longer than `max_length` 2: 3 values at their start are left" in text
