@@ -29,6 +29,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from qianmo.export import paths
 from qianmo.layers.names import nearest
 from qianmo.pipelines import errors, silence
 
@@ -43,6 +44,19 @@ _headings: list[tuple[str, list[str]]] = []  # text, and the flags that were def
 def heading(text: str) -> None:
     """Begins a group in the help, of the flags that are defined from here on."""
     _headings.append((text, list(flags.FLAGS)))
+
+
+def model_paths(*names: str) -> None:
+    """Refuses values of these flags that TensorFlow could not read back, see `export.paths`."""
+
+    def fits(value: str | list[str] | None) -> bool:
+        for path in [value] if isinstance(value, str) else value or []:
+            if fault := paths.model_path_fault(path):
+                raise flags.ValidationError(fault)
+        return True
+
+    for name in names:
+        flags.register_validator(name, fits)  # type: ignore[no-untyped-call]
 
 
 def start(

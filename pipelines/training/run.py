@@ -15,6 +15,7 @@ import tensorflow as tf
 import tf_keras
 from tqdm import tqdm
 
+from qianmo.export import paths
 from qianmo.models import zoo
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines import run_dir
@@ -114,13 +115,16 @@ class Run:
       model_dir: where everything goes. A run of the same recipe there is continued.
 
     Raises:
-      ValueError: the directory holds a run of another recipe.
+      ValueError: the directory holds a run of another recipe, or TensorFlow could not read it.
+      OSError: the directory cannot be written to.
       readers.DataError: bad rows.
     """
 
     def __init__(self, recipe: Recipe, model_dir: str | pathlib.Path) -> None:
         runtime.settle()
         self.dir = pathlib.Path(model_dir)
+        paths.check_model_path(self.dir)
+        paths.check_folder(self.dir)
         train = recipe.train
         optimizers = (
             optimizer(train.optimizer, "train.optimizer"),
