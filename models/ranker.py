@@ -13,6 +13,7 @@ import tf_keras
 from qianmo.layers.embed import Embed, Embedded
 from qianmo.layers.encode import Encode, Encoded, example
 from qianmo.layers.inner_loop import AdaptableTower
+from qianmo.layers.keras_3 import refuse_keras_3
 from qianmo.layers.meta import Meta
 from qianmo.layers.schema import Schema
 from qianmo.layers.tower import TowerOutput
@@ -140,8 +141,13 @@ class Ranker(tf_keras.Model):
         return self.one_head(features, head)[0].h
 
     def build(self, input_shape: Any = None) -> None:
-        """Makes all weights; the schema tells all shapes, so none is needed."""
+        """Makes all weights; the schema tells all shapes, so none is needed.
+
+        Raises:
+          ValueError: a layer is of Keras 3.
+        """
         if not getattr(self, "built", False):
+            refuse_keras_3(self)
             self.built = True
             with tf.init_scope():
                 features = example(self.schema)

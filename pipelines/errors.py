@@ -131,7 +131,7 @@ def _refusal(error: BaseException) -> BaseException | None:
         error = error.__context__
     if type(error).__module__.startswith("qianmo."):
         return error
-    is_kind = isinstance(error, ValueError | RuntimeError)
+    is_kind = isinstance(error, ImportError | RuntimeError | ValueError)
     is_kind = is_kind and not isinstance(error, NotImplementedError | RecursionError)
     return error if is_kind and _was_raised_here(error.__traceback__) else None
 

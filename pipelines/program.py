@@ -74,6 +74,7 @@ def start(
       run: does the work. It raises what goes wrong, and catches nothing in order to print it.
       after_stop: what to tell someone who stopped the program.
     """
+    os.environ["TF_USE_LEGACY_KERAS"] = "1"  # also for plug-ins, which may use tf.keras
     if not _is_verbose(sys.argv):
         silence.silence()
     stopped: list[int] = []
