@@ -156,7 +156,8 @@ def _report(error: BaseException, stopped: list[int], after_stop: str) -> int:
     if text is None:
         _say(
             f"error: {type(error).__name__}: {str(error).partition(chr(10))[0]}. This is an error "
-            "of qianmo and not of its input; please report it, with the lines above."
+            f"of {errors.culprit(error)} and not of its input; please report it, with the lines "
+            "above."
         )
         return INTERNAL
     _say(f"error: {text}")

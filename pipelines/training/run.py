@@ -203,10 +203,12 @@ class Run:
         now = run_dir.plain(recipe.to_config())
         differs = sorted(
             f"{section}.{key}"
-            for section in now
+            for section in now.keys() - {"plugins"}
             for key in now[section].keys() | before.get(section, {}).keys()
             if now[section].get(key) != before.get(section, {}).get(key)
         )
+        if now["plugins"] != before.get("plugins", []):
+            differs.append("plugins")
         if differs:
             raise ValueError(
                 f"{self.dir} holds a run of another recipe; they differ in {', '.join(differs)}. "
