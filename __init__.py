@@ -4,9 +4,4 @@ Every model is one road, `encode -> embed -> bottom -> tower`, with two seams: b
 vectors (embeddings deployed apart) and between the hidden state and the logits (towers that adapt).
 """
 
-import os
-
-# tensorflow-recommenders refuses Keras 3; this must be set before tf.keras is first touched.
-os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
-
 __version__ = "0.1.0"

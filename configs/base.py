@@ -25,6 +25,8 @@ def base_config() -> ConfigDict:
             "schema": {},
             # Trained models to start parts of this one from: any name -> as `recipe.Migration`.
             "migrate": {},
+            # Modules to import first, which register models and layers of yours.
+            "plugins": (),
             "model": {"name": ""},
             "train": {
                 "seed": 1,

@@ -20,6 +20,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow.python.framework import op_def_registry
 from tensorflow_serving.apis import model_pb2, predict_pb2, prediction_log_pb2
 
+from qianmo.export.paths import check_model_path
 from qianmo.layers.encode import BAD_DENSE, OK, completed
 from qianmo.layers.schema import Schema
 from qianmo.models.ranker import Ranker
@@ -254,6 +255,7 @@ def next_version(base_path: str | os.PathLike[str]) -> int:
 @contextlib.contextmanager
 def publishing(base_path: pathlib.Path, version: int) -> Iterator[pathlib.Path]:
     """A folder under a temporary name that takes its number when all went well."""
+    check_model_path(base_path)
     target = base_path / str(version)
     if target.exists():
         raise ExportError(f"{target} exists; give another version.")

@@ -6,8 +6,8 @@ from typing import Any
 
 import tensorflow as tf
 import tf_keras
-from tensorflow_recommenders.layers.feature_interaction import Cross
 
+from qianmo.layers.recommenders import Cross
 from qianmo.layers.seeding import derive_seed, pick_seed
 
 

@@ -13,6 +13,7 @@ import tf_keras
 from qianmo.layers.embed import Embed, Embedded
 from qianmo.layers.encode import Encode, Encoded, example
 from qianmo.layers.inner_loop import AdaptableTower
+from qianmo.layers.keras_3 import refuse_keras_3
 from qianmo.layers.label_heads import label_losses, label_moments, predictions, present
 from qianmo.layers.meta import Meta
 from qianmo.layers.own_weights import collect, still
@@ -173,9 +174,10 @@ class Ranker(tf_keras.Model):
         """Makes all weights; the schema tells all shapes, so none is needed.
 
         Raises:
-          ValueError: a layer made for another number of domains.
+          ValueError: a layer of Keras 3, or one made for another number of domains.
         """
         if not getattr(self, "built", False):
+            refuse_keras_3(self)
             for layer in self.submodules:
                 count = getattr(layer, "num_domains", 0)
                 if count and count != self.schema.num_domains:

@@ -7,7 +7,6 @@ from typing import Any
 
 import tensorflow as tf
 import tf_keras
-from tensorflow_recommenders.tasks import Retrieval
 
 from qianmo.layers.bottom import Bottom
 from qianmo.layers.domain_column import DomainColumn
@@ -19,6 +18,7 @@ from qianmo.layers.inner_loop import Support
 from qianmo.layers.item_queue import ItemQueue
 from qianmo.layers.mlp import MLP
 from qianmo.layers.product_tower import ProductTower
+from qianmo.layers.recommenders import Retrieval
 from qianmo.layers.schema import Schema
 from qianmo.layers.seam import check_seam
 from qianmo.layers.seeding import derive_seed, pick_seed

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+import tf_keras
 
 from qianmo.layers.features import check_type
 from qianmo.layers.inner_loop import InnerLoop
@@ -81,6 +83,62 @@ MODELS: dict[str, tuple[Callable[..., Ranker], tuple[Callable[..., Ranker], ...]
 }
 
 
+Parts = tuple[Callable[..., Any], ...]
+Function = TypeVar("Function", bound=Callable[..., Ranker])
+Interaction = TypeVar("Interaction", bound=type[tf_keras.layers.Layer])
+
+
+def register(name: str, *, passes_to: Parts = (Ranker,)) -> Callable[[Function], Function]:
+    """Makes a function a model that recipes can name; a decorator, for modules outside.
+
+    Args:
+      name: what recipes name it by.
+      passes_to: functions and classes to which it passes on the keyword arguments that are not its
+        own, which recipes may give too.
+
+    Raises:
+      ValueError: there is such a model.
+    """
+
+    def add(function: Function) -> Function:
+        _check_new(name, function, {key: one for key, (one, _) in MODELS.items()})
+        MODELS[name] = (function, passes_to)
+        return function
+
+    return add
+
+
+def register_interaction(name: str, *, flat: bool = False) -> Callable[[Interaction], Interaction]:
+    """Makes a layer an interaction that recipes can name; a decorator, for modules outside.
+
+    Args:
+      name: what `interactions` of a recipe name it by.
+      flat: whether it reads the flat row [B, N], and not the field vectors [B, F, D].
+
+    Raises:
+      ValueError: there is such an interaction.
+    """
+
+    def add(layer: Interaction) -> Interaction:
+        _check_new(name, layer, {**FIELD_INTERACTIONS, **FLAT_INTERACTIONS})
+        (FLAT_INTERACTIONS if flat else FIELD_INTERACTIONS)[name] = layer
+        return layer
+
+    return add
+
+
+def _check_new(name: str, made: Callable[..., Any], known: Mapping[str, Any]) -> None:
+    """A module that is imported again may register again what it did before."""
+    before = known.get(name)
+    if before is not None and (before.__module__, before.__qualname__) != (
+        made.__module__,
+        made.__qualname__,
+    ):
+        raise ValueError(
+            f"`{name}` is registered already, by {before.__module__}. Give another name."
+        )
+
+
 def _function(part: Callable[..., Any]) -> Callable[..., Any]:
     """A function itself, and of a class its own `__init__`, if it has one."""
     return vars(part).get("__init__", lambda: None) if isinstance(part, type) else part
@@ -99,7 +157,7 @@ def _parameters(part: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     }
 
 
-def _parts(name: str) -> tuple[Callable[..., Any], ...]:
+def _parts(name: str) -> Parts:
     """A model's function, and what it passes arguments on to."""
     function, passed_on = MODELS[name]
     return (function, *passed_on)

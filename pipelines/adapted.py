@@ -15,6 +15,7 @@ import pathlib
 
 from absl import flags
 
+from qianmo.export import paths
 from qianmo.pipelines import program
 
 
@@ -42,6 +43,7 @@ def define_flags() -> None:
         "Support rows of their tasks, all older, those of a task in order of time. Default: the "
         "recipe's, of its test rows.",
     )
+    program.model_paths("model_dir")
     program.heading("How towers adapt")
     define_serving_flags()
     program.heading("What it writes")
@@ -50,12 +52,14 @@ def define_flags() -> None:
 
 def run(_: list[str]) -> None:
     """Prints metrics by tasks' support rows and by how many are used; writes the JSON if asked."""
+    values = flags.FLAGS
+    if values.output:
+        paths.check_file(values.output)
     from qianmo.models.two_tower import TwoTower
     from qianmo.pipelines import run_dir
     from qianmo.pipelines.evaluation import adapted
     from qianmo.pipelines.evaluation.scores import table
 
-    values = flags.FLAGS
     model, recipe = run_dir.load(values.model_dir)
     model = adapted.as_served(model, values.inner_steps, values.min_support)
     if model.meta is None or isinstance(model, TwoTower):

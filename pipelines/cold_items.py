@@ -14,6 +14,7 @@ import pathlib
 
 from absl import flags
 
+from qianmo.export import paths
 from qianmo.pipelines import program
 
 
@@ -24,6 +25,7 @@ def define_flags() -> None:
     flags.DEFINE_string("item_id", None, "The feature of the item's id.", required=True)
     flags.DEFINE_string("items", None, "Rows of item features, one an item.", required=True)
     flags.DEFINE_string("output", None, "Model directory to make.", required=True)
+    program.model_paths("model_dir", "output")
     program.heading("How the generator learns")
     flags.DEFINE_integer("epochs", 1, "Passes over the training rows.", lower_bound=1)
     flags.DEFINE_integer("rows", 20, "K, rows of an item before and after the step.", lower_bound=1)
@@ -33,15 +35,16 @@ def define_flags() -> None:
 
 def run(_: list[str]) -> None:
     """Learns, fills, and writes the copy."""
+    values = flags.FLAGS
+    output = pathlib.Path(values.output)
+    if output.exists():
+        raise ValueError(f"{output} exists. Give another --output.")
+    paths.check_folder(output)
     from qianmo.models.cold_items import ColdItems
     from qianmo.pipelines import run_dir
     from qianmo.pipelines.data import readers
     from qianmo.pipelines.training.cold_items import fill, learn
 
-    values = flags.FLAGS
-    output = pathlib.Path(values.output)
-    if output.exists():
-        raise ValueError(f"{output} exists. Give another --output.")
     model, recipe = run_dir.load(values.model_dir)
     cold = ColdItems(
         model,

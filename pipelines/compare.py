@@ -26,6 +26,7 @@ import pathlib
 
 from absl import app, flags
 
+from qianmo.export import paths
 from qianmo.pipelines import program
 
 
@@ -43,6 +44,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "test", "", "Rows to score: a file, folder or glob. Default: the recipes' test rows."
     )
+    program.model_paths("model_dir", "single")
     program.heading("What it writes")
     flags.DEFINE_string(
         "output", None, "The HTML file. Default: comparison.html in the fused model's directory."
@@ -55,6 +57,7 @@ def run(_: list[str]) -> None:
     output = pathlib.Path(values.output or pathlib.Path(values.model_dir) / "comparison.html")
     if output.suffix != ".html":
         raise app.UsageError(f"--output should end in .html. Received: {output}")
+    paths.check_file(output)
     from qianmo.pipelines.evaluation.compare import compare, table, write
 
     found = compare(values.model_dir, values.single, values.test)

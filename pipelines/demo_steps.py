@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from qianmo.configs import kuairand_domains, kuairand_dual_dnn, kuairand_meta
+from qianmo.export import paths
 from qianmo.export.adapted import ADAPT, adapted_specs, export_adapted
 from qianmo.export.saved_model import cast, export_in_graph, session
 from qianmo.models.ranker import Ranker
@@ -74,6 +75,8 @@ def timed_requests(
 
 def run(output: pathlib.Path, epochs: int) -> None:
     """Runs the demo in a folder, which is emptied first."""
+    paths.check_model_path(output)
+    paths.check_folder(output)
     if output.exists():
         if any(output.iterdir()) and not (output / "data").is_dir():
             raise ValueError(f"{output} holds something else than a demo; give another --output.")

@@ -12,8 +12,11 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 import types
 from typing import Any
+
+from qianmo.pipelines import plugins
 
 PACKAGE = str(pathlib.Path(__file__).parents[1]) + os.sep
 
@@ -125,23 +128,35 @@ def _tensorflow(error: Any) -> str | None:
     return f"{line}."
 
 
+def culprit(error: BaseException) -> str:
+    """Whose code was at work when an error was raised: this package's, or a plug-in's."""
+    name = "qianmo"
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if plugins.has_frame(frame):
+            name = f"the plug-in {frame.f_globals['__name__']}"
+        elif frame.f_code.co_filename.startswith(PACKAGE):
+            name = "qianmo"
+    return name
+
+
 def _refusal(error: BaseException) -> BaseException | None:
-    """The error, if this package raised it on purpose, without what Keras put around it."""
+    """The error, if it was raised on purpose, without what Keras put around it."""
     while error.__context__ is not None and str(error).startswith(_WRAPPED):
         error = error.__context__
     if type(error).__module__.startswith("qianmo."):
         return error
-    is_kind = isinstance(error, ValueError | RuntimeError)
+    is_kind = isinstance(error, ImportError | RuntimeError | ValueError)
     is_kind = is_kind and not isinstance(error, NotImplementedError | RecursionError)
     return error if is_kind and _was_raised_here(error.__traceback__) else None
 
 
-def _was_raised_here(traceback: types.TracebackType | None) -> bool:
-    """Whether a `raise` of this package made the error, and not a library that it called."""
-    if traceback is None:
+def _was_raised_here(trace: types.TracebackType | None) -> bool:
+    """Whether a `raise` of this package or a plug-in made the error, and not a library."""
+    if trace is None:
         return False
-    while traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    code = traceback.tb_frame.f_code
-    opcode = dis.opname[code.co_code[traceback.tb_lasti]]
-    return opcode == "RAISE_VARARGS" and code.co_filename.startswith(PACKAGE)
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    opcode = dis.opname[code.co_code[trace.tb_lasti]]
+    is_ours = code.co_filename.startswith(PACKAGE) or plugins.has_frame(trace.tb_frame)
+    return opcode == "RAISE_VARARGS" and is_ours

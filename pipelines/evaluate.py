@@ -11,6 +11,7 @@ import pathlib
 
 from absl import flags
 
+from qianmo.export import paths
 from qianmo.pipelines import program
 
 
@@ -21,16 +22,19 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "data", None, "Rows to score: a file, folder or glob. Default: the recipe's test rows."
     )
+    program.model_paths("model_dir")
     program.heading("What it writes")
     flags.DEFINE_string("output", None, "Where to write the metrics as JSON.")
 
 
 def run(_: list[str]) -> None:
     """Prints the table, and writes the JSON where asked."""
+    values = flags.FLAGS
+    if values.output:
+        paths.check_file(values.output)
     from qianmo.pipelines import run_dir
     from qianmo.pipelines.evaluation.measuring import evaluated
 
-    values = flags.FLAGS
     found, text = evaluated(values.model_dir, values.data or "")
     if values.output:
         run_dir.write_json(pathlib.Path(values.output), found)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from qianmo.export import paths
 from qianmo.pipelines import program
 from qianmo.pipelines.adapted import define_serving_flags
 
@@ -79,6 +80,7 @@ def define_flags() -> None:
         "heads", [], "Heads to ship, the default one first. Default: the model's serving head."
     )
     flags.DEFINE_integer("version", None, "Default: one above the highest there.", lower_bound=1)
+    program.model_paths("model_dir", "model_base_path")
     program.heading("Rows to replay before publishing")
     flags.DEFINE_string("data", None, "Rows to replay. Default: the recipe's test or valid rows.")
     flags.DEFINE_integer("rows", 1000, "How many rows to replay.", lower_bound=1)
@@ -162,6 +164,8 @@ def define_flags() -> None:
 
 def run(_: list[str]) -> None:
     """Exports, and says where the version lies and how near the scores are."""
+    values = flags.FLAGS
+    paths.check_folder(values.model_base_path)
     from qianmo.export.adapted import export_adapted
     from qianmo.export.retrieval import export_retrieval
     from qianmo.export.saved_model import export_fed, export_in_graph
@@ -171,7 +175,6 @@ def run(_: list[str]) -> None:
     from qianmo.pipelines.data.replay import columns, first_rows
     from qianmo.pipelines.evaluation import adapted, retrieval
 
-    values = flags.FLAGS
     exporters = {"in_graph": export_in_graph, "fed": export_fed, "store": export_store}
     model, recipe = run_dir.load(values.model_dir)
     model = adapted.as_served(model, values.inner_steps, values.min_support)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 
+from qianmo.export import paths
 from qianmo.pipelines import program
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "online_dir", None, "For checkpoints and report.json. Default: <model_dir>/online."
     )
+    program.model_paths("model_dir", "model_base_path", "online_dir")
     program.heading("The stream of rows")
     flags.DEFINE_string(
         "folder", None, "A folder to which files of rows are moved, read by rising names."
@@ -142,6 +144,9 @@ def run(_: list[str]) -> None:
     values = flags.FLAGS
     if bool(values.folder) == bool(values.redis):
         raise app.UsageError("give either --folder or --redis.")
+    folder = pathlib.Path(values.online_dir or pathlib.Path(values.model_dir) / "online")
+    for output in (folder, values.model_base_path):
+        paths.check_folder(output)
     from qianmo.pipelines import locks, run_dir
     from qianmo.pipelines.data.redis_stream import RedisStream
     from qianmo.pipelines.data.streams import FolderStream, Position, Stream
@@ -150,7 +155,6 @@ def run(_: list[str]) -> None:
     stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.append(1))
-    folder = pathlib.Path(values.online_dir or pathlib.Path(values.model_dir) / "online")
     recipe = run_dir.read_recipe(values.model_dir)
     pace = Pace(
         batch_size=values.batch_size or recipe.train.batch_size,

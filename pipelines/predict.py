@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from absl import flags
 
+from qianmo.export import paths
 from qianmo.pipelines import program
 
 
@@ -38,14 +39,18 @@ def define_flags() -> None:
         "vectors here, from its embedding store.",
     )
     program.heading("What it writes")
+    program.model_paths("lookup")
     flags.DEFINE_string("output", "-", "JSON lines file to write, one line a row; - prints them.")
 
 
 def run(_: list[str]) -> None:
     """Prints or writes the scores."""
+    values = flags.FLAGS
+    if values.output != "-":
+        paths.check_file(values.output)
     from qianmo.pipelines.serving.predictions import write_predictions
 
-    write_predictions(flags.FLAGS)
+    write_predictions(values)
 
 
 def main() -> None:

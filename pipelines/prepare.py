@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from absl import app, flags
 
+from qianmo.export import paths
 from qianmo.pipelines import program
 
 DATASETS = ("kuairand", "movielens_1m", "amazon_cdr", "kuairand_sample")
@@ -69,6 +70,7 @@ def run(_: list[str]) -> None:
     values = flags.FLAGS
     if values.dataset != "kuairand" and values.source is None:
         raise app.UsageError(f"--dataset={values.dataset} needs --source.")
+    paths.check_folder(values.output)
     from qianmo.pipelines.datasets.amazon_cdr import amazon_cdr
     from qianmo.pipelines.datasets.kuairand import kuairand, kuairand_sample
     from qianmo.pipelines.datasets.movielens_1m import movielens_1m

@@ -29,6 +29,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from qianmo.export import paths
 from qianmo.layers.names import nearest
 from qianmo.pipelines import errors, silence
 
@@ -43,6 +44,19 @@ _headings: list[tuple[str, list[str]]] = []  # text, and the flags that were def
 def heading(text: str) -> None:
     """Begins a group in the help, of the flags that are defined from here on."""
     _headings.append((text, list(flags.FLAGS)))
+
+
+def model_paths(*names: str) -> None:
+    """Refuses values of these flags that TensorFlow could not read back, see `export.paths`."""
+
+    def fits(value: str | list[str] | None) -> bool:
+        for path in [value] if isinstance(value, str) else value or []:
+            if fault := paths.model_path_fault(path):
+                raise flags.ValidationError(fault)
+        return True
+
+    for name in names:
+        flags.register_validator(name, fits)  # type: ignore[no-untyped-call]
 
 
 def start(
@@ -60,6 +74,7 @@ def start(
       run: does the work. It raises what goes wrong, and catches nothing in order to print it.
       after_stop: what to tell someone who stopped the program.
     """
+    os.environ["TF_USE_LEGACY_KERAS"] = "1"  # also for plug-ins, which may use tf.keras
     if not _is_verbose(sys.argv):
         silence.silence()
     stopped: list[int] = []
@@ -141,7 +156,8 @@ def _report(error: BaseException, stopped: list[int], after_stop: str) -> int:
     if text is None:
         _say(
             f"error: {type(error).__name__}: {str(error).partition(chr(10))[0]}. This is an error "
-            "of qianmo and not of its input; please report it, with the lines above."
+            f"of {errors.culprit(error)} and not of its input; please report it, with the lines "
+            "above."
         )
         return INTERNAL
     _say(f"error: {text}")

@@ -14,6 +14,7 @@ from qianmo.layers.features import from_mapping
 from qianmo.layers.rowwise_adagrad import RowwiseAdagrad
 from qianmo.layers.schema import Schema
 from qianmo.layers.sparse_adam import SparseAdam
+from qianmo.pipelines import plugins
 
 # The defaults stand in configs/base.py, where flags can override them.
 OPTIMIZERS = {
@@ -108,22 +109,31 @@ class Migration:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole recipe."""
+    """A whole recipe.
+
+    Attributes:
+      data, schema, model, train, migrate: its sections.
+      plugins: modules that register models and layers; they are imported with the recipe.
+    """
 
     data: Data
     schema: Schema
     model: Mapping[str, Any]
     train: Train
     migrate: Mapping[str, Migration] = dataclasses.field(default_factory=dict)
+    plugins: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Recipe:
         """Checks a config, as made by a file in configs/ or read back from a model directory.
 
+        Its plug-ins are imported.
+
         Raises:
-          ValueError: an unknown or missing key, a wrong value.
+          ValueError: an unknown or missing key, a wrong value, a plug-in that cannot be imported.
         """
         raw = from_mapping(_Sections, config, "config")
+        plugins.load(raw.plugins)
         recipe = cls(
             data=from_mapping(Data, raw.data, "config.data"),
             schema=Schema.from_config(raw.schema),
@@ -133,6 +143,7 @@ class Recipe:
                 name: from_mapping(Migration, values, f"config.migrate.{name}")
                 for name, values in raw.migrate.items()
             },
+            plugins=raw.plugins,
         )
         if recipe.train.monitor == "gauc" and not recipe.schema.task_id:
             raise ValueError("`train.monitor` gauc needs `schema.task_id`, whose rows it groups.")
@@ -178,6 +189,7 @@ class Recipe:
             "model": json.loads(json.dumps(dict(self.model))),
             "train": dataclasses.asdict(self.train),
             "migrate": {name: dataclasses.asdict(one) for name, one in self.migrate.items()},
+            "plugins": list(self.plugins),
         }
 
 
@@ -188,6 +200,7 @@ class _Sections:
     model: Mapping[str, Any]
     train: Mapping[str, Any]
     migrate: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    plugins: tuple[str, ...] = ()
 
 
 def optimizer(config: Mapping[str, Any], where: str, steps: int = 0) -> Any:

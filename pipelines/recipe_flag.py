@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 
 from qianmo.layers.names import nearest
 
-_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 
 
 class RecipeError(Exception):
@@ -35,29 +35,11 @@ def define() -> None:
         "--config.train.epochs=1 --config.data.train=rows/",
     )
     flags.mark_flag_as_required("config")  # type: ignore[no-untyped-call]
-    taken = {arg: found for arg in sys.argv if (found := _named_like_method(arg))}
-    sys.argv[:] = [arg for arg in sys.argv if arg not in taken]
-    flags.FLAGS["config"].parser = _Parser([*taken.values()])
-
-
-def _named_like_method(arg: str) -> tuple[str, str] | None:
-    """Path and value of an override such as `data.items`: ml_collections would see a method."""
-    found = _OVERRIDE.fullmatch(arg)
-    if found is None or found[2] is None or not hasattr(ConfigDict, found[1].rpartition(".")[2]):
-        return None
-    return found[1], found[2]
+    flags.FLAGS["config"].parser = _Parser()
 
 
 class _Parser(flags.ArgumentParser):  # type: ignore[type-arg]
-    """Loads a recipe, and says what is wrong with it or with the keys to set.
-
-    Args:
-      overrides: paths and values to set here.
-    """
-
-    def __init__(self, overrides: list[tuple[str, str]]) -> None:
-        super().__init__()
-        self._overrides = overrides
+    """Loads a recipe, and says what is wrong with it or with the keys to set."""
 
     def parse(self, argument: str) -> ConfigDict:
         file, _, variant = argument.partition(":")
@@ -74,15 +56,8 @@ class _Parser(flags.ArgumentParser):  # type: ignore[type-arg]
             )
         config.lock()
         for arg in sys.argv:
-            if found := _OVERRIDE.fullmatch(arg):
+            if found := _OVERRIDE.match(arg):
                 _check_key(config, found[1])
-        for path, value in self._overrides:
-            _check_key(config, path)
-            *parents, key = path.split(".")
-            place = config
-            for parent in parents:
-                place = place[parent]
-            place[key] = value
         return config
 
 

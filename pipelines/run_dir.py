@@ -18,12 +18,14 @@ import json
 import math
 import os
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import tensorflow as tf
 import tf_keras
 
+from qianmo.export import paths
 from qianmo.models import zoo
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines.data.identity import Identity
@@ -41,11 +43,16 @@ def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a write that fails names none
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _finite(value: Any) -> Any:
@@ -108,8 +115,9 @@ def read_recipe(model_dir: str | pathlib.Path) -> Recipe:
     """Reads a model directory's recipe.
 
     Raises:
-      ValueError: there is none, or it cannot be read.
+      ValueError: there is none, it cannot be read, or TensorFlow cannot read from there.
     """
+    paths.check_model_path(model_dir)
     path = pathlib.Path(model_dir) / RECIPE
     config = read_json(path, None)
     if config is None:
@@ -151,11 +159,17 @@ def _newest(model_dir: str | pathlib.Path) -> str:
 
 
 def write(model_dir: str | pathlib.Path, model: Ranker, recipe: Recipe) -> None:
-    """Writes a model that was not trained there, with its recipe."""
+    """Writes a model that was not trained there, with its recipe, whole or not at all."""
     folder = pathlib.Path(model_dir)
-    weights = tf.train.Checkpoint(model=model)
-    tf.train.CheckpointManager(weights, str(folder / WEIGHTS), max_to_keep=1).save()
-    write_json(folder / RECIPE, recipe.to_config())
+    temporary = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    try:
+        weights = tf.train.Checkpoint(model=model)
+        tf.train.CheckpointManager(weights, str(temporary / WEIGHTS), max_to_keep=1).save()
+        write_json(temporary / RECIPE, recipe.to_config())
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def restore(model: Ranker, model_dir: str | pathlib.Path, checkpoint: str = "") -> None:

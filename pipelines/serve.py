@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 
 from absl import app, flags, logging
 
+from qianmo.export import paths
 from qianmo.pipelines import program, silence
 
 SERVER_VARIABLE = "QIANMO_MODEL_SERVER"
@@ -170,6 +171,8 @@ def serve_embedded(values: flags.FlagValues) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     models = read_models(values)
+    for path in models.values():
+        paths.check_model_path(path)
     # TensorFlow takes seconds to import, which the genuine server does not need.
     from qianmo.pipelines.serving.server import ModelServer
 

@@ -23,6 +23,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "model_dir", None, "Where the run lives; the same command continues it.", required=True
     )
+    program.model_paths("model_dir")
     flags.DEFINE_bool(
         "dry_run",
         False,

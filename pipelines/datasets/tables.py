@@ -112,6 +112,9 @@ def new_folder(output: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
             shutil.rmtree(old)
         else:
             unfinished.rename(output)
+    except OSError as error:
+        error.filename = str(output)  # what pyarrow cannot write it does not name
+        raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -14,6 +14,7 @@ from typing import IO, Any
 import grpc
 
 from qianmo.layers.schema import Schema
+from qianmo.pipelines import plugins
 from qianmo.pipelines.data import readers
 from qianmo.pipelines.serving.clients import Client, RequestError, RestClient
 from qianmo.pipelines.serving.tensors import Array, to_json
@@ -101,9 +102,12 @@ def write_predictions(values: Any) -> None:
     try:
         text = pathlib.Path(values.schema).read_text(encoding="utf-8")
         config = json.loads(text)
+        if not isinstance(config, dict):
+            raise ValueError("it is no mapping.")
         schema = Schema.from_config(config.get("schema", config))
     except (OSError, ValueError) as error:
         raise ValueError(f"{values.schema} should be the JSON of a schema: {error}") from error
+    plugins.load(config.get("plugins", ()))
     with _named(values.server), contextlib.closing(_client(values)) as client:
         signatures = client.signature_defs()
         if values.signature_name not in signatures:

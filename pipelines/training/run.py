@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
+from qianmo.export import paths
 from qianmo.models import zoo
 from qianmo.models.ranker import Ranker, Weight
 from qianmo.models.two_tower import TwoTower
@@ -50,16 +51,26 @@ class Run:
       model_dir: where everything goes. A run of the same recipe on the same data is continued.
 
     Raises:
-      ValueError: the directory holds a run of another recipe, or on other data.
+      ValueError: the directory holds a run of another recipe, or on other data, or TensorFlow could
+        not read it.
+      OSError: the directory cannot be written to.
       readers.DataError: bad rows, or rows of which nothing can be learned.
     """
 
     def __init__(self, recipe: Recipe, model_dir: str | pathlib.Path) -> None:
         runtime.settle()
         self.dir = pathlib.Path(model_dir)
+        paths.check_model_path(self.dir)
+        paths.check_folder(self.dir)
         train = recipe.train
         for key in ("optimizer", "table_optimizer", "meta_optimizer"):
-            optimizer(getattr(train, key), f"train.{key}")  # refused before any work
+            config = getattr(train, key)
+            optimizer(config, f"train.{key}")  # refused before any work
+            if 0 < config.get("decay", 0) < 1 - MAX_STILL:
+                print(
+                    f"note: train.{key}.decay = {config['decay']}: the rate is 0 in the last "
+                    f"{1 - config['decay']:.0%} of the run, which then learns nothing."
+                )
         zoo.check(recipe.model)
         known = self._known(recipe)
         with inputs.opened(recipe) as self.inputs:  # whose files are hashed while rows are read
@@ -133,10 +144,12 @@ class Run:
         now = run_dir.plain(recipe.to_config())
         differs = sorted(
             f"{section}.{key}"
-            for section in now
+            for section in now.keys() - {"plugins"}
             for key in now[section].keys() | before.get(section, {}).keys()
             if now[section].get(key) != before.get(section, {}).get(key)
         )
+        if now["plugins"] != before.get("plugins", []):
+            differs.append("plugins")
         if differs:
             raise ValueError(
                 f"{self.dir} holds a run of another recipe; they differ in {', '.join(differs)}. "

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import redis_servers
 import tensorflow as tf
+import tf_keras
 from redis_servers import Server
 
 from qianmo.export import embedding_shards as shards
@@ -174,7 +175,7 @@ def rows(count: int = 100) -> dict[str, np.ndarray]:
 
 def model(seed: int = 1) -> Ranker:
     config = {"name": "mlp", "units": (8,), "embedding_stddev": 1.0, "embedding_seed": seed}
-    tf.keras.utils.set_random_seed(seed)
+    tf_keras.utils.set_random_seed(seed)
     made = zoo.build(SCHEMA, config)
     made({k: tf.constant(v) for k, v in rows(2).items()})
     return made

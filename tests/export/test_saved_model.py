@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import tensorflow as tf
+import tf_keras
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import prediction_log_pb2
 
@@ -139,7 +140,7 @@ def rows(count=200, seed=0):
 
 
 def model(name):
-    tf.keras.utils.set_random_seed(1)
+    tf_keras.utils.set_random_seed(1)
     made = zoo.build(SCHEMA, {"name": name, **MODELS[name], "embedding_stddev": 1.0})
     made({k: tf.constant(v) for k, v in rows(2).items()})
     return made

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
+import tf_keras
 from conformance import CASES
 from tensorflow_serving.apis import prediction_log_pb2
 
@@ -47,7 +48,7 @@ def rows(count: int = 100) -> Rows:
 
 
 def model(seed: int = 1, stddev: float = 1.0) -> Ranker:
-    tf.keras.utils.set_random_seed(seed)
+    tf_keras.utils.set_random_seed(seed)
     config = {"name": "mlp", "units": (8,), "embedding_stddev": stddev, "embedding_seed": seed}
     made = zoo.build(SCHEMA, config)
     made({k: tf.constant(v) for k, v in rows(2).items()})

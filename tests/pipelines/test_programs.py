@@ -6,6 +6,7 @@ import ast
 import errno
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 import tomllib
@@ -237,10 +238,10 @@ def test_a_refusal_is_told_from_a_fault() -> None:
     assert "Exception encountered" in str(wrapped)
     assert str(errors.sentence(wrapped)).startswith("1000 domains cannot cross")
     for fault in (
-        lambda: Schema.from_config(3),  # type: ignore[arg-type]
+        lambda: Schema.from_config(3),
         lambda: int("x"),
         lambda: tf.reshape(tf.zeros([3]), [2]),
-        lambda: MLP(3),  # type: ignore[arg-type]
+        lambda: MLP(3),
         lambda: {}["key"],
     ):
         assert errors.sentence(raised(fault)) is None
@@ -271,3 +272,24 @@ def test_a_reader_that_goes_away_ends_the_program_without_a_line() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == program.BROKEN_PIPE
+
+
+@pytest.mark.parametrize("flag", ["port", "rest_api_port"])
+def test_a_port_in_use_is_said_before_a_model_is_looked_for(
+    programs: zygote.Zygote, flag: str
+) -> None:
+    ports = {"port": 0, "rest_api_port": 0}
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        ports[flag] = other.getsockname()[1]
+        words = [f"--{name}={port}" for name, port in ports.items()]
+        done = programs.run("serve", "--embedded", "--model_base_path=nowhere", *words)
+    assert only_line(done, program.REFUSED) == (
+        f"error: 127.0.0.1:{ports[flag]} (--{flag}): Address already in use. Another process "
+        "listens there; stop it, or give another port."
+    )
+
+
+def test_an_address_of_another_machine(programs: zygote.Zygote) -> None:
+    words = ["--embedded", "--model_base_path=nowhere", "--host=192.0.2.1"]
+    line = only_line(programs.run("serve", *words), program.REFUSED)
+    assert line.startswith("error: 192.0.2.1:8500 (--port): Cannot assign requested address")
