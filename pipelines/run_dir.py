@@ -216,15 +216,32 @@ _VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
 _OF_TRAINING = {"optimizer", "table_optimizer", "meta_optimizer", "_means"}
 
 
-def restore_optimizers(model_dir: str | pathlib.Path, **optimizers: Any) -> None:
+def restore_optimizers(model_dir: str | pathlib.Path, **optimizers: Any) -> bool:
     """Puts the state that a run's optimisers had at its best epoch into others, built alike.
 
     Args:
       model_dir: of the run.
       **optimizers: as the attributes of the compiled model name them.
+
+    Returns:
+      Whether there was any; a model that was not trained there has none.
+
+    Raises:
+      ValueError: the state is that of other weights.
     """
+    path = _newest(model_dir)
+    names = {name.split("/")[1] for name, _ in tf.train.list_variables(path) if "/" in name}
+    if not names & optimizers.keys():
+        return False
     wrapped = tf.train.Checkpoint(model=tf.train.Checkpoint(**optimizers))
-    wrapped.restore(_newest(model_dir)).assert_existing_objects_matched().expect_partial()
+    try:
+        wrapped.restore(path).assert_existing_objects_matched().expect_partial()
+    except AssertionError as error:
+        raise ValueError(
+            f"{path}: the optimisers' state is not that of this model's weights: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return True
 
 
 def variables(part: Any) -> dict[str, tf.Variable]:

@@ -15,10 +15,10 @@ Without --output it is printed.
 from __future__ import annotations
 
 import pathlib
-import sys
 
 from absl import flags
 
+from qianmo.export import paths
 from qianmo.pipelines import program
 
 
@@ -41,29 +41,27 @@ def define_flags() -> None:
 
 def run(_: list[str]) -> None:
     """Writes the proposal that the flags ask for."""
+    values = flags.FLAGS
+    output = pathlib.Path(values.output) if values.output else None
+    if output is not None:
+        paths.check_file(output)
+        if output.exists():
+            raise ValueError(f"{output} exists. Give another --output, or delete it.")
     from qianmo.pipelines.data import recipe_text, sample
     from qianmo.pipelines.data.propose import propose
 
-    values = flags.FLAGS
-    output = pathlib.Path(values.output) if values.output else None
-    try:
-        if output is not None and output.exists():
-            raise ValueError(f"{output} exists. Give another --output, or delete it.")
-        proposal = propose(
-            sample.read(values.data, values.rows),
-            labels=values.label,
-            task_id=values.task_id,
-            timestamp=values.timestamp,
-            domain=values.domain,
-        )
-        text = recipe_text.text(proposal, values.data)
-        if output is not None:
-            recipe_text.write(output, text)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    proposal = propose(
+        sample.read(values.data, values.rows),
+        labels=values.label,
+        task_id=values.task_id,
+        timestamp=values.timestamp,
+        domain=values.domain,
+    )
+    text = recipe_text.text(proposal, values.data)
     if output is None:
         print(text, end="")
         return
+    recipe_text.write(output, text)
     labels = ", ".join(line.name for line in proposal.labels)
     print(
         f"{output}: {len(proposal.features)} features for {labels}; "
