@@ -43,6 +43,7 @@ class Column:
       only: the domains whose rows are kept; empty for all. Of the domains' column.
       owners: the domains whose rows have a value; empty for all.
       is_label: whether values in rows of other domains are passed over instead of refused.
+      is_declared: whether the schema tells its `dtype`, as for categorical features.
       remedy: what to do when the file holds another type.
       null_remedy: what to do when a value is missing.
     """
@@ -59,6 +60,7 @@ class Column:
     only: tuple[Domain, ...] = ()
     owners: tuple[Domain, ...] = ()
     is_label: bool = False
+    is_declared: bool = False
     remedy: str = "Convert it."
     null_remedy: str = "Give it a value."
 
@@ -144,7 +146,6 @@ def _of_feature(schema: Schema, feature: Categorical | Dense) -> Column:
             kind="float32",
             default=math.nan if feature.may_be_missing else None,
             owners=feature.domains,
-            remedy="Convert it, or declare the feature as categorical.",
             null_remedy=_DEFAULT,
         )
     return Column(
@@ -155,7 +156,7 @@ def _of_feature(schema: Schema, feature: Categorical | Dense) -> Column:
         default=feature.default,
         tells_domain=feature.name == schema.domain,
         owners=feature.domains,
-        remedy="Convert it, or declare the feature with that `dtype`.",
+        is_declared=True,
         null_remedy=_DEFAULT,
     )
 
@@ -281,6 +282,7 @@ def is_string(found: pa.DataType) -> bool:
         or types.is_string_view(found)
         or types.is_binary(found)
         or types.is_large_binary(found)
+        or types.is_binary_view(found)
     )
 
 
@@ -295,27 +297,34 @@ def check_type(part: Part, column: Column, found: pa.DataType) -> None:
     Raises:
       DataError: it is another one.
     """
+    if pa.types.is_null(found):
+        return  # no row of this file has a value; where one should, that is found later
     value = found.value_type if is_list(found) else found
     if pa.types.is_dictionary(value):
         value = value.value_type
-    if pa.types.is_null(found) and column.may_be_absent:
-        return  # no row of this file has one
+    is_int = bool(pa.types.is_integer(value) or pa.types.is_boolean(value))
+    is_float = bool(pa.types.is_floating(value))
+    is_text = is_string(value)
+    fits = {
+        "int64": is_int,
+        "string": is_text,
+        "float32": is_int or is_float or bool(pa.types.is_decimal(value)),
+        "time": is_int or is_time(value) or is_text,
+        "name": is_text or is_int,
+        "key": is_text or is_int or is_float or is_time(value),
+    }
+    same_shape = is_list(found) == bool(column.max_length)
+    if same_shape and (fits[column.kind] or pa.types.is_null(value)):
+        return
     remedy = column.remedy
-    if is_list(found) == bool(column.max_length):
-        is_int = bool(pa.types.is_integer(value) or pa.types.is_boolean(value))
-        is_float = bool(pa.types.is_floating(value))
-        fits = {
-            "int64": is_int,
-            "string": is_string(value),
-            "float32": is_int or is_float or bool(pa.types.is_decimal(value)),
-            "time": is_int or is_time(value) or is_string(value),
-            "name": is_string(value) or is_int,
-            "key": is_string(value) or is_int or is_float or is_time(value),
-        }
-        if fits[column.kind] or pa.types.is_null(value):
-            return
-    elif column.kind in ("int64", "string"):
+    if not same_shape and column.is_declared and (is_list(found) or not pa.types.is_nested(found)):
         how = "without `max_length`" if column.max_length else "with `max_length`"
         remedy = f"Convert it, or declare it {how}."
+    elif same_shape and is_float and column.dtype == "int64":  # so pandas stores nulls of integers
+        remedy = "Convert it to int64, in which nulls may stay null."
+    elif same_shape and column.is_declared and (is_int or is_text):
+        remedy = f'Convert it, or declare its `dtype` "{"string" if is_text else "int64"}".'
+    elif same_shape and column.kind == "float32" and is_text and not column.is_label:
+        remedy = "Convert it, or declare it as categorical."
     fault = f"should be {column.expected}. Found: {found} in the whole column. {remedy}"
     raise part.error(column.name, part.first_row, fault)

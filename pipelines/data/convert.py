@@ -81,6 +81,8 @@ def _converted(values: _Values, array: pa.Array, domain: _Array | None) -> Block
     is_given = pc.is_valid(array).to_numpy(zero_copy_only=False)
     if column.max_length:
         is_given &= pc.fill_null(pc.list_value_length(array), 0).to_numpy() > 0
+    elif pa.types.is_floating(array.type):
+        is_given &= ~np.isnan(array.to_numpy(zero_copy_only=False))  # NaN is no value
     foreign = is_given & ~own
     if foreign.any() and not column.is_label:
         row = int(np.argmax(foreign))
@@ -261,7 +263,7 @@ class _Values:
             try:
                 parsed = texts.cast(micros)
             except pa.ArrowInvalid:
-                try:  # more than six digits behind the point, in a shorter range of years
+                try:  # more than six digits after the point, in a shorter range of years
                     parsed = texts.cast(pa.timestamp("ns", zone))
                 except (pa.ArrowInvalid, ValueError):
                     i = _first_uncastable(texts, micros)

@@ -18,7 +18,7 @@ from qianmo.pipelines.data.files import DataFile
 _BOM = b"\xef\xbb\xbf"
 _CHUNK = 2**20
 _QUOTE, _LINE_FEED, _RETURN = b'"\n\r'
-# What stands before a quote that opens a cell, and behind one that closes it. A quote beside the
+# What stands before a quote that opens a cell, and after one that closes it. A quote beside the
 # other is a doubled one.
 _BORDER = np.zeros(256, bool)
 _BORDER[[*b',\n\r"']] = True
@@ -34,8 +34,8 @@ class _Fault(NamedTuple):
 class CheckedStream:
     """The bytes of a file as pyarrow reads them, decompressed, with all quotes checked.
 
-    Whether a quote opens or closes is told by how many were before it: in RFC 4180 each quote
-    does the one after another did the other, a doubled one both.
+    In RFC 4180 a quote opens a quoted cell if the number of quotes before it is even, else it
+    closes one. A doubled quote closes the cell and opens it again.
 
     Args:
       file: the file.
@@ -118,7 +118,7 @@ class CheckedStream:
         return before == _QUOTE and self._quotes > 0 and self._quotes % 2 == 0
 
     def _row(self, offset: int) -> int:
-        """The row of a byte, counted from 0 behind the header; blank lines are none."""
+        """The row of a byte, counted from 0 after the header; blank lines are none."""
         starts = quotes = done = 0
         was_end = True
         with pa.input_stream(str(self._file.path)) as stream:

@@ -55,6 +55,8 @@ def files(path: PathLike) -> list[DataFile]:
       DataError: there is none, or it is not clear which rows they hold.
     """
     name = local(os.fspath(path))
+    if not name:
+        raise DataError("the path of the data is empty; give a file, a folder or a glob.")
     matches = [pathlib.Path(name)] if os.path.exists(name) else _matches(name)
     if not matches:
         hint = "There is no such file, folder or glob; check the path."

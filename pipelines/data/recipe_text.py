@@ -82,14 +82,14 @@ def write(file: pathlib.Path, written: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _comment(words: str, indent: int, behind: str = "") -> Iterable[str]:
-    """Comment lines; those after the first, and all with `behind`, are set in."""
+def _comment(words: str, indent: int, extra: str = "") -> Iterable[str]:
+    """Comment lines; those after the first, and all with `extra`, are set in."""
     start = " " * indent + "# "
     return textwrap.wrap(
         words,
         _WIDTH,
-        initial_indent=start + behind,
-        subsequent_indent=start + behind * 2,
+        initial_indent=start + extra,
+        subsequent_indent=start + extra * 2,
         break_long_words=False,
     )
 

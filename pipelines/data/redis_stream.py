@@ -22,7 +22,7 @@ class RedisStream:
     """The entries of a Redis stream, read by a consumer group. An entry is a row, as in a CSV file.
 
     Each field is a column's value as text, the items of a list between vertical bars. The position
-    tells where reading goes on, whatever the group was sent since: entries behind it are read
+    tells where reading goes on, whatever the group was sent since: entries after it are read
     again. Those up to it are acknowledged when it was written down, which deletes nothing.
 
     Redis counts all entries that were ever added, and the position those of them that were read or
@@ -158,7 +158,7 @@ class RedisStream:
     def _entries_up_to(self, entry: str, info: Any) -> int:
         """How many entries were ever added up to this one."""
         count = _removed(info)
-        if not _starts_behind(info, entry):
+        if not _starts_after(info, entry):
             start = "-"
             while page := self._client.xrange(self._key, start, entry, _ENTRIES_AT_ONCE):
                 count += len(page)
@@ -203,7 +203,7 @@ class RedisStream:
         """
         is_there = np.array([bool(fields) for _, fields in entries], np.int64)
         gone, counted = 0, np.ones_like(is_there)
-        if _starts_behind(info, self._last):
+        if _starts_after(info, self._last):
             # Nothing that was read is in the stream, so what else was removed was not read.
             gone, counted = max(0, _removed(info) - self._count), is_there
         if gone:
@@ -224,7 +224,7 @@ class RedisStream:
     def _miss(self, gone: int, info: Any) -> None:
         first = _first(info)
         before = f" and before {first}" if first else ""
-        what = f"{gone:,} entries behind {self._last}{before} were removed before they were read"
+        what = f"{gone:,} entries after {self._last}{before} were removed before they were read"
         if not self._allow_gaps:
             raise DataError(
                 f"{self.name}: {what}. Let the stream keep more (XTRIM, MAXLEN), or go on without "
@@ -306,7 +306,7 @@ def _removed(info: Any) -> int:
     return int(info["entries-added"]) - int(info["length"])
 
 
-def _starts_behind(info: Any, entry: str) -> bool:
+def _starts_after(info: Any, entry: str) -> bool:
     """Whether a stream holds no entry up to this one."""
     first = _first(info)
     return not first or _number(first) > _number(entry)

@@ -17,7 +17,13 @@ def first_rows(schema: Schema, path: str, count: int) -> dict[str, np.ndarray]:
 
 
 def columns(schema: Schema, path: str, count: int | None = None) -> dict[str, np.ndarray]:
-    """Rows of a file with the columns of task, time and labels; a label that is not there is -1."""
+    """Rows of a file with the columns of task, time and labels.
+
+    A label that is not there is `UNDEFINED`, as on the wire.
+
+    Raises:
+      DataError: a rating is `UNDEFINED` itself.
+    """
     blocks = []
     left = count
     for block in readers.blocks(schema, path):
@@ -28,5 +34,10 @@ def columns(schema: Schema, path: str, count: int | None = None) -> dict[str, np
                 break
     found = {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
     for label in schema.labels:
+        if (found[label] == UNDEFINED).any():
+            raise readers.DataError(
+                f"{path}, column `{label}`: {UNDEFINED:g} stands for no label in served support, "
+                "and a row holds it. Shift the ratings."
+            )
         found[label] = np.where(np.isnan(found[label]), UNDEFINED, found[label])
     return found

@@ -96,11 +96,11 @@ def checked(name: str, position: Position | None, first: Position) -> Position:
 class FolderStream:
     """The files of a folder, in the order of their names; new ones are found as they appear.
 
-    A file should appear whole, by a rename, and stay as it is. Its name should come behind those of
+    A file should appear whole, by a rename, and stay as it is. Its name should sort after those of
     all files that were begun: the position holds the names that are there, so that a file which
-    appears too late is refused, also when it came while nobody was looking. Reading it after all
-    would make the order of rows depend on when they came. Files may be deleted once all of their
-    rows were taken.
+    appears too late is refused, also when it appeared while the program was down. To read it
+    nevertheless would make the order of rows depend on when files appear. Files may be deleted once
+    all of their rows were taken.
 
     Args:
       schema: the columns.

@@ -208,8 +208,11 @@ def kuairand(
     past = _past(log, history, train_until)
     priors = _priors(log, train_until)
 
-    tags = pc.fill_null(videos["tag"], "-1")
-    tags = pc.split_pattern(tags, ",").combine_chunks().cast(pa.list_(pa.int64()))
+    tags = (
+        pc.split_pattern(filled(videos["tag"], "-1"), ",")
+        .combine_chunks()
+        .cast(pa.list_(pa.int64()))
+    )
     seconds = log["duration_ms"].to_numpy() / 1000
     bucket = np.where(seconds > 0, np.searchsorted(_DURATION_SECONDS, seconds, "right"), -1)
     columns: dict[str, Any] = {

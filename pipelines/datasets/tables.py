@@ -56,13 +56,15 @@ def narrowed(table: pa.Table) -> pa.Table:
     return pa.table({name: narrow(table[name]) for name in table.column_names})
 
 
-def filled(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Gives the publisher's nulls a value of their own: "unknown", or -1.
+def filled(values: pa.ChunkedArray, none: str | int | None = None) -> pa.ChunkedArray:
+    """Gives the publisher's nulls a value of their own, by default "unknown" or -1.
 
     Raises:
       DataError: the publisher uses that value too.
     """
-    value = pa.scalar("unknown" if pa.types.is_string(values.type) else -1, values.type)
+    if none is None:
+        none = "unknown" if pa.types.is_string(values.type) else -1
+    value = pa.scalar(none, values.type)
     if values.null_count and pc.index(values, value).as_py() >= 0:
         raise readers.DataError(
             f"nulls should become {value.as_py()!r}, which a column of the source already holds. "

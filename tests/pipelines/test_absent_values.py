@@ -14,7 +14,7 @@ import pytest
 from row_files import WRITERS, Row
 
 from qianmo.layers.schema import Schema
-from qianmo.pipelines.data import readers, statistics
+from qianmo.pipelines.data import readers, replay, statistics
 
 each_format = pytest.mark.parametrize("extension", ["parquet", "csv", "tfrecord"])
 
@@ -249,3 +249,15 @@ def test_a_column_of_two_roles_needs_a_value_where_one_of_them_does(tmp_path: pa
     assert len(read(Schema.from_config(config), tmp_path)["price"]) == 2
     with pytest.raises(readers.DataError, match=r"`price`, row 1 .*is null or absent"):
         read(Schema.from_config({**config, "weight": "price"}), tmp_path)
+
+
+def test_a_rating_that_means_none_on_the_wire_is_refused(tmp_path: pathlib.Path) -> None:
+    good = {"user": 1, "stars": 3.5, "y": 1}
+    config = {"features": [{"name": "user"}], "labels": ["stars", "y"]}
+    config |= {"label_kinds": {"stars": "rating"}, "optional_labels": ["stars", "y"]}
+    schema = Schema.from_config(config)
+    WRITERS["parquet"](tmp_path / "a.parquet", [good, {**good, "stars": None}])
+    assert replay.columns(schema, str(tmp_path))["stars"].tolist() == [3.5, -1]
+    WRITERS["parquet"](tmp_path / "a.parquet", [good, {**good, "stars": -1.0}])
+    with pytest.raises(readers.DataError, match="`stars`: -1 stands for no label in served supp"):
+        replay.columns(schema, str(tmp_path))

@@ -94,6 +94,13 @@ def test_rows_that_do_not_fit_their_domain_are_refused(
         read(SCHEMA, file)
 
 
+def test_nan_is_no_value_of_another_domain(tmp_path: pathlib.Path) -> None:
+    rows = [{**row, "price": row.get("price", float("nan"))} for row in ROWS]
+    write_parquet(tmp_path / "a.parquet", rows)
+    assert pq.read_table(tmp_path / "a.parquet")["price"].null_count == 0
+    assert read(SCHEMA, tmp_path)["price"].tolist() == [1, 0, 3, 0, 0]
+
+
 def test_a_row_of_two_domains_is_refused(tmp_path: pathlib.Path) -> None:
     table = pa.table({"scene": [[1, 4]], "user": [1], "click": [0], "buy": [1], "price": [1.0]})
     pq.write_table(table, tmp_path / "a.parquet")

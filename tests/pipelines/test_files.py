@@ -260,3 +260,12 @@ def test_other_places_are_refused_by_their_scheme(scheme: str) -> None:
     message = refusal(f"{scheme}://bucket/rows/")
     assert "files are read from this machine alone, by a plain path or file://." in message
     assert f"Received: {scheme}://. Copy the files here, or mount what holds them." in message
+
+
+def test_an_empty_path_is_no_folder(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids_file(tmp_path / "a.parquet", [1])
+    monkeypatch.chdir(tmp_path)
+    assert ids(".") == ids("a.parquet") == ids("*.parquet") == [1]
+    assert refusal("") == "the path of the data is empty; give a file, a folder or a glob."

@@ -87,6 +87,8 @@ def test_a_task_or_domain_of_another_type_is_refused_with_the_key_that_helps(
     tmp_path: pathlib.Path,
 ) -> None:
     table = pa.table({"item": [1], "y": [0], "name": ["a"], "number": [3], "list": [[1]]})
+    table = table.append_column("struct", [[{"a": 1}]])
+    table = table.append_column("time", [[datetime.datetime(2024, 5, 1)]])
     pq.write_table(table, tmp_path / "a.parquet")
     for roles, message in (
         ({"task_id": "name"}, r'int64\. Found: string .* or set `task_dtype` to "string"'),
@@ -95,7 +97,20 @@ def test_a_task_or_domain_of_another_type_is_refused_with_the_key_that_helps(
             r'string\. Found: int64 .* or set `task_dtype` to "int64"',
         ),
         ({"domain": "name"}, r'int64\. Found: string .* as a feature of dtype "string"'),
-        ({"features": [{"name": "name"}]}, r"Found: string .* declare the feature with that"),
+        ({"features": [{"name": "name"}]}, r'Found: string .* declare its `dtype` "string"\.'),
+        (
+            {"features": [{"name": "number", "dtype": "string"}]},
+            r'string\. Found: int64 .* or declare its `dtype` "int64"\.',
+        ),
+        (
+            {"features": [{"name": "struct"}]},
+            r"Found: struct<.*> in the whole column\. Convert it\.",
+        ),
+        (
+            {"features": [{"name": "struct", "max_length": 2}]},
+            r"Found: struct<.*> in the whole column\. Convert it\.",
+        ),
+        ({"features": [{"name": "time"}]}, r"Found: timestamp\[us\] in the whole column\. Conver"),
         ({"features": [{"name": "list"}]}, r"Found: list.* or declare it with `max_length`"),
         (
             {"features": [{"name": "item", "max_length": 2}]},
@@ -103,7 +118,7 @@ def test_a_task_or_domain_of_another_type_is_refused_with_the_key_that_helps(
         ),
         (
             {"features": [{"kind": "dense", "name": "name"}]},
-            r"float32\. Found: string .* or declare the feature as categorical",
+            r"float32\. Found: string .* or declare it as categorical\.",
         ),
     ):
         with pytest.raises(readers.DataError, match=message) as error:

@@ -404,7 +404,11 @@ def test_a_row_is_counted_from_the_start_of_its_file(tmp_path: pathlib.Path) -> 
 
 PARQUET_FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "strings": ({"id": ["1", "2"]}, "`id`, row 0", "should be int64. Found: string"),
-    "fractions": ({"id": [1.0, 2.0]}, "`id`, row 0", "should be int64. Found: double"),
+    "fractions": (
+        {"id": [1.0, 2.0]},
+        "`id`, row 0",
+        "should be int64. Found: double in the whole column. Convert it to int64, in which nulls",
+    ),
     "a list": ({"id": [[1], [2]]}, "`id`, row 0", "should be int64. Found: list"),
     "no list": ({"seen": [1, 2]}, "`seen`, row 0", "should be a list of int64. Found: int64"),
     "null list": ({"seen": [[1], None]}, "`seen`, row 1", "is null or absent"),

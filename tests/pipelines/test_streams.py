@@ -304,7 +304,7 @@ def test_trimmed_entries_are_counted(entries: Entries, is_running: bool) -> None
     position = stream.position
     entries.client.xtrim(entries.key, maxlen=100, approximate=False)
     fault = (
-        r"1,890 entries behind 5-10 and before 5-1901 were removed before they were read\. Let the "
+        r"1,890 entries after 5-10 and before 5-1901 were removed before they were read\. Let the "
         r"stream keep more \(XTRIM, MAXLEN\), or go on without them by --allow_gaps"
     )
     for _ in range(2):  # it stays an error
@@ -329,7 +329,7 @@ def test_a_stream_that_was_trimmed_to_nothing(entries: Entries) -> None:
     stream = entries.open()
     taken(stream, 2)
     entries.client.xtrim(entries.key, maxlen=0, approximate=False)
-    with pytest.raises(DataError, match=r": 7 entries behind \d+-\d+ were removed before they"):
+    with pytest.raises(DataError, match=r": 7 entries after \d+-\d+ were removed before they"):
         taken(stream, 2)
     stream = entries.open(stream.position, allow_gaps=True)
     assert taken(stream, 1) is None
@@ -360,7 +360,7 @@ def test_read_entries_may_be_trimmed_and_bad_ones_deleted(
     with pytest.raises(DataError, match=rf", entry {bad}, column `user`: should be int64"):
         taken(stream, 3)
     entries.client.xdel(entries.key, bad)
-    with pytest.raises(DataError, match=r": 1 entries behind .* were removed before they were"):
+    with pytest.raises(DataError, match=r": 1 entries after .* were removed before they were"):
         taken(entries.open(stream.position), 2)  # nothing that was read is left to tell it by
     stream = entries.open(stream.position, allow_gaps=True)
     assert taken(stream, 2) == [3, 5]
@@ -389,7 +389,7 @@ def test_entries_that_were_sent_and_did_not_arrive_are_read_again(
     entries.client.xreadgroup("g", redis_stream.CONSUMER, {entries.key: ">"}, count=1)
     stream._again = True
     entries.client.xtrim(entries.key, maxlen=1, approximate=False)
-    with pytest.raises(DataError, match=": 1 entries behind"):
+    with pytest.raises(DataError, match=": 1 entries after"):
         taken(stream, 2)
 
 
