@@ -15,11 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from absl import flags
+import zygote
 from row_files import WRITERS
 
 from qianmo.layers.schema import Schema
-from qianmo.pipelines import schema as program
 from qianmo.pipelines.data import recipe_text, sample
 from qianmo.pipelines.data.errors import DataError
 from qianmo.pipelines.data.propose import Proposal, propose
@@ -393,38 +392,25 @@ def test_the_text_is_a_formatted_program(tmp_path: pathlib.Path) -> None:
         assert done.returncode == 0, done.stdout + file.read_text()
 
 
-def test_the_program(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_program(tmp_path: pathlib.Path, programs: zygote.Zygote) -> None:
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table(movielens_rows(500)), path)
-    names = ("data", "label", "task_id", "timestamp", "domain", "output", "rows")
 
-    def run(*arguments: str) -> Any:
-        monkeypatch.setattr(sys, "argv", ["qianmo-schema", *arguments])
-        try:
-            with pytest.raises(SystemExit) as end:
-                program.main()
-        finally:
-            for name in names:
-                delattr(flags.FLAGS, name)
-            flags.FLAGS.unparse_flags()
-        return end.value.code
+    def run(*arguments: str) -> zygote.Ended:
+        return programs.run("schema", f"--data={path}", *arguments)
 
-    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "")
-    assert not run(f"--data={path}")
-    printed = capsys.readouterr().out
+    printed = run().stdout
     assert printed.startswith('"""A recipe that qianmo-schema proposes.')
     assert f'config.data.train = "{path}"' in printed
     output = tmp_path / "recipe.py"
-    assert not run(f"--data={path}", f"--output={output}", "--rows=100", "--label=liked")
-    printed = capsys.readouterr().out
-    assert printed == (
+    done = run(f"--output={output}", "--rows=100", "--label=liked")
+    assert done.code == 0, done.stderr
+    assert done.stdout == (
         f"{output}: 6 features for liked; 3 columns stay out, and its comments say why.\n"
     )
     assert "what 100 rows look like" in output.read_text()
-    assert "exists. Give another --output, or delete it." in run(
-        f"--data={path}", f"--output={output}"
-    )
-    assert "no column `nope`" in run(f"--data={path}", "--label=nope")
+    again = run(f"--output={output}")
+    assert again.code == 1
+    assert "exists. Give another --output, or delete it." in again.stderr
+    assert "no column `nope`" in run("--label=nope").stderr
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
