@@ -308,8 +308,14 @@ CASES: dict[str, Case] = {
         float32_outputs=(0,),
     ),
     "LabelTowers": Case(
-        make=lambda: LabelTowers(2, (4,), split=True, seed=1),
+        make=lambda: LabelTowers([Tower(1, (4,), seed=k) for k in (1, 2)], split=True),
         inputs=floats(6),
+        smooth=False,
+        float32_outputs=(0,),
+    ),
+    "LabelTowers of gated towers": Case(
+        make=lambda: LabelTowers([GatedTower(1, 3, (4,), seed=k) for k in (1, 2)]),
+        inputs=floats(8),
         smooth=False,
         float32_outputs=(0,),
     ),

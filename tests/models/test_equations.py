@@ -250,16 +250,23 @@ def ple_of_domains(model: Any, w: Any, sg: Any, features: Any) -> Logits:
 
 
 def gated(model: Any, w: Any, sg: Any, features: Any) -> Logits:
-    """PPNet; PEPNet where an EPNet scales the row first."""
+    """PPNet, a tower for each label; PEPNet where an EPNet scales the row by its domain first."""
     rows, still = eq.Rows(model, w, features), eq.Rows(model, sg, features)
     scaled = getattr(model.bottom.bottom, "before", [])
 
     def a(of: Any, at: eq.Rows) -> Array:
         x = at.flat()
-        return eq.epnet(of, scaled[0], at.flat(GATE), x, still.flat()) if scaled else x
+        return eq.epnet(of, scaled[0], at.flat(["scene"]), x, still.flat()) if scaled else x
 
-    stopped = a(sg, still) if model.tower.reads_input else None
-    return {"model": eq.gated(w, model.tower, a(w, rows), rows.flat(GATE), stopped)}
+    u, stopped = rows.flat(GATE), a(sg, still)
+    logits = [eq.gated(w, tower, a(w, rows), u, stopped) for tower in model.tower.towers]
+    return {"model": np.concatenate(logits, 1)}
+
+
+def poso(model: Any, w: Any, sg: Any, features: Any) -> Logits:
+    """One tower, whose gates read no row."""
+    rows = eq.Rows(model, w, features)
+    return {"model": eq.gated(w, model.tower, rows.flat(), rows.flat(GATE), None)}
 
 
 def epnet(model: Any, w: Any, sg: Any, features: Any) -> Logits:
@@ -351,7 +358,7 @@ CASES: dict[str, Case] = {
     "ple of domains": (ple_of_domains, None),
     "ppnet": (gated, None),
     "pepnet": (gated, None),
-    "poso": (gated, None),
+    "poso": (poso, None),
     "epnet": (epnet, None),
     "two_tower": (two_tower, two_tower_loss),
 }
@@ -363,7 +370,8 @@ STAR: Shapes = [(18, 6), (6, 5), (5, 2), (3, 18, 6), (3, 6), (3, 6, 5), (3, 5), 
 TEACHER: Shapes = [(16, 4), (8, 3), (18, 18), (18, 18), (50, 7), (7, 5), (5, 2)]
 LABEL_TOWERS: Shapes = [(5, 4), (4, 1)] * 2
 DOMAIN_TOWERS: Shapes = [(5, 4), (4, 2)] * 4
-GATED: Shapes = [(18, 6), (3, 6), (6, 5), (3, 5), (5, 2)]
+GATED: Shapes = [(18, 6), (3, 6), (6, 5), (3, 5)]
+PPNET: Shapes = [*GATED, (27, 3), (27, 3), (5, 1)] * 2
 # Weights of two axes and more, but the tables; they are as many as there are, by their sizes.
 SHAPES: dict[str, Shapes] = {
     "lr": [(2, 2)],
@@ -401,9 +409,9 @@ SHAPES: dict[str, Shapes] = {
         *[(3, 18, 6), (3, 6), (18, 6), (18, 8), (18, 2)],
         *[(3, 6, 5), (3, 5), (6, 5), (6, 8), *DOMAIN_TOWERS],
     ],
-    "ppnet": [*GATED, (27, 3), (27, 3)],
-    "pepnet": [*GATED, (27, 3), (27, 3), (27, 3), (3, 18)],
-    "poso": [*GATED, (9, 3), (9, 3)],
+    "ppnet": PPNET,
+    "pepnet": [*PPNET, (22, 3), (3, 18)],
+    "poso": [*GATED, (9, 3), (9, 3), (5, 2)],
     "epnet": [*DEEP, (5, 2), (22, 3), (3, 18)],
     "two_tower": [(5, 6), (6, 5), (5, 3), (8, 6), (6, 3)],
 }
