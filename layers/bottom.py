@@ -18,7 +18,7 @@ Layers = Sequence[tf_keras.layers.Layer]
 class Bottom(tf_keras.layers.Layer):
     """Puts views of the embedded row side by side.
 
-        h = [ sum_f linear_f ; I_1(V) ; I_2(V) ; ... ; G_1(x) ; G_2(x) ; ... ; x ]
+        h = [ I_1(V) ; I_2(V) ; ... ; dense ; G_1(x) ; G_2(x) ; ... ; x ]
 
     with V the field vectors [B, F, D] and x all vectors and dense features, flat. With `seam_dim`
     a centred linear view of them crosses the tower seam, which is what adaptation wants: of vectors
@@ -30,7 +30,6 @@ class Bottom(tf_keras.layers.Layer):
       interactions: layers I on field vectors, [B, F, D] -> [B, *], such as `FM` or `CIN`.
       networks: layers G on the flat row, [B, N] -> [B, *], such as `MLP` or `CrossNetwork`; those
         that read the domain, such as `DomainMLP`, get (x, domain).
-      linear: whether the sum of first-order terms takes part; `Embed` must have made them.
       flat: whether x itself takes part.
       dense: whether the dense features, which x holds too, take part by themselves.
       seam_dim: width of u; 0 for none.
@@ -47,7 +46,6 @@ class Bottom(tf_keras.layers.Layer):
         self,
         interactions: Layers = (),
         networks: Layers = (),
-        linear: bool = False,
         flat: bool = False,
         dense: bool = False,
         seam_dim: int = 0,
@@ -57,10 +55,9 @@ class Bottom(tf_keras.layers.Layer):
         super().__init__(**kwargs)
         self.interactions = list(interactions)
         self.networks = list(networks)
-        self.linear = linear
         self.flat = flat
         self.dense = dense
-        if not (self.interactions or self.networks or linear or flat or dense):
+        if not (self.interactions or self.networks or flat or dense):
             raise ValueError("A `Bottom` should have at least one part.")
         if seam_dim < 0:
             raise ValueError(f"`seam_dim` should be >= 0. Received: {seam_dim}")
@@ -78,10 +75,7 @@ class Bottom(tf_keras.layers.Layer):
 
     def call(self, embedded: Embedded, training: bool = False) -> tf.Tensor:
         """Computes the hidden state."""
-        parts = []
-        if self.linear:
-            parts.append(tf.reduce_sum(embedded.linear, 1))
-        parts += [layer(embedded.stacked, training=training) for layer in self.interactions]
+        parts = [layer(embedded.stacked, training=training) for layer in self.interactions]
         if self.dense:
             parts.append(embedded.dense)
         if self.networks or self.flat:
@@ -102,7 +96,6 @@ class Bottom(tf_keras.layers.Layer):
             **super().get_config(),
             "interactions": [serialize(layer) for layer in self.interactions],
             "networks": [serialize(layer) for layer in self.networks],
-            "linear": self.linear,
             "flat": self.flat,
             "dense": self.dense,
             "seam_dim": self.seam_dim,

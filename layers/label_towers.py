@@ -10,8 +10,8 @@ import tf_keras
 
 from qianmo.layers.mlp import Correction, Layer
 from qianmo.layers.own_weights import Own
-from qianmo.layers.seeding import derive_seed, pick_seed
-from qianmo.layers.tower import DenseShape, Tower, TowerOutput
+from qianmo.layers.seam import Columns
+from qianmo.layers.tower import DenseShape, TowerOutput
 
 
 @tf_keras.utils.register_keras_serializable(package="qianmo")
@@ -21,47 +21,36 @@ class LabelTowers(tf_keras.layers.Layer):
         z_k = tower_k(h)   or   z_k = tower_k(h_k),  h = [h_1 ; ... ; h_K]
 
     Args:
-      num_labels: K.
-      units: widths of each tower's hidden layers.
-      dropout: rate after each hidden layer, in training.
+      towers: of one label each, equally deep, such as `Tower` or `GatedTower`.
       split: whether h holds a hidden state for each tower.
-      seed: of the towers. None draws one.
 
     Inputs: h, [..., H].
     Outputs: `TowerOutput`; its hidden layers are those of the towers side by side.
 
     Raises:
-      ValueError: K hidden states asked for, and a width that K does not divide.
+      ValueError: no tower; towers that read different columns, or any where h is split; K hidden
+        states asked for, and a width that K does not divide.
     """
 
     def __init__(
-        self,
-        num_labels: int,
-        units: Sequence[int] = (),
-        dropout: float = 0.0,
-        split: bool = False,
-        seed: int | None = None,
-        **kwargs: Any,
+        self, towers: Sequence[tf_keras.layers.Layer], split: bool = False, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        if num_labels < 1:
-            raise ValueError(f"`num_labels` should be >= 1. Received: {num_labels}")
-        self.num_labels = num_labels
-        self.units = list(units)
-        self.dropout = dropout
+        if not towers:
+            raise ValueError("`towers` should hold one for each label. Received: none")
+        self.towers = list(towers)
         self.split = split
-        self.seed = pick_seed(seed)
-        self.towers = [
-            Tower(
-                1,
-                units,
-                dropout,
-                seed=derive_seed(self.seed, k),
-                dtype=self.dtype_policy,
-                name=f"tower_{k}",
+        read = {tuple(getattr(tower, "read_columns", ())) for tower in self.towers}
+        if len(read) > 1 or (split and read != {()}):
+            raise ValueError(
+                "`towers` should all read the same columns of h, and none where it is split. "
+                f"Received: {sorted(read)}"
             )
-            for k in range(num_labels)
-        ]
+
+    @property
+    def num_labels(self) -> int:
+        """K."""
+        return len(self.towers)
 
     @property
     def own_weights(self) -> list[Own]:
@@ -72,6 +61,11 @@ class LabelTowers(tf_keras.layers.Layer):
     def num_states(self) -> int:
         """Hidden states that it takes h for."""
         return self.num_labels if self.split else 1
+
+    @property
+    def read_columns(self) -> tuple[Columns, ...]:
+        """What its towers take from the end of h."""
+        return tuple(getattr(self.towers[0], "read_columns", ()))
 
     def _width(self, h_dim: int) -> int:
         if not self.split:
@@ -92,24 +86,29 @@ class LabelTowers(tf_keras.layers.Layer):
         self, h: tf.Tensor, training: bool = False, correction: Correction | None = None
     ) -> TowerOutput:
         """Computes logits; see `Tower`."""
-        self._width(h.shape[-1])
+        width = self._width(h.shape[-1])
         states = tf.split(h, self.num_labels, -1) if self.split else [h] * self.num_labels
-        found = []
-        for k, (tower, state) in enumerate(zip(self.towers, states, strict=True)):
+        outputs, first = [], 0
+        for tower, state in zip(self.towers, states, strict=True):
             own: Correction | None = None
             if correction is not None:
-                first = k * (len(self.units) + 1)
 
                 def own(number: int, a: tf.Tensor, layer: Layer, first: int = first) -> tf.Tensor:
                     return correction(first + number, a, layer)
 
-            found.append(tower(state, training=training, correction=own))
-        hidden = [
-            tf.concat(layers, -1) for layers in zip(*(one.hidden for one in found), strict=True)
-        ]
-        return TowerOutput(tf.concat([one.logits for one in found], -1), hidden, h)
+                first += len(tower.dense_shapes(width))
+            outputs.append(tower(state, training=training, correction=own))
+        layers = zip(*(output.hidden for output in outputs), strict=True)
+        hidden = [tf.concat(layer, -1) for layer in layers]
+        return TowerOutput(tf.concat([output.logits for output in outputs], -1), hidden, h)
 
     def get_config(self) -> dict[str, Any]:
-        """The layer's arguments."""
-        names = ("num_labels", "units", "dropout", "split", "seed")
-        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
+        """The layer's arguments, the towers serialised."""
+        towers = [tf_keras.layers.serialize(tower) for tower in self.towers]
+        return {**super().get_config(), "towers": towers, "split": self.split}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> LabelTowers:
+        """Builds the layer and its towers."""
+        towers = [tf_keras.layers.deserialize(tower) for tower in config["towers"]]
+        return cls(**{**config, "towers": towers})

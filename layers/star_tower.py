@@ -12,9 +12,9 @@ from qianmo.layers.domain_column import read_domain
 from qianmo.layers.mlp import Correction, Layer
 from qianmo.layers.own_weights import Own
 from qianmo.layers.partitioned_norm import PartitionedNorm
-from qianmo.layers.seam import AUXILIARY, DOMAIN, Columns
+from qianmo.layers.seam import DOMAIN, Columns
 from qianmo.layers.star import StarLeaves
-from qianmo.layers.tower import DenseShape, Tower, TowerOutput
+from qianmo.layers.tower import Tower, TowerOutput
 
 
 @tf_keras.utils.register_keras_serializable(package="qianmo")
@@ -23,9 +23,9 @@ class StarTower(Tower):
 
         a^l = relu(a^{l-1} (W^l_p * W^l) + b^l_p + b^l),   z = a^L (W_p * W) + b_p + b + s
 
-    with p the row's domain, a^0 the tower's input, normalised if asked, and s what an auxiliary
-    network gave, if any. With leaves at their start it equals the plain `Tower` of the same seed
-    bit for bit. Rows of an unknown domain are scored by the centre.
+    with p the row's domain, a^0 the tower's input, normalised if asked, and s as for `Tower`, such
+    as what an `AuxiliaryNetwork` gave. With leaves at their start it equals the plain `Tower` of
+    the same seed bit for bit. Rows of an unknown domain are scored by the centre.
 
     What it reads stands in the columns of h: [a^0 ; s, num_labels columns if asked ; domain].
 
@@ -60,9 +60,8 @@ class StarTower(Tower):
         auxiliary: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_labels, units, dropout, activation, seed, **kwargs)
+        super().__init__(num_labels, units, dropout, activation, seed, auxiliary, **kwargs)
         self.num_domains = num_domains
-        self.auxiliary = auxiliary
         self.norm = (
             PartitionedNorm(num_domains, dtype=self.dtype_policy, name="norm") if norm else None
         )
@@ -75,8 +74,7 @@ class StarTower(Tower):
     @property
     def read_columns(self) -> tuple[Columns, ...]:
         """What it takes from the end of h."""
-        extra = (Columns(AUXILIARY, self.num_labels),) if self.auxiliary else ()
-        return (*extra, Columns(DOMAIN, 1))
+        return (*super().read_columns, Columns(DOMAIN, 1))
 
     @property
     def own_weights(self) -> list[Own]:
@@ -85,20 +83,13 @@ class StarTower(Tower):
         own = [Own(leaves.kernels, (1, 1, labels)), Own(leaves.biases, (1, labels))]
         return [*super().own_weights, *own]
 
-    def _split(self, h: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        num_extra = self.num_labels if self.auxiliary else 0
-        x, extra, domain = tf.split(h, [h.shape[-1] - num_extra - 1, num_extra, 1], -1)
-        return x, extra, read_domain(domain[..., 0], self.num_domains)
-
-    def dense_shapes(self, h_dim: int) -> list[DenseShape]:
-        """Its dense layers, in the order in which a correction counts them."""
-        return super().dense_shapes(h_dim - 1 - (self.num_labels if self.auxiliary else 0))
-
     def call(
         self, h: tf.Tensor, training: bool = False, correction: Correction | None = None
     ) -> TowerOutput:
         """Computes logits; see `Tower`."""
-        x, extra, domain = self._split(h)
+        widths = [columns.width for columns in self.read_columns]
+        x, *s, column = tf.split(h, [h.shape[-1] - sum(widths), *widths], -1)
+        domain = read_domain(column[..., 0], self.num_domains)
         if self.norm is not None:
             x = self.norm((x, domain), training=training)
 
@@ -113,11 +104,7 @@ class StarTower(Tower):
 
             return layer(a) if correction is None else correction(number, a, layer)
 
-        found = super().call(x, training, star)
-        logits = found.logits
-        if self.auxiliary:
-            logits += tf.cast(extra, logits.dtype)
-        return TowerOutput(logits, found.hidden, h)
+        return self._output(x, s[0] if s else None, h, training, star)
 
     def get_config(self) -> dict[str, Any]:
         """The layer's arguments."""
@@ -125,5 +112,4 @@ class StarTower(Tower):
             **super().get_config(),
             "num_domains": self.num_domains,
             "norm": self.norm is not None,
-            "auxiliary": self.auxiliary,
         }

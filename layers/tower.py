@@ -10,6 +10,7 @@ import tf_keras
 
 from qianmo.layers.mlp import MLP, Correction, corrected
 from qianmo.layers.own_weights import Own
+from qianmo.layers.seam import AUXILIARY, Columns
 from qianmo.layers.seeding import derive_seed, pick_seed
 
 
@@ -34,7 +35,10 @@ class DenseShape(NamedTuple):
 class Tower(tf_keras.layers.Layer):
     """Hidden state to logits: dense layers, then one linear output for each label.
 
-        a^l = relu(W^l a^{l-1} + b^l),   z = W a^L + b
+        a^l = relu(W^l a^{l-1} + b^l),   z = W a^L + b + s
+
+    with s logits that stand ready in the last K columns of h, if any, such as first-order terms,
+    and a^0 the others.
 
     Args:
       num_labels: K.
@@ -42,6 +46,7 @@ class Tower(tf_keras.layers.Layer):
       dropout: rate after each hidden layer, in training.
       activation: of the hidden layers.
       seed: of first weights and dropout, as for `MLP`. None draws one.
+      auxiliary: whether h holds s.
 
     Inputs: h, [..., H].
     Outputs: `TowerOutput`; logits are float32 under every dtype policy but float64.
@@ -54,12 +59,14 @@ class Tower(tf_keras.layers.Layer):
         dropout: float = 0.0,
         activation: str = "relu",
         seed: int | None = None,
+        auxiliary: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if num_labels < 1:
             raise ValueError(f"`num_labels` should be >= 1. Received: {num_labels}")
         self.num_labels = num_labels
+        self.auxiliary = auxiliary
         self.seed = pick_seed(seed)
         self.mlp = MLP(
             units,
@@ -83,9 +90,17 @@ class Tower(tf_keras.layers.Layer):
             Own(self.head.bias, (self.num_labels,)),
         ]
 
+    @property
+    def read_columns(self) -> tuple[Columns, ...]:
+        """What it takes from the end of h."""
+        return (Columns(AUXILIARY, self.num_labels),) if self.auxiliary else ()
+
+    def _num_read(self) -> int:
+        return sum(columns.width for columns in self.read_columns)
+
     def dense_shapes(self, h_dim: int) -> list[DenseShape]:
         """Its dense layers, in the order in which a correction counts them."""
-        widths = [h_dim, *self.mlp.units, self.num_labels]
+        widths = [h_dim - self._num_read(), *self.mlp.units, self.num_labels]
         last = len(widths) - 2
         return [DenseShape(widths[i], widths[i + 1], i == 0, i == last) for i in range(last + 1)]
 
@@ -99,9 +114,23 @@ class Tower(tf_keras.layers.Layer):
           training: whether dropout acts.
           correction: what a task makes of each dense layer, see `InnerLoop`.
         """
-        hidden = self.mlp.hidden(h, training=training, correction=correction)
-        a = hidden[-1] if hidden else h
-        logits = corrected(correction, len(hidden), self.head, a)
+        x, s = h, None
+        if self.auxiliary:
+            x, s = tf.split(h, [h.shape[-1] - self.num_labels, self.num_labels], -1)
+        return self._output(x, s, h, training, correction)
+
+    def _output(
+        self,
+        x: tf.Tensor,
+        s: tf.Tensor | None,
+        h: tf.Tensor,
+        training: bool,
+        correction: Correction | None,
+    ) -> TowerOutput:
+        hidden = self.mlp.hidden(x, training=training, correction=correction)
+        logits = corrected(correction, len(hidden), self.head, hidden[-1] if hidden else x)
+        if s is not None:
+            logits += tf.cast(s, logits.dtype)
         return TowerOutput(logits, hidden, h)
 
     def get_config(self) -> dict[str, Any]:
@@ -113,4 +142,5 @@ class Tower(tf_keras.layers.Layer):
             "dropout": self.mlp.dropout,
             "activation": self.mlp.activation,
             "seed": self.seed,
+            "auxiliary": self.auxiliary,
         }

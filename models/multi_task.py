@@ -25,6 +25,7 @@ from qianmo.layers.mmoe import MMoE
 from qianmo.layers.ple import PLE
 from qianmo.layers.schema import Schema
 from qianmo.layers.seeding import derive_seed, pick_seed
+from qianmo.layers.tower import Tower
 from qianmo.models.cross_domain import expert
 from qianmo.models.road import Road
 
@@ -45,10 +46,13 @@ def _road(
     ranker: Mapping[str, Any],
 ) -> Road:
     num_labels = len(schema.labels)
-    of_tower: dict[str, Any] = {"seed": derive_seed(seed, TOWERS), "name": "tower"}
+    seed = derive_seed(seed, TOWERS)
     if not by_domain:
-        tower = LabelTowers(num_labels, tower_units, dropout, split, **of_tower)
-        return Road(schema, bottom, tower, **ranker)
+        towers = [
+            Tower(1, tower_units, dropout, seed=derive_seed(seed, k), name=f"tower_{k}")
+            for k in range(num_labels)
+        ]
+        return Road(schema, bottom, LabelTowers(towers, split, name="tower"), **ranker)
     features = [
         dataclasses.replace(f, drop_rate=f.drop_rate or hide_rate)
         if isinstance(f, Categorical) and f.name == schema.domain
@@ -57,8 +61,10 @@ def _road(
     ]
     schema = schema.with_features(features)
     whole = Extended(bottom, columns=[DomainColumn(name="domain")], name="bottom")
-    towers = DomainTowers(num_labels, schema.num_domains, tower_units, dropout, **of_tower)
-    return Road(schema, whole, towers, **ranker)
+    tower = DomainTowers(
+        num_labels, schema.num_domains, tower_units, dropout, seed=seed, name="tower"
+    )
+    return Road(schema, whole, tower, **ranker)
 
 
 def _is_by_domain(tasks: Tasks) -> bool:

@@ -1,7 +1,7 @@
 """Models whose parts are scaled row by row: PPNet, POSO and EPNet.
 
-The gates read some of the features, by default the domain, if a feature tells it, and those of the
-user.
+Gates of hidden units read some of the features, by default the domain, if a feature tells it, and
+those of the user; gates of the embedded row those that tell the domain.
 """
 
 from __future__ import annotations
@@ -9,54 +9,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import tf_keras
+
 from qianmo.layers.bottom import Bottom
 from qianmo.layers.epnet import EPNet
 from qianmo.layers.extended import Extended
 from qianmo.layers.gate_columns import GateColumns
 from qianmo.layers.gated_tower import GatedTower
+from qianmo.layers.label_towers import LabelTowers
 from qianmo.layers.schema import Schema
 from qianmo.layers.select import Select
 from qianmo.layers.tower import Tower
 from qianmo.models.road import Road
 
 
-def _gate_features(schema: Schema, named: Sequence[str]) -> list[str]:
+def _gate_columns(schema: Schema, named: Sequence[str]) -> GateColumns:
+    """What gates of hidden units read, by default the domain and the user's features."""
     users = [f.name for f in schema.features if f.side == "user"]
     tells = [schema.domain_feature.name] if schema.domain_feature else []
-    found = list(named) or [*tells, *(name for name in users if name not in tells)]
-    if not found:
+    names = list(named) or [*tells, *(name for name in users if name not in tells)]
+    if not names:
         raise ValueError('`gate_features` should name features: none is of the side "user".')
+    return GateColumns(schema, names, name="gate_input")
+
+
+def _domain_features(schema: Schema, named: Sequence[str], key: str) -> list[str]:
+    """What an EPNet's gate reads besides the row."""
+    found = list(named) or [f.name for f in [schema.domain_feature] if f]
+    if not found:
+        raise ValueError(f"`{key}` should name features: none tells the domain.")
     return found
-
-
-def _gated(
-    schema: Schema,
-    gate_features: Sequence[str],
-    units: Sequence[int],
-    gate_units: int,
-    dropout: float,
-    reads_input: bool,
-    epnet: bool,
-    ranker: dict[str, Any],
-) -> Road:
-    names = _gate_features(schema, gate_features)
-    of_gate = GateColumns(schema, names, name="gate_input")
-    before = []
-    if epnet:
-        before.append(EPNet(Select(schema, names), gate_units, name="epnet"))
-    # What the tower's gates read is not scaled.
-    scaled = Extended(Bottom(flat=True), before) if before else Bottom(flat=True)
-    bottom = Extended(scaled, columns=[of_gate], name="bottom")
-    tower = GatedTower(
-        len(schema.labels),
-        of_gate.columns.width,
-        units,
-        gate_units,
-        reads_input,
-        dropout,
-        name="tower",
-    )
-    return Road(schema, bottom, tower, **ranker)
 
 
 def ppnet(
@@ -67,22 +49,45 @@ def ppnet(
     gate_units: int = 32,
     dropout: float = 0.0,
     epnet: bool = False,
+    domain_features: Sequence[str] = (),
     **ranker: Any,
 ) -> Road:
-    """PPNet: a network whose hidden units are scaled by gates of the row; PEPNet with `epnet`.
+    """PPNet: a network for each label, its hidden units scaled by gates of the row.
+
+    With `epnet` it is PEPNet: an `EPNet` scales the embedded row first, by what tells the domain.
 
     Args:
       schema: what a row holds.
-      units: widths of the network.
-      gate_features: features that the gates read besides the embedded row, which they do not teach.
+      units: widths of each network.
+      gate_features: features that the gates of hidden units read besides the embedded row, which
+        they do not teach.
       gate_units: width of the gates' hidden layers.
-      dropout: of the network.
+      dropout: of the networks.
       epnet: whether an `EPNet` scales the embedded row first.
+      domain_features: features that the EPNet's gate reads besides the row. Default: the domain.
       **ranker: arguments of `Ranker`.
 
-    References: Chang et al. 2023, PEPNet.
+    Raises:
+      ValueError: gates without a feature to read.
+
+    References: Chang et al. 2023, PEPNet. There the gates of hidden units read ids of the user, the
+    item and its author; here, by default, the domain and the user's features.
     """
-    return _gated(schema, gate_features, units, gate_units, dropout, True, epnet, ranker)
+    if domain_features and not epnet:
+        raise ValueError("`domain_features` are read by the EPNet; set `epnet`.")
+    columns = _gate_columns(schema, gate_features)
+    bottom: tf_keras.layers.Layer = Bottom(flat=True)
+    if epnet:
+        names = _domain_features(schema, domain_features, "domain_features")
+        # What the towers' gates read is not scaled.
+        bottom = Extended(bottom, [EPNet(Select(schema, names), gate_units, name="epnet")])
+    width = columns.columns.width
+    towers = [
+        GatedTower(1, width, units, gate_units, True, dropout, name=f"tower_{k}")
+        for k in range(len(schema.labels))
+    ]
+    whole = Extended(bottom, columns=[columns], name="bottom")
+    return Road(schema, whole, LabelTowers(towers, name="tower"), **ranker)
 
 
 def poso(
@@ -106,7 +111,13 @@ def poso(
 
     References: Dai et al. 2021, POSO.
     """
-    return _gated(schema, gate_features, units, gate_units, dropout, False, False, ranker)
+    columns = _gate_columns(schema, gate_features)
+    tower = GatedTower(
+        len(schema.labels), columns.columns.width, units, gate_units, False, dropout, name="tower"
+    )
+    return Road(
+        schema, Extended(Bottom(flat=True), columns=[columns], name="bottom"), tower, **ranker
+    )
 
 
 def epnet(
@@ -130,11 +141,7 @@ def epnet(
 
     References: Chang et al. 2023, PEPNet.
     """
-    names = list(gate_features)
-    if not names and schema.domain_feature:
-        names = [schema.domain_feature.name]
-    if not names:
-        raise ValueError("`gate_features` should name features: none tells the domain.")
+    names = _domain_features(schema, gate_features, "gate_features")
     gate = EPNet(Select(schema, names), gate_units, name="epnet")
     bottom = Extended(Bottom(flat=True), [gate], name="bottom")
     return Road(schema, bottom, Tower(len(schema.labels), units, dropout, name="tower"), **ranker)

@@ -31,6 +31,7 @@ from qianmo.layers.epnet import EPNet
 from qianmo.layers.expert_mixture import ExpertMixture
 from qianmo.layers.extended import Extended
 from qianmo.layers.features import Categorical, Dense
+from qianmo.layers.first_order import FirstOrder
 from qianmo.layers.fm import FM
 from qianmo.layers.fwfm import FwFM
 from qianmo.layers.gate_columns import GateColumns
@@ -246,7 +247,7 @@ CASES: dict[str, Case] = {
     "Encode": Case(make=lambda: Encode(SCHEMA), inputs=raw, smooth=False),
     "Embed": Case(make=lambda: Embed(SCHEMA, linear_dim=1), inputs=encoded),
     "Bottom": Case(
-        make=lambda: Bottom([FM()], [MLP((4,), seed=1)], linear=True, flat=True),
+        make=lambda: Bottom([FM()], [MLP((4,), seed=1)], dense=True, flat=True),
         inputs=lambda: Embedded((floats(3, 2)(),), floats(3, 1)(), floats(2)(), DOMAIN),
     ),
     "Extended": Case(
@@ -256,6 +257,7 @@ CASES: dict[str, Case] = {
         inputs=embedded,
     ),
     "Select": Case(make=lambda: Select(DOMAIN_SCHEMA, ["scene", "age"]), inputs=embedded),
+    "FirstOrder": Case(make=lambda: FirstOrder(1), inputs=embedded),
     "GateColumns": Case(make=lambda: GateColumns(DOMAIN_SCHEMA, ["user", "age"]), inputs=embedded),
     "DomainColumn": Case(make=DomainColumn, inputs=embedded, smooth=False),
     "DomainExperts": Case(
@@ -306,8 +308,14 @@ CASES: dict[str, Case] = {
         float32_outputs=(0,),
     ),
     "LabelTowers": Case(
-        make=lambda: LabelTowers(2, (4,), split=True, seed=1),
+        make=lambda: LabelTowers([Tower(1, (4,), seed=k) for k in (1, 2)], split=True),
         inputs=floats(6),
+        smooth=False,
+        float32_outputs=(0,),
+    ),
+    "LabelTowers of gated towers": Case(
+        make=lambda: LabelTowers([GatedTower(1, 3, (4,), seed=k) for k in (1, 2)]),
+        inputs=floats(8),
         smooth=False,
         float32_outputs=(0,),
     ),
@@ -319,6 +327,12 @@ CASES: dict[str, Case] = {
     ),
     "Bottom with a seam": Case(
         make=lambda: Bottom(networks=[MLP((4,), seed=1)], seam_dim=3, seed=2), inputs=embedded
+    ),
+    "Tower with auxiliary logits": Case(
+        make=lambda: Tower(2, (4, 3), auxiliary=True),
+        inputs=floats(5),
+        smooth=False,
+        float32_outputs=(0,),
     ),
     # Its logits are float32 under every policy: too coarse for finite differences.
     "Tower": Case(

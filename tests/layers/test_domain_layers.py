@@ -346,7 +346,7 @@ def test_ple_of_domains_uses_a_rows_own_experts() -> None:
 def test_label_towers() -> None:
     h = normal(ROWS, 6)
     for split in (False, True):
-        layer = LabelTowers(2, (3,), split=split, seed=1)
+        layer = LabelTowers([Tower(1, (3,), seed=k) for k in (1, 2)], split=split)
         found = layer(h)
         states = np.split(h, 2, 1) if split else [h, h]
         one = [t(s) for t, s in zip(layer.towers, states, strict=True)]
@@ -364,7 +364,7 @@ def test_label_towers() -> None:
         layer(h, correction=correction)
         assert calls == [0, 1, 2, 3]
     with pytest.raises(ValueError, match=r"2 hidden states of one width\. Received: 5 columns"):
-        LabelTowers(2, split=True)(normal(3, 5))
+        LabelTowers([Tower(1), Tower(1)], split=True)(normal(3, 5))
 
 
 def test_domain_towers_have_one_for_unknown_domains() -> None:
@@ -472,7 +472,7 @@ def test_the_domain_crosses_the_seam_as_the_last_column() -> None:
         (lambda: GatedTower(1, 2, ()), "`units` should hold a width"),
         (lambda: DomainTowers(1, 0), "`num_domains` should be >= 1"),
         (lambda: AuxiliaryNetwork(0), "`num_labels` should be >= 1"),
-        (lambda: LabelTowers(0), "`num_labels` should be >= 1"),
+        (lambda: LabelTowers([]), "`towers` should hold one for each label. Received: none"),
     ],
 )
 def test_refusals(make: Any, message: str) -> None:

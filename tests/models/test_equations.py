@@ -12,6 +12,7 @@ import tensorflow as tf
 import zoo_cases
 from zoo_cases import COUNTS, B, batch, tensors
 
+from qianmo.layers.schema import Schema
 from qianmo.models import zoo
 
 Array = Any
@@ -34,12 +35,17 @@ class Values:
         return other
 
 
-def ctr(parts: Callable[[Any, Any, eq.Rows], list[Array]]) -> Any:
-    """z = W [parts] + b."""
+def ctr(parts: Callable[[Any, Any, eq.Rows], list[Array]], first_order: bool = False) -> Any:
+    """z = W [parts] + b + s, with s the first-order terms of ids and dense features, if any."""
 
     def equation(model: Any, w: Any, sg: Any, features: Any) -> Logits:
-        h = np.concatenate(parts(model.bottom, w, eq.Rows(model, w, features)), 1)
-        return {"model": eq.tower(w, model.tower, h)}
+        rows, bottom, s = eq.Rows(model, w, features), model.bottom, 0.0
+        if first_order:
+            (layer,) = bottom.columns
+            bottom, s = bottom.bottom, rows.linear()
+            if layer.dense:
+                s += rows.dense() @ w(layer.kernel)
+        return {"model": eq.tower(w, model.tower, np.concatenate(parts(bottom, w, rows), 1)) + s}
 
     return equation
 
@@ -244,16 +250,23 @@ def ple_of_domains(model: Any, w: Any, sg: Any, features: Any) -> Logits:
 
 
 def gated(model: Any, w: Any, sg: Any, features: Any) -> Logits:
-    """PPNet; PEPNet where an EPNet scales the row first."""
+    """PPNet, a tower for each label; PEPNet where an EPNet scales the row by its domain first."""
     rows, still = eq.Rows(model, w, features), eq.Rows(model, sg, features)
     scaled = getattr(model.bottom.bottom, "before", [])
 
     def a(of: Any, at: eq.Rows) -> Array:
         x = at.flat()
-        return eq.epnet(of, scaled[0], at.flat(GATE), x, still.flat()) if scaled else x
+        return eq.epnet(of, scaled[0], at.flat(["scene"]), x, still.flat()) if scaled else x
 
-    stopped = a(sg, still) if model.tower.reads_input else None
-    return {"model": eq.gated(w, model.tower, a(w, rows), rows.flat(GATE), stopped)}
+    u, stopped = rows.flat(GATE), a(sg, still)
+    logits = [eq.gated(w, tower, a(w, rows), u, stopped) for tower in model.tower.towers]
+    return {"model": np.concatenate(logits, 1)}
+
+
+def poso(model: Any, w: Any, sg: Any, features: Any) -> Logits:
+    """One tower, whose gates read no row."""
+    rows = eq.Rows(model, w, features)
+    return {"model": eq.gated(w, model.tower, rows.flat(), rows.flat(GATE), None)}
 
 
 def epnet(model: Any, w: Any, sg: Any, features: Any) -> Logits:
@@ -299,10 +312,13 @@ def two_tower_loss(model: Any, w: Any, sg: Any, features: Any, targets: Any) -> 
 # case -> its equation, and the loss of each row where it is not of the labels
 Case = tuple[Any, Any]
 CASES: dict[str, Case] = {
-    "lr": (ctr(lambda b, w, r: [r.linear(), r.dense()]), None),
+    "lr": (ctr(lambda b, w, r: [r.dense()], first_order=True), None),
     "mlp": (ctr(lambda b, w, r: [deep(b, w, r)]), None),
-    "wdl": (ctr(lambda b, w, r: [r.linear(), deep(b, w, r)]), None),
-    "deepfm": (ctr(lambda b, w, r: [r.linear(), eq.fm(r.fields()), deep(b, w, r)]), None),
+    "wdl": (ctr(lambda b, w, r: [deep(b, w, r)], first_order=True), None),
+    "deepfm": (
+        ctr(lambda b, w, r: [eq.fm(r.fields()), deep(b, w, r)], first_order=True),
+        None,
+    ),
     **{
         f"dcn of rank {rank}": (
             ctr(
@@ -319,10 +335,10 @@ CASES: dict[str, Case] = {
         name: (
             ctr(
                 lambda b, w, r, act=act: [
-                    r.linear(),
                     eq.cin(w, b.interactions[0], r.fields(), *act),
                     deep(b, w, r),
-                ]
+                ],
+                first_order=True,
             ),
             None,
         )
@@ -342,7 +358,7 @@ CASES: dict[str, Case] = {
     "ple of domains": (ple_of_domains, None),
     "ppnet": (gated, None),
     "pepnet": (gated, None),
-    "poso": (gated, None),
+    "poso": (poso, None),
     "epnet": (epnet, None),
     "two_tower": (two_tower, two_tower_loss),
 }
@@ -354,17 +370,18 @@ STAR: Shapes = [(18, 6), (6, 5), (5, 2), (3, 18, 6), (3, 6), (3, 6, 5), (3, 5), 
 TEACHER: Shapes = [(16, 4), (8, 3), (18, 18), (18, 18), (50, 7), (7, 5), (5, 2)]
 LABEL_TOWERS: Shapes = [(5, 4), (4, 1)] * 2
 DOMAIN_TOWERS: Shapes = [(5, 4), (4, 2)] * 4
-GATED: Shapes = [(18, 6), (3, 6), (6, 5), (3, 5), (5, 2)]
+GATED: Shapes = [(18, 6), (3, 6), (6, 5), (3, 5)]
+PPNET: Shapes = [*GATED, (27, 3), (27, 3), (5, 1)] * 2
 # Weights of two axes and more, but the tables; they are as many as there are, by their sizes.
 SHAPES: dict[str, Shapes] = {
-    "lr": [(4, 2)],
+    "lr": [(2, 2)],
     "mlp": [*DEEP, (5, 2)],
-    "wdl": [*DEEP, (7, 2)],
-    "deepfm": [*DEEP, (8, 2)],
+    "wdl": [*DEEP, (5, 2), (2, 2)],
+    "deepfm": [*DEEP, (6, 2), (2, 2)],
     "dcn of rank None": [*DEEP, (18, 18), (18, 18), (23, 2)],
     "dcn of rank 2": [*DEEP, *[(18, 2), (2, 18)] * 2, (23, 2)],
-    "xdeepfm": [*DEEP, (16, 4), (8, 3), (12, 2)],
-    "xdeepfm of relu": [*DEEP, (16, 4), (8, 3), (12, 2)],
+    "xdeepfm": [*DEEP, (16, 4), (8, 3), (10, 2), (2, 2)],
+    "xdeepfm of relu": [*DEEP, (16, 4), (8, 3), (10, 2), (2, 2)],
     "teacher_alone": TEACHER,
     "dual_dnn": [*TEACHER, (18, 4), (4, 2), (4, 5)],
     "distilled": [
@@ -392,9 +409,9 @@ SHAPES: dict[str, Shapes] = {
         *[(3, 18, 6), (3, 6), (18, 6), (18, 8), (18, 2)],
         *[(3, 6, 5), (3, 5), (6, 5), (6, 8), *DOMAIN_TOWERS],
     ],
-    "ppnet": [*GATED, (27, 3), (27, 3)],
-    "pepnet": [*GATED, (27, 3), (27, 3), (27, 3), (3, 18)],
-    "poso": [*GATED, (9, 3), (9, 3)],
+    "ppnet": PPNET,
+    "pepnet": [*PPNET, (22, 3), (3, 18)],
+    "poso": [*GATED, (9, 3), (9, 3), (5, 2)],
     "epnet": [*DEEP, (5, 2), (22, 3), (3, 18)],
     "two_tower": [(5, 6), (6, 5), (5, 3), (8, 6), (6, 3)],
 }
@@ -469,6 +486,30 @@ def check_gradient(name: str, model: Any, training: bool, equation: Any) -> None
 @every_case
 def test_gradients_are_those_of_the_equation(name: str) -> None:
     check_gradient(name, built(name), False, CASES[name][0])
+
+
+@pytest.mark.parametrize("name", ["lr", "wdl", "deepfm", "xdeepfm"])
+def test_a_label_has_first_order_terms_of_its_own(name: str) -> None:
+    """Also where the tower has hidden layers, past which they go."""
+    model = built(name, tower_units=(3,))
+    features, _ = batch(model.schema)
+    before = model(tensors(features))["model"].numpy()
+    table = model.embed.tables["1" if name == "lr" else "4"]
+    # Each of the first-order columns of one label, of four features a row, grows by 1.
+    table.assign(table + np.eye(table.shape[1])[-2])
+    moved = model(tensors(features))["model"].numpy() - before
+    owned = eq.Rows(model, Values(model), features).first_order
+    expected = sum((column[:, 0] != 0).astype(float) for column in owned.values())
+    np.testing.assert_allclose(moved[:, 0], expected, rtol=1e-4)
+    np.testing.assert_array_equal(moved[:, 1], 0)
+
+
+def test_logistic_regression_of_ids_alone() -> None:
+    schema = Schema(features=zoo_cases.SCHEMA.features[2:3], labels=("click", "like"))
+    model = zoo_cases.built(schema, {"name": "lr"})
+    w, rows = Values(model), {"scene": np.array([7, 4, 99])}
+    expected = eq.Rows(model, w, rows).linear() + w(model.tower.head.bias)
+    np.testing.assert_allclose(model(tensors(rows))["model"], expected, rtol=1e-5)
 
 
 def test_partitioned_norm_of_a_star_model_counts_its_batch_in() -> None:

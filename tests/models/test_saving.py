@@ -42,6 +42,10 @@ OF_DOMAINS = dataclasses.replace(
 CASES: dict[str, tuple[Schema, dict[str, Any]]] = {
     **{name: (schema_of(name), config) for name, config in CONFIGS.items()},
     "meta": (zoo_cases.SCHEMA, {**CONFIGS["mlp"], "seam_dim": 5, "meta": META}),
+    "lr of ids alone, with meta": (
+        dataclasses.replace(zoo_cases.SCHEMA, features=zoo_cases.SCHEMA.features[2:5:2]),
+        {"name": "lr", "meta": META},
+    ),
     "dual_dnn with meta": (zoo_cases.SCHEMA, {**CONFIGS["dual_dnn"], "meta": META}),
     "star with norm and meta": (
         zoo_cases.SCHEMA,

@@ -61,6 +61,10 @@ def mmoe(tasks: int, by_domain: bool = False) -> MMoE:
     return MMoE([plain(), plain()], tasks, by_domain, seed=1)
 
 
+def label_towers(**arguments: Any) -> LabelTowers:
+    return LabelTowers([Tower(1), Tower(1)], **arguments)
+
+
 GATES = GatedTower(2, 3, (4,), name="tower")
 FITTING = {
     "plain": (plain(), Tower(2)),
@@ -71,10 +75,14 @@ FITTING = {
         star(auxiliary=True),
     ),
     "gates": (with_columns(GateColumns(SCHEMA, ["user", "age"])), GATES),
+    "gates of each label": (
+        with_columns(GateColumns(SCHEMA, ["user", "age"])),
+        LabelTowers([GatedTower(1, 3, (4,)), GatedTower(1, 3, (4,))]),
+    ),
     "towers of domains": (with_columns(DomainColumn()), DomainTowers(2, 3)),
-    "towers of labels on one state": (plain(), LabelTowers(2)),
-    "towers of labels on a state each": (mmoe(2), LabelTowers(2, split=True)),
-    "the same with PLE": (PLE(2, [[4]]), LabelTowers(2, split=True)),
+    "towers of labels on one state": (plain(), label_towers()),
+    "towers of labels on a state each": (mmoe(2), label_towers(split=True)),
+    "the same with PLE": (PLE(2, [[4]]), label_towers(split=True)),
     "one tower on the states of all tasks": (mmoe(2), Tower(2)),
     "towers of domains on MMoE": (
         Extended(mmoe(4, by_domain=True), columns=[DomainColumn()]),
@@ -119,11 +127,11 @@ WRONG = {
         r"domain \(1\)",
     ),
     "a state for each of other tasks": (
-        (mmoe(4), LabelTowers(2, split=True, name="tower")),
+        (mmoe(4), label_towers(split=True, name="tower")),
         r"`tower` \(LabelTowers\) should get 2 hidden states side by side\. Received .*\): 4\.",
     ),
     "one state for towers that split": (
-        (plain(), LabelTowers(2, split=True, name="tower")),
+        (plain(), label_towers(split=True, name="tower")),
         r"should get 2 hidden states side by side\. Received from `bottom` \(Bottom\): 1\.",
     ),
 }
@@ -171,6 +179,17 @@ def test_layers_of_another_number_of_domains_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=rf"\({name}\) should have `num_domains` 3, those of"):
         Road(SCHEMA, bottom, tower).build()
+
+
+def test_towers_of_labels_read_the_same_columns() -> None:
+    for towers, split in (
+        ([GatedTower(1, 3, (4,)), GatedTower(1, 2, (4,))], False),
+        ([GatedTower(1, 3, (4,)), GatedTower(1, 3, (4,))], True),
+    ):
+        with pytest.raises(ValueError, match="should all read the same columns of h"):
+            LabelTowers(towers, split=split)
+    with pytest.raises(ValueError, match="`towers` should hold one for each label"):
+        LabelTowers([])
 
 
 def test_columns_that_do_not_say_what_they_are_are_refused() -> None:
