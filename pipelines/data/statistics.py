@@ -149,11 +149,11 @@ class Counted(NamedTuple):
 
     def lines(self) -> list[str]:
         """What a reader of the schema alone would not expect, a sentence each."""
-        lines = [
-            f"`{name}` is {value!r} in all rows: nothing can be learned from it."
-            for name, value in self.constant.items()
-        ]
-        return [*self.tally.lines(self.schema), *lines]
+        lines = self.tally.lines(self.schema)
+        for name, value in self.constant.items():
+            shown = f"{value:g}" if isinstance(value, float) else repr(value)
+            lines.append(f"`{name}` is {shown} in all rows: nothing can be learned from it.")
+        return lines
 
 
 def complete(

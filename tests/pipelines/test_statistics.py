@@ -160,7 +160,7 @@ def test_what_is_left_out_and_constant_is_said(
         seen=[[1, 2, 3], [4], []] * 10,
         city=["a"] * 30,
         size=[4] * 30,
-        one=[0.25] * 30,
+        one=[0.1] * 30,
         near=[1.0, float(np.nextafter(np.float32(1), np.float32(2)))] * 15,
         none=[None, 1.0] * 15,
         varies=[5] * 29 + [6],
@@ -176,7 +176,13 @@ def test_what_is_left_out_and_constant_is_said(
     )
     counted = statistics.count(schema, path)
     # `none` is 1 or missing, which its indicator tells.
-    constant = {"city": "a", "size": 4, "one": 0.25, "y": 0.0, "near": pytest.approx(1)}
+    constant = {
+        "city": "a",
+        "size": 4,
+        "one": float(np.float32(0.1)),
+        "y": 0.0,
+        "near": pytest.approx(1),
+    }
     assert counted.constant == constant
     assert counted.tally.rows == 30
     assert counted.schema.is_complete
@@ -186,6 +192,7 @@ def test_what_is_left_out_and_constant_is_said(
     cut = "10 of 30 lists `seen` are longer than `max_length` 2: 10 values at their start are left "
     assert lines[0] == f"{path}: {cut}out."
     assert f"{path}: `city` is 'a' in all rows: nothing can be learned from it." in lines
+    assert f"{path}: `one` is 0.1 in all rows: nothing can be learned from it." in lines
 
 
 def test_every_block_is_observed_once(tmp_path: pathlib.Path) -> None:
