@@ -39,6 +39,10 @@ class DomainTowers(tf_keras.layers.Layer):
 
     reads_domain = True
     read_columns = (Columns(DOMAIN, 1),)
+    cannot_adapt = (
+        "the rows of a task may be of several domains, whose towers share nothing. Leave `meta` "
+        'out, or take tasks="labels", `star` or `cross_domain`'
+    )
 
     def __init__(
         self,

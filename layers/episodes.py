@@ -26,6 +26,14 @@ class Episodes(NamedTuple):
     query_count: tf.Tensor
 
 
+def check_split(support_share: float, support_sizes: Sequence[int]) -> None:
+    """Raises a ValueError for a share outside (0, 1) or a size below 1."""
+    if not 0 < support_share < 1:
+        raise ValueError(f"`support_share` should be in (0, 1). Received: {support_share}")
+    if any(size < 1 for size in support_sizes):
+        raise ValueError(f"`support_sizes` should be >= 1. Received: {tuple(support_sizes)}")
+
+
 def episodes(
     task_id: tf.Tensor,
     order: tf.Tensor,
@@ -67,13 +75,10 @@ def episodes(
     >>> found.support.numpy().tolist(), found.query.numpy().tolist()
     ([[2]], [[3, 0]])
     """
-    if not 0 < support_share < 1:
-        raise ValueError(f"`support_share` should be in (0, 1). Received: {support_share}")
+    check_split(support_share, support_sizes)
     for name, value in (("max_support", max_support), ("max_query", max_query)):
         if value < 1:
             raise ValueError(f"`{name}` should be >= 1. Received: {value}")
-    if any(size < 1 for size in support_sizes):
-        raise ValueError(f"`support_sizes` should be >= 1. Received: {tuple(support_sizes)}")
     if support_sizes and seed is None:
         raise ValueError("`support_sizes` need a `seed` to draw from.")
     _, task, size = tf.unique_with_counts(task_id)

@@ -18,12 +18,14 @@ class ItemQueue(tf_keras.layers.Layer):
     make up for popular items standing in the queue more often (log-Q correction): in expectation
     the queue counts as Q items drawn from all alike.
 
-    Where items belong to domains, the items of the query's own domain stand alone in the softmax
-    and the sum: the others have no weight. A query of an unknown domain, or of one that has no item
-    in the queue yet, meets all.
+    Until Q items were pushed, those that were stand alone in the softmax and the sum, and what is
+    not filled has no weight. An empty queue counts as Q items of score 0.
+
+    Where items belong to domains, likewise, only those of the query's own domain have weights. A
+    query of an unknown domain, or of one that has no item in the queue yet, meets all.
 
     Args:
-      size: Q. Until so many items were pushed, the other places hold zeros.
+      size: Q.
       dim: D, width of the vectors.
       num_items: N; ids are from 0 to N - 1.
 
@@ -86,10 +88,14 @@ class ItemQueue(tf_keras.layers.Layer):
     def call(self, q: tf.Tensor, domain: tf.Tensor | None = None) -> tf.Tensor:
         """Scores the queue."""
         inverse = self.log_correction(self._ids)
+        # The newest stand last.
+        is_filled = tf.range(self.size - 1, -1, -1, tf.int64) < self._total
+        takes_part = is_filled | (self._total == 0)
         if domain is not None:
-            own = self._domains == domain[..., None]
-            own |= ~tf.reduce_any(own, -1, keepdims=True) | (domain[..., None] == 0)
-            inverse = tf.where(own, inverse, inverse.dtype.min)
+            own = is_filled & (self._domains == domain[..., None])
+            meets_all = ~tf.reduce_any(own, -1, keepdims=True) | (domain[..., None] == 0)
+            takes_part = own | (takes_part & meets_all)
+        inverse = tf.where(takes_part, inverse, inverse.dtype.min)
         log_weights = tf.math.log(float(self.size)) + tf.nn.log_softmax(inverse)
         # All queries as one matrix: one product of many rows is much faster than many of few.
         rows = tf.reshape(tf.cast(q, self._vectors.dtype), [-1, self.dim])

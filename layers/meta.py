@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import tensorflow as tf
 import tf_keras
 
-from qianmo.layers.episodes import episodes
+from qianmo.layers.episodes import check_split, episodes
 from qianmo.layers.inner_loop import AdaptableTower, InnerLoop, Support
 from qianmo.layers.label_heads import elementwise, weighted
 from qianmo.layers.seeding import pick_seed
@@ -86,9 +86,14 @@ class Meta(tf_keras.layers.Layer):
                 )
         if weight < 0:
             raise ValueError(f"`weight` should be >= 0. Received: {weight}")
-        for key, number in (("min_support", min_support), ("serving_steps", serving_steps)):
+        for key, number in (
+            ("min_support", min_support),
+            ("serving_steps", serving_steps),
+            ("max_query", max_query),
+        ):
             if number is not None and number < 1:
                 raise ValueError(f"`{key}` should be >= 1. Received: {number}")
+        check_split(support_share, support_sizes)
         self.inner = (
             inner
             if isinstance(inner, InnerLoop)

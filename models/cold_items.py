@@ -57,6 +57,10 @@ class ColdItems(tf.Module):
             raise ValueError(f"`{item_id}` is the only item feature: nothing tells of a new item.")
         if not 0 <= cold_share <= 1:
             raise ValueError(f"`cold_share` should be in [0, 1]. Received: {cold_share}")
+        if rows < 1:
+            raise ValueError(f"`rows` should be >= 1. Received: {rows}")
+        if not step_size > 0:
+            raise ValueError(f"`step_size` should be > 0. Received: {step_size}")
         self.base = base
         self.content = Select(base.schema, names, name="content")
         self.generator = MetaEmbedding(

@@ -103,8 +103,13 @@ class DualDNN(Ranker):
                 f"`embeddings_from` should be one of {get_args(EmbeddingsFrom)}. "
                 f"Received: {embeddings_from!r}"
             )
-        if kd_warmup_steps < 0:
-            raise ValueError(f"`kd_warmup_steps` should be >= 0. Received: {kd_warmup_steps}")
+        for key, value in (
+            ("kd_weight", kd_weight),
+            ("kd_warmup_steps", kd_warmup_steps),
+            ("hint_weight", hint_weight),
+        ):
+            if not value >= 0:
+                raise ValueError(f"`{key}` should be >= 0. Received: {value}")
         if not temperature > 0:
             raise ValueError(f"`temperature` should be > 0. Received: {temperature}")
         if (teacher_bottom is None) != (teacher_tower is None):

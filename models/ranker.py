@@ -174,7 +174,8 @@ class Ranker(tf_keras.Model):
         """Makes all weights; the schema tells all shapes, so none is needed.
 
         Raises:
-          ValueError: a layer of Keras 3, or one made for another number of domains.
+          ValueError: a layer of Keras 3, one made for another number of domains, or `meta` for a
+            tower that cannot adapt.
         """
         if not getattr(self, "built", False):
             refuse_keras_3(self)
@@ -185,6 +186,7 @@ class Ranker(tf_keras.Model):
                         f"`{layer.name}` ({type(layer).__name__}) should have `num_domains` "
                         f"{self.schema.num_domains}, those of the schema. Received: {count}"
                     )
+            self._check_adapts()
             self.built = True
             with tf.init_scope():
                 features = example(self.schema)
@@ -193,6 +195,16 @@ class Ranker(tf_keras.Model):
                     head = self.serving_head
                     h = self.tower_input(features, head)
                     self.meta.inner.build(self.tower_of(head).dense_shapes(h.shape[-1]))
+
+    def _check_adapts(self) -> None:
+        if self.meta is None:
+            return
+        tower = self.tower_of(self.serving_head)
+        if not hasattr(tower, "dense_shapes"):
+            reason = getattr(tower, "cannot_adapt", "it has no `dense_shapes`")
+            raise ValueError(
+                f"`meta` needs a tower that adapts, and {type(tower).__name__} cannot: {reason}."
+            )
 
     def compile(
         self,

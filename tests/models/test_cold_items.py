@@ -172,6 +172,10 @@ def test_refusals() -> None:
         ColdItems(model, "user")
     with pytest.raises(ValueError, match="`cold_share` should be in"):
         ColdItems(model, "item", cold_share=1.5)
+    with pytest.raises(ValueError, match="`rows` should be >= 1"):
+        ColdItems(model, "item", rows=0)
+    with pytest.raises(ValueError, match="`step_size` should be > 0"):
+        ColdItems(model, "item", step_size=-1)
     with pytest.raises(ValueError, match="`scale` should be > 0"):
         MetaEmbedding(3, scale=0.0)
     with pytest.raises(ValueError, match="`dim` should be >= 1"):

@@ -260,6 +260,20 @@ def test_towers_by_domain_and_by_label_can_be_meta_towers(config: dict[str, Any]
     assert found["loss"] == pytest.approx(found["label_loss"] + found["meta"])
 
 
+@pytest.mark.parametrize("name", ["shared_bottom", "mmoe", "ple"])
+def test_towers_of_domains_cannot_be_meta_towers(name: str) -> None:
+    schema = dataclasses.replace(SCHEMA, task_id="user")
+    meta = {"inner": {}, "split": "random"}
+    with pytest.raises(
+        ValueError, match="DomainTowers cannot: the rows of a task may be of several"
+    ):
+        zoo.build(schema, {**MODELS[name], "meta": meta}).build()
+    student = {**MODELS[name], "hide_rate": 0.0}
+    whole = {"name": "distilled", "teacher": MODELS["star"], "student": student, "meta": meta}
+    with pytest.raises(ValueError, match="DomainTowers cannot"):
+        zoo.build(schema, whole).build()
+
+
 @pytest.mark.parametrize(
     "config",
     [

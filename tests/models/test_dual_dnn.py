@@ -250,6 +250,8 @@ def test_distances(distance, expected):
         ({"name": "dual_dnn", "interactions": {"fmm": {}}}, "should be one of .*Received: 'fmm'"),
         ({"name": "dual_dnn", "distance": "l1"}, "`distance` should be one of"),
         ({"name": "dual_dnn", "kd_warmup_steps": -1}, "`kd_warmup_steps` should be >= 0"),
+        ({"name": "dual_dnn", "kd_weight": -0.5}, "`kd_weight` should be >= 0. Received: -0.5"),
+        ({"name": "dual_dnn", "hint_weight": float("nan")}, "`hint_weight` should be >= 0"),
         ({"name": "dual_dnn", "embeddings_from": "nobody"}, "`embeddings_from` should be one of"),
         ({"name": "deepfm", "linear_dim": 3}, "unknown argument `linear_dim`"),
     ],

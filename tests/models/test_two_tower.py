@@ -107,6 +107,33 @@ def test_the_queue_holds_the_newest_and_counts_all() -> None:
     np.testing.assert_allclose(queue(q), expected, rtol=1e-5)
 
 
+def test_what_is_not_filled_is_no_candidate() -> None:
+    queue = ItemQueue(6, 2, 10)
+    q = np.random.default_rng(1).normal(size=(3, 2)).astype(np.float32)
+    pushed = np.random.default_rng(0).normal(size=(9, 2)).astype(np.float32)
+    ids, domains = np.array([5, 1, 5, 2, 5, 3, 2, 0, 0]), np.array([1, 2, 1, 2, 1, 1, 1, 1, 1])
+    asked = tf.constant([1, 2, 0], tf.int64)
+    queue(q)
+    for count in range(1, 10):
+        new = slice(count - 1, count)
+        queue.push(*(tf.constant(column[new]) for column in (ids, pushed, domains)))
+        held = slice(max(0, count - 6), count)
+        p = np.bincount(ids[:count], minlength=10)[ids[held]] + 1
+
+        def expected(row: int, own: Any, p: Any = p, held: Any = held) -> Any:
+            """log sum_j exp s_j over the items that are there."""
+            scores = q[row] @ pushed[held][own].T
+            return logsumexp(scores + np.log(6 / p[own] / (1 / p[own]).sum()))
+
+        every = np.full(len(p), True)
+        found = tf.reduce_logsumexp(queue(q), -1)
+        np.testing.assert_allclose(found, [expected(i, every) for i in range(3)], rtol=1e-5)
+        found = tf.reduce_logsumexp(queue(q, asked), -1)
+        own = [domains[held] == 1, domains[held] == 2, every]
+        expecteds = [expected(i, o if o.any() else every) for i, o in enumerate(own)]
+        np.testing.assert_allclose(found, expecteds, rtol=1e-5)
+
+
 def test_the_logit_and_what_its_cross_entropy_is() -> None:
     tower = ProductTower(Tower(DIM, (6,), seed=1), ItemQueue(8, DIM, 10), TAU)
     rng = np.random.default_rng(4)
