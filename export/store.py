@@ -183,8 +183,8 @@ def _embeddings(
                 space=shards.space(folder / str(embedding_version)),
                 on_mismatch=on_mismatch,
             )
-            yield opened, point
-            opened.close()
+            with contextlib.closing(opened):  # before its folder goes
+                yield opened, point
         # Before the graph: one that refuses other spaces must find its own at load.
         if redis and (new or not holds(redis, folder, embedding_version)):
             load(folder, embedding_version, redis, publish=new)

@@ -16,6 +16,7 @@ A program that is meant to be stopped, such as a server, handles the signals its
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import os
 import re
@@ -38,6 +39,7 @@ STOPPED = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminate
 
 _HELP = ("-h", "-?", "-help", "--help", "--helpshort", "-helpfull", "--helpfull")
 _WIDTH = 100
+_AGAIN_SECONDS = 0.01
 _headings: list[tuple[str, list[str]]] = []  # text, and the flags that were defined before it
 
 
@@ -77,6 +79,8 @@ def start(
     os.environ["TF_USE_LEGACY_KERAS"] = "1"  # also for plug-ins, which may use tf.keras
     if not _is_verbose(sys.argv):
         silence.silence()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # in a log file too
     stopped: list[int] = []
     try:
         _raise_on_signals(stopped)
@@ -94,6 +98,9 @@ def start(
         sys.stdout.flush()
     except BaseException as error:
         code = _report(error, stopped, after_stop)
+    if not stopped:
+        for number in STOPPED:  # what was done stays done, while Python takes itself down
+            signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 
@@ -133,6 +140,18 @@ def _raise_on_signals(stopped: list[int]) -> None:
         stopped.append(number)
         raise KeyboardInterrupt
 
+    def again(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def ignored(what: sys.UnraisableHookArgs) -> None:
+        # The signal came within a destructor or the like, which cannot raise: once more, after it.
+        if stopped and issubclass(what.exc_type, KeyboardInterrupt):
+            signal.signal(signal.SIGALRM, again)
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+        else:
+            sys.__unraisablehook__(what)
+
+    sys.unraisablehook = ignored
     for number in STOPPED:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, stop)
@@ -140,6 +159,7 @@ def _raise_on_signals(stopped: list[int]) -> None:
 
 def _report(error: BaseException, stopped: list[int], after_stop: str) -> int:
     """Writes the line on what ended the program; returns the exit code."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
     if stopped or isinstance(error, KeyboardInterrupt):
         code, word = STOPPED[signal.Signals([*stopped, signal.SIGINT][0])]
         _say(f"{word}: {after_stop}")

@@ -49,9 +49,10 @@ def write_text(path: pathlib.Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        error.filename = str(path)  # a write that fails names none
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a write that fails names none
         raise
 
 

@@ -98,12 +98,25 @@ def write_data(folder: pathlib.Path) -> None:
     pq.write_table(items, folder / "items.parquet")
 
 
+def write_movielens(folder: pathlib.Path) -> None:
+    """Ratings in GroupLens's format: fields between two colons, Latin-1."""
+    folder.mkdir()
+    ratings = [(1 + i % 3, 1 + i % 2, 1 + i % 5, 1000 - i) for i in range(50)]
+    lines = ["::".join(map(str, row)) for row in ratings]
+    (folder / "ratings.dat").write_text("\n".join(lines) + "\n", encoding="latin-1")
+    users = "1::F::1::10::48067\n2::M::56::16::70072-1\n3::M::25::15::00231\n"
+    (folder / "users.dat").write_text(users, encoding="latin-1")
+    movies = "1::Léon: a (b) (1994)::Crime|Drama\n2::Toy Story (1995)::Animation\n"
+    (folder / "movies.dat").write_text(movies, encoding="latin-1")
+
+
 def make(folder: pathlib.Path) -> None:
-    """Writes data, recipes, and a model directory of each variant with its first weights.
+    """Writes data, recipes, ratings, and a model directory of each variant with its first weights.
 
     What the programs do with a model does not depend on whether it has learned.
     """
     write_data(folder / "data")
+    write_movielens(folder / "ml-1m")
     (folder / "recipe.py").write_text(RECIPE)
     spec = importlib.util.spec_from_file_location("recipe", folder / "recipe.py")
     assert spec is not None

@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import pkgutil
+import re
 import resource
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from qianmo.pipelines import silence
 
 # The longest that a test waits for a program, on a busy machine.
 PATIENCE = 300.0
+_BAR = re.compile(r"[^\[]*\[\d+:\d\d(:\d\d)?[^\[]*\]\S*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,17 @@ class Ended:
     code: int
     stdout: str
     stderr: str
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines of stderr that are no progress bars."""
+        return own_lines(self.stderr)
+
+
+def own_lines(stderr: str) -> list[str]:
+    """The lines that are no progress bars."""
+    lines = [line.strip() for line in re.split("[\r\n]+", stderr)]
+    return [line for line in lines if line and not _BAR.fullmatch(line)]
 
 
 class Program:
@@ -164,15 +177,20 @@ class Zygote:
 
 def _serve() -> None:
     """Forks and waits as standard input says, a line of JSON a request."""
+    running = set()
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
             print(os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1]), flush=True)
+            running.remove(request["wait"])
             continue
         pid = os.fork()
         if not pid:
             _become(request)
+        running.add(pid)
         print(pid, flush=True)
+    for pid in running:  # of tests that failed
+        os.kill(pid, signal.SIGKILL)
 
 
 def _become(request: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zygote
+from program_world import write_movielens
 
 from qianmo.configs import kuairand as kuairand_config
 from qianmo.configs import movielens_1m as movielens_1m_config
@@ -348,20 +349,8 @@ def test_the_shipped_sample_is_made_from_the_published_tables(tmp_path: pathlib.
         assert again.equals(pq.read_table(kuairand.SAMPLE / f"{name}.parquet"))
 
 
-def movielens_files(folder: pathlib.Path) -> None:
-    """GroupLens's format: fields between two colons, Latin-1."""
-    folder.mkdir()
-    ratings = [(1 + i % 3, 1 + i % 2, 1 + i % 5, 1000 - i) for i in range(50)]
-    lines = ["::".join(map(str, row)) for row in ratings]
-    (folder / "ratings.dat").write_text("\n".join(lines) + "\n", encoding="latin-1")
-    users = "1::F::1::10::48067\n2::M::56::16::70072-1\n3::M::25::15::00231\n"
-    (folder / "users.dat").write_text(users, encoding="latin-1")
-    movies = "1::Léon: a (b) (1994)::Crime|Drama\n2::Toy Story (1995)::Animation\n"
-    (folder / "movies.dat").write_text(movies, encoding="latin-1")
-
-
 def test_movielens_from_the_publishers_files(tmp_path: pathlib.Path) -> None:
-    movielens_files(tmp_path / "ml-1m")
+    write_movielens(tmp_path / "ml-1m")
     about = movielens_1m.movielens_1m(tmp_path / "ml-1m", tmp_path / "out")
     assert about["rows"] == {"train": 32, "test": 8}
     assert about["left_out"] == {"of rating 3, which is neither a like nor a dislike": 10}
@@ -391,7 +380,7 @@ def test_movielens_from_the_publishers_files(tmp_path: pathlib.Path) -> None:
 
 def test_movielens_random_split(tmp_path: pathlib.Path) -> None:
     source = tmp_path / "ml-1m"
-    movielens_files(source)
+    write_movielens(source)
     parts: list[list[list[int]]] = []
     for number, seed in enumerate((0, 0, 1)):
         output = tmp_path / str(number)
@@ -406,7 +395,7 @@ def test_movielens_random_split(tmp_path: pathlib.Path) -> None:
 
 
 def test_movielens_ages_are_domains_of_all_ratings(tmp_path: pathlib.Path) -> None:
-    movielens_files(tmp_path / "ml-1m")
+    write_movielens(tmp_path / "ml-1m")
     about = movielens_1m.movielens_1m(tmp_path / "ml-1m", tmp_path / "out", split="ages")
     assert about["rows"] == {"train": 40, "valid": 5, "test": 5}
     rows = [row for part in about["rows"] for row in rows_of(tmp_path / "out" / f"{part}.parquet")]
@@ -416,7 +405,7 @@ def test_movielens_ages_are_domains_of_all_ratings(tmp_path: pathlib.Path) -> No
 
 
 def test_movielens_next_item(tmp_path: pathlib.Path) -> None:
-    movielens_files(tmp_path / "ml-1m")
+    write_movielens(tmp_path / "ml-1m")
     about = movielens_1m.movielens_1m(tmp_path / "ml-1m", tmp_path / "out", split="next_item")
     parts = {part: rows_of(tmp_path / "out" / f"{part}.parquet") for part in about["rows"]}
     rows = sorted(parts["train"] + parts["valid"] + parts["test"], key=lambda row: row["timestamp"])
@@ -457,7 +446,7 @@ def test_movielens_1m(tmp_path: pathlib.Path) -> None:
 def test_an_output_is_whole_or_absent(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    movielens_files(tmp_path / "ml-1m")
+    write_movielens(tmp_path / "ml-1m")
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(readers, "sha256", lambda _: 1 / 0)
@@ -490,7 +479,7 @@ def test_nulls_get_a_value_that_no_row_holds() -> None:
 def test_bad_sources_are_named(tmp_path: pathlib.Path) -> None:
     with pytest.raises(readers.DataError, match=r"ratings\.parquet: no such file\. `source`"):
         movielens_1m.movielens_1m(tmp_path, tmp_path / "out")
-    movielens_files(tmp_path / "ml-1m")
+    write_movielens(tmp_path / "ml-1m")
     (tmp_path / "ml-1m" / "users.dat").write_text("1::F::1::10::48067\n2::M::56\n")
     with pytest.raises(readers.DataError, match=r"users\.dat, row 1 .*should have 5 fields"):
         movielens_1m.movielens_1m(tmp_path / "ml-1m", tmp_path / "out")
@@ -500,7 +489,7 @@ def test_bad_sources_are_named(tmp_path: pathlib.Path) -> None:
 
 
 def test_the_program(tmp_path: pathlib.Path, programs: zygote.Zygote) -> None:
-    movielens_files(tmp_path / "ml-1m")
+    write_movielens(tmp_path / "ml-1m")
 
     def run(*arguments: str) -> zygote.Ended:
         return programs.run("prepare", *arguments)
