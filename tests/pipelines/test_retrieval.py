@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
+from served import close
 
 from qianmo.configs.base import base_config
 from qianmo.export.adapted import ADAPT
@@ -202,10 +203,11 @@ def test_the_export_answers_as_keras_by_stock_ops(trained: Trained, tmp_path: pa
         none = run("adapted_user", empty)
         plain = run("user", {k: empty[k] for k in user})
     assert (none["status"] == NO_SUPPORT).all()
-    np.testing.assert_array_equal(none["vector"], plain["vector"])
-    np.testing.assert_array_equal(off["vector"], u)
+    close(none["vector"], plain["vector"])
+    close(off["vector"], u)
     assert not off["status"].any()
-    expected = np.where(on[:, None], adapted["vector"], u)
+    # One kernel and equal shapes: to the bit.
+    expected = np.where(on[:, None], adapted["vector"], off["vector"])
     np.testing.assert_array_equal(mixed["vector"], expected)
     np.testing.assert_array_equal(mixed["status"], np.where(on, adapted["status"], 0))
     np.testing.assert_allclose(np.linalg.norm(u, axis=1), 1, rtol=1e-5)
@@ -213,7 +215,9 @@ def test_the_export_answers_as_keras_by_stock_ops(trained: Trained, tmp_path: pa
     np.testing.assert_allclose(
         found["score"], np.take_along_axis(u @ v.T, order, 1), rtol=1e-5, atol=1e-6
     )
-    np.testing.assert_array_equal(found["item"][:, 0], order[:, 0])
+    # Items whose scores differ by rounding alone may change places.
+    first = np.take_along_axis(u @ v.T, found["item"][:, :1], 1)
+    close(first[:, 0], (u @ v.T).max(1))
     scores = adapted["vector"] @ v.T
     np.testing.assert_allclose(best["score"][:, 0], scores.max(1), rtol=1e-5)
     if model.support_feature:
@@ -222,7 +226,7 @@ def test_the_export_answers_as_keras_by_stock_ops(trained: Trained, tmp_path: pa
         return
     # Rows without support get the plain vector and say so; the others those of the Keras layers.
     np.testing.assert_array_equal(adapted["status"], [0, 8] * 10)
-    np.testing.assert_allclose(adapted["vector"][1::2], u[1::2], rtol=1e-6, atol=1e-7)
+    close(adapted["vector"][1::2], u[1::2])
     state = model.user_state({"user": tf.constant(rows["user"][:1])})
     h = tf.concat([tf.repeat(state, 6, 0), tf.constant(v[:6])], 1)[None]
     ones = tf.ones([1, 6, 1])
