@@ -4,7 +4,7 @@ Signatures, all [B, ...] and row-independent; stock ops only, unless the store i
 
     serving_default      the plain score
     adapted              the score of the row's task, whose support the store holds
-    adapted_by_request   the same with the support in the request
+    adapted_by_request   the same with the support in the request, where one row of a task brings it
     put_support          stores a row that has got its labels
     stats                what the store holds
 
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from qianmo.export.publishing import drafting, write_serving_files
 from qianmo.export.saved_model import (
     STATUS,
     ExportError,
@@ -29,29 +30,36 @@ from qianmo.export.saved_model import (
     Specs,
     answer,
     cast,
-    check_parity,
     fill,
-    next_version,
-    publishing,
     raw_specs,
     replay,
+    replay_signatures,
     scorer,
-    session,
+    task_keys,
     tensors,
-    write_serving_files,
+    weight_bytes,
+    with_task,
+)
+from qianmo.export.shared_support import (
+    BAD_SUPPORT,
+    COUNT,
+    REQUEST_ID,
+    brought,
+    in_request,
+    support_name,
+    with_empty,
 )
 from qianmo.export.support_rows import FeatureRows, HiddenRows, Keep, kept
 from qianmo.export.support_table import SupportTable
 from qianmo.layers.inner_loop import Support
 from qianmo.layers.meta import Meta
+from qianmo.layers.schema import Schema
 from qianmo.models.ranker import Ranker
 from qianmo.ops.support_store import TOO_OLD, SupportStore
 
 UNDEFINED = -1.0  # a label that a row does not have
-BAD_SUPPORT = 32  # a support row in the request could not be read and was left out
 Store = SupportTable | SupportStore
 ADAPT = "adapt"
-COUNT = "support_count"
 
 
 def _meta(model: Ranker) -> Meta:
@@ -60,45 +68,43 @@ def _meta(model: Ranker) -> Meta:
     return model.meta
 
 
-def support_name(name: str) -> str:
-    """Input of `adapted_by_request` for a column of the support rows."""
-    return f"support_{name}"
-
-
 def _column(name: str, dtype: tf.DType) -> tf.TensorSpec:
     return tf.TensorSpec([None], dtype, name)
 
 
-def adapted_specs(schema: Any) -> dict[str, tf.TensorSpec]:
+def adapted_specs(schema: Schema) -> dict[str, tf.TensorSpec]:
     """Inputs of `adapted`: the raw features, the task, and whether to adapt."""
-    specs = raw_specs(schema)
-    task = specs.setdefault(schema.task_id, _column(schema.task_id, tf.int64))
-    if task.dtype != tf.int64 or task.shape.rank != 1:
-        raise ExportError(f"feature `{schema.task_id}`, the task, should be one int64 a row.")
-    return {**specs, ADAPT: _column(ADAPT, tf.bool)}
+    return {**with_task(schema, raw_specs(schema)), ADAPT: _column(ADAPT, tf.bool)}
 
 
-def by_request_specs(schema: Any) -> dict[str, tf.TensorSpec]:
-    """Inputs of `adapted_by_request`: features, and features and labels of support rows.
+def support_specs(specs: Specs, max_support: int) -> dict[str, tf.TensorSpec]:
+    """Inputs for support rows of these columns, and for who brings them.
 
-    The latter are [B, S], oldest first, or [B, S, L] for lists; `support_count` of them are valid.
+    The columns are [B, S], oldest first, or [B, S, L] for lists, S being `max_support`;
+    `support_count` of the S rows are valid. Rows of equal `request_id` and task share the support
+    that one of them brings; the others bring a count of 0.
+    """
+    found = {REQUEST_ID: _column(REQUEST_ID, tf.int64)}
+    for column, spec in specs.items():
+        name = support_name(column)
+        found[name] = tf.TensorSpec([None, max_support, *spec.shape[1:]], spec.dtype, name)
+    return {**found, COUNT: _column(COUNT, tf.int64)}
+
+
+def by_request_specs(schema: Schema, max_support: int) -> dict[str, tf.TensorSpec]:
+    """Inputs of `adapted_by_request`: those of `adapted`, and features and labels of support rows.
+
     A label of -1 is not defined for the row.
     """
-    specs = {**raw_specs(schema), ADAPT: _column(ADAPT, tf.bool)}
-    for name, spec in raw_specs(schema).items():
-        shape = [None, None, *spec.shape[1:]]
-        specs[support_name(name)] = tf.TensorSpec(shape, spec.dtype, support_name(name))
-    for label in schema.labels:
-        name = support_name(label)
-        specs[name] = tf.TensorSpec([None, None], tf.float32, name)
-    return {**specs, COUNT: _column(COUNT, tf.int64)}
+    labels = {label: _column(label, tf.float32) for label in schema.labels}
+    columns = {**raw_specs(schema), **labels}
+    return {**adapted_specs(schema), **support_specs(columns, max_support)}
 
 
-def put_specs(schema: Any) -> dict[str, tf.TensorSpec]:
+def put_specs(schema: Schema) -> dict[str, tf.TensorSpec]:
     """Inputs of `put_support`: features, task, event time, and labels; -1 is not defined."""
-    specs = raw_specs(schema)
-    for name in (schema.task_id, schema.timestamp):
-        specs.setdefault(name, _column(name, tf.int64))
+    specs = with_task(schema, raw_specs(schema))
+    specs.setdefault(schema.timestamp, _column(schema.timestamp, tf.int64))
     return {**specs, **{label: _column(label, tf.float32) for label in schema.labels}}
 
 
@@ -128,7 +134,7 @@ def _scored(
 
 def _adapted(model: Ranker, store: Store, rows_of: HiddenRows | FeatureRows) -> Signature:
     def adapted(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-        tasks, place = tf.unique(inputs[model.schema.task_id])
+        tasks, place = tf.unique(task_keys(model.schema, inputs))
         version = tf.constant(rows_of.version, tf.int64)
         found = store.get(tasks, version, _meta(model).inner.max_support)
         support = Support(rows_of.hidden(found.h), found.labels, found.weights)
@@ -138,55 +144,25 @@ def _adapted(model: Ranker, store: Store, rows_of: HiddenRows | FeatureRows) -> 
     return adapted
 
 
-def _distinct(columns: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
-    """First row of each distinct content [U], and each row's place among those [B]."""
-    prints = [tf.fingerprint(column) for column in columns]
-    whole = tf.bitcast(tf.fingerprint(tf.concat(prints, 1)), tf.int64)
-    _, place = tf.unique(whole)
-    rows = tf.range(tf.size(place))
-    size = tf.reduce_max(tf.concat([place, [-1]], 0)) + 1
-    return tf.math.unsorted_segment_min(rows, place, size), place
-
-
 def _adapted_by_request(model: Ranker) -> Signature:
     schema = model.schema
+    most = _meta(model).inner.max_support
     names = (*schema.input_names, *schema.labels)
 
     def adapted_by_request(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-        columns = {name: inputs[support_name(name)] for name in names}
-        first, place = _distinct([*columns.values(), inputs[COUNT]])
-        columns = {name: tf.gather(column, first) for name, column in columns.items()}
-        shape = tf.shape(columns[schema.labels[0]])
-        width = tf.cast(shape[1], tf.int64)
-        count = tf.gather(inputs[COUNT], first)
-        valid = tf.clip_by_value(count, 0, width)
-        kept = tf.minimum(valid, _meta(model).inner.max_support)
-        # The newest rows alone, wherever the count ends.
-        most = tf.minimum(width, _meta(model).inner.max_support)
-        index = tf.minimum((valid - kept)[:, None] + tf.range(most), width - 1)
-        columns = {name: tf.gather(c, index, batch_dims=1) for name, c in columns.items()}
-
-        def flat(column: tf.Tensor) -> tf.Tensor:
-            # -1 would lose the rows where there are no places.
-            return tf.reshape(column, tf.concat([[tf.size(index)], tf.shape(column)[2:]], 0))
-
-        features = {name: flat(columns[name]) for name in schema.input_names}
-        for feature in schema.categorical:
-            if feature.is_list:
-                features[feature.name].set_shape([None, None])
+        held = in_request(inputs, task_keys(schema, inputs), names, most)
+        features = {name: held.columns[name] for name in schema.input_names}
         output, read = model.one_head(features, model.serving_head)
-        h = output.h
-        readable = tf.reduce_all(tf.math.is_finite(h), 1) & (read == 0)
-        labels, weights, good = read_labels([columns[label] for label in schema.labels])
-        readable = tf.reshape(readable, tf.shape(good)) & good
-        inside = tf.range(most) < kept[:, None]
-        h = tf.reshape(h, [*tf.unstack(tf.shape(good)), h.shape[-1]])
-        h = tf.where(readable[:, :, None], h, 0.0)
-        weights *= tf.cast(inside & readable, tf.float32)[:, :, None]
-        bad = tf.reduce_any(inside & ~readable, 1) | (count != valid)
-        status = tf.where(tf.gather(bad, place), BAD_SUPPORT, 0)
-        support = Support(h, labels, weights)
-        return _scored(model, inputs, inputs[ADAPT], place, support, status)
+        labels, weights, good = read_labels([held.columns[label] for label in schema.labels])
+        good &= tf.reduce_all(tf.math.is_finite(output.h), 1) & (read == 0)
+        h = tf.where(good[:, None], output.h, 0.0)
+        inside = tf.reshape(held.inside, [-1])
+        weights *= tf.cast(inside & good, tf.float32)[:, None]
+        parts = (tf.reshape(part, [-1, most, part.shape[-1]]) for part in (h, labels, weights))
+        bad = tf.reduce_any(tf.reshape(inside & ~good, [-1, most]), 1)
+        status = held.status | tf.where(held.of_rows(bad), BAD_SUPPORT, 0)
+        support = Support(*map(with_empty, parts))
+        return _scored(model, inputs, inputs[ADAPT], held.index, support, status)
 
     return adapted_by_request
 
@@ -201,7 +177,7 @@ def _put(model: Ranker, store: Store, rows_of: HiddenRows | FeatureRows) -> Sign
         nan = float("nan")
         rows = tf.where((read == 0)[:, None], rows, nan)
         labels = tf.where(good[:, None], labels, nan)
-        task, time = inputs[schema.task_id], inputs[schema.timestamp]
+        task, time = task_keys(schema, inputs), inputs[schema.timestamp]
         version = tf.fill(tf.shape(task), tf.constant(rows_of.version, tf.int64))
         return {STATUS: store.put(task, rows, labels, weights, time, version)}
 
@@ -210,9 +186,21 @@ def _put(model: Ranker, store: Store, rows_of: HiddenRows | FeatureRows) -> Sign
 
 def _stats(model: Ranker, store: Store) -> Signature:
     def stats(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"stats": store.stats(inputs[model.schema.task_id])}
+        return {"stats": store.stats(task_keys(model.schema, inputs))}
 
     return stats
+
+
+def rows_by_task(schema: Schema, rows: Rows) -> dict[Any, Rows]:
+    """Features and labels of each task's rows, in the order of the rows."""
+    order = np.argsort(rows[schema.task_id], kind="stable")
+    tasks, starts = np.unique(rows[schema.task_id][order], return_index=True)
+    own = np.split(order, starts[1:])
+    names = (*schema.input_names, *schema.labels)
+    return {
+        task: {name: rows[name][index] for name in names}
+        for task, index in zip(tasks.tolist(), own, strict=True)
+    }
 
 
 def export_adapted(
@@ -285,42 +273,42 @@ def export_adapted(
         "put_support": _put(model, held, of_support),
         "stats": _stats(model, held),
     }
+    by_request = by_request_specs(schema, meta.inner.max_support)
     specs: dict[str, Specs] = {
         "serving_default": raw_specs(schema),
         "adapted": adapted_specs(schema),
-        "adapted_by_request": by_request_specs(schema),
+        "adapted_by_request": by_request,
         "put_support": put_specs(schema),
-        "stats": {schema.task_id: _column(schema.task_id, tf.int64)},
+        "stats": with_task(schema, {}),
     }
-    on = {ADAPT: np.ones(len(rows[schema.task_id]), bool)}
+    on = {**rows, ADAPT: np.ones(len(rows[schema.task_id]), bool)}
     one = {name: column[:1] for name, column in support.items()}
+    own = brought(by_request, rows[schema.task_id], rows_by_task(schema, support))
     inputs: dict[str, Rows] = {
         "serving_default": cast(rows, raw_specs(schema)),
-        "adapted": cast({**rows, **on}, adapted_specs(schema)),
-        "adapted_by_request": cast(
-            {
-                **{name: column[:1] for name, column in {**rows, **on}.items()},
-                **{support_name(name): column[:, None] for name, column in one.items()},
-                COUNT: np.ones(1),
-            },
-            by_request_specs(schema),
-        ),
+        "adapted": cast(on, adapted_specs(schema)),
+        "adapted_by_request": cast({**on, **own}, by_request),
         # Loading a version should change nothing: a row of time 0 is refused.
         "put_support": cast({**one, schema.timestamp: np.zeros(1)}, put_specs(schema)),
         "stats": cast(one, specs["stats"]),
     }
     base = pathlib.Path(base_path)
-    version = version or next_version(base)
-    with publishing(base, version) as folder:
+    with drafting(base, version, needed_bytes=weight_bytes(model)) as draft:
         module = tf.Module()
         module.store = held
-        fill(folder, base.name, model, functions, specs, inputs, module, own_ops=store is not None)
+        fill(
+            draft.folder,
+            base.name,
+            model,
+            functions,
+            specs,
+            inputs,
+            module,
+            own_ops=store is not None,
+        )
         raw = inputs["serving_default"]
-        worst = replay(folder, model, {"serving_default": head}, raw, raw)
-        keras = tf.function(functions["adapted"])(**tensors(inputs["adapted"]))
-        with session(folder) as run:
-            served = run("adapted", inputs["adapted"])
-        expected = np.stack([keras[label] for label in schema.labels], 1)
-        worst = max(worst, check_parity(served, expected, schema, inputs["adapted"], "adapted"))
-    write_serving_files(base, any(f.is_list for f in schema.categorical))
-    return base / str(version), worst
+        worst = replay(draft.folder, model, {"serving_default": head}, raw, raw)
+        scored = ("adapted", "adapted_by_request")
+        worst = max(worst, replay_signatures(draft.folder, schema, scored, functions, inputs))
+    write_serving_files(base)
+    return draft.folder, worst

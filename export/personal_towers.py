@@ -21,6 +21,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from qianmo.export.adapted import UNDEFINED, read_labels
+from qianmo.export.publishing import drafting, write_serving_files
 from qianmo.export.saved_model import (
     STATUS,
     ExportError,
@@ -29,15 +30,13 @@ from qianmo.export.saved_model import (
     Specs,
     answer,
     cast,
-    check_parity,
     fill,
-    next_version,
-    publishing,
     raw_specs,
+    replay_signatures,
     scorer,
-    session,
-    tensors,
-    write_serving_files,
+    task_keys,
+    weight_bytes,
+    with_task,
 )
 from qianmo.layers.inner_loop import (
     Adaptation,
@@ -167,7 +166,7 @@ def _personal(model: Ranker, table: TowerTable) -> Signature:
 
     def score(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
         output, status = model.one_head(inputs, head)
-        tasks, place = tf.unique(inputs[model.schema.task_id])
+        tasks, place = tf.unique(task_keys(model.schema, inputs))
         vectors, known = table.get(tasks)
         tower = model.tower_of(head)
         correction: Adaptation = of_flat(vectors, tower.dense_shapes(output.h.shape[-1]))
@@ -221,45 +220,40 @@ def export_personal(
     for first in range(0, len(task_id), 1024):
         part = slice(first, first + 1024)
         table.put(tf.constant(task_id[part]), tf.constant(towers[part]))
-    task = tf.TensorSpec([None], tf.int64, schema.task_id)
+    task = with_task(schema, {})
     weights = tf.TensorSpec([None, table.size], tf.float32, WEIGHTS)
     raw = raw_specs(schema)
-    with_task = {**raw, schema.task_id: raw.get(schema.task_id, task)}
+    own = with_task(schema, raw)
     functions: dict[str, Signature] = {
         "serving_default": _personal(model, table),
         "plain": scorer(model, model.serving_head),
-        "put_towers": lambda **x: {STATUS: table.put(x[schema.task_id], x[WEIGHTS])},
-        "expire_towers": lambda **x: {STATUS: table.expire(x[schema.task_id])},
+        "put_towers": lambda **x: {STATUS: table.put(task_keys(schema, x), x[WEIGHTS])},
+        "expire_towers": lambda **x: {STATUS: table.expire(task_keys(schema, x))},
         "stats": lambda **x: {"towers": tf.fill([tf.shape(x[schema.task_id])[0]], table.count())},
     }
     specs: dict[str, Specs] = {
-        "serving_default": with_task,
+        "serving_default": own,
         "plain": raw,
-        "put_towers": {schema.task_id: task, WEIGHTS: weights},
-        "expire_towers": {schema.task_id: task},
-        "stats": {schema.task_id: task},
+        "put_towers": {**task, WEIGHTS: weights},
+        "expire_towers": task,
+        "stats": task,
     }
     # Warming up must change nothing: it puts a tower that is there, and expires one that is not.
     absent = np.setdiff1d(np.arange(-1, -len(task_id) - 2, -1), task_id)[-1:]
     inputs: dict[str, Rows] = {
-        "serving_default": cast(rows, with_task),
+        "serving_default": cast(rows, own),
         "plain": cast(rows, raw),
         "put_towers": {schema.task_id: task_id[:1], WEIGHTS: towers[:1]},
         "expire_towers": {schema.task_id: absent},
         "stats": {schema.task_id: task_id[:1]},
     }
     base = pathlib.Path(base_path)
-    version = version or next_version(base)
-    with publishing(base, version) as folder:
+    needed = weight_bytes(model) + towers.nbytes
+    with drafting(base, version, needed_bytes=needed) as draft:
         module = tf.Module()
         module.table = table
-        fill(folder, base.name, model, functions, specs, inputs, module)
-        worst = 0.0
-        for name in ("serving_default", "plain"):
-            keras = functions[name](**tensors(inputs[name]))
-            with session(folder) as run:
-                served = run(name, inputs[name])
-            expected = np.stack([keras[label] for label in schema.labels], 1)
-            worst = max(worst, check_parity(served, expected, schema, inputs[name], name))
-    write_serving_files(base, any(f.is_list for f in schema.categorical))
-    return base / str(version), worst
+        fill(draft.folder, base.name, model, functions, specs, inputs, module)
+        scored = ("serving_default", "plain")
+        worst = replay_signatures(draft.folder, schema, scored, functions, inputs)
+    write_serving_files(base)
+    return draft.folder, worst

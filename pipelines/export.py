@@ -157,6 +157,7 @@ def define_flags() -> None:
 def run(_: list[str]) -> None:
     """Exports, and says where the version lies and how near the scores are."""
     from qianmo.export.adapted import export_adapted
+    from qianmo.export.publishing import check_free
     from qianmo.export.retrieval import export_retrieval
     from qianmo.export.saved_model import ExportError, export_fed, export_in_graph
     from qianmo.export.store import export_fed_store, export_store
@@ -168,6 +169,7 @@ def run(_: list[str]) -> None:
     values = flags.FLAGS
     exporters = {"in_graph": export_in_graph, "fed": export_fed, "store": export_store}
     try:
+        check_free(values.model_base_path)
         model, recipe = run_dir.load(values.model_dir)
         model = adapted.as_served(model, values.inner_steps, values.min_support)
         data = recipe.data

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any
 
+from qianmo.export.publishing import publish_path
 from qianmo.layers.schema import Schema
 from qianmo.pipelines.data import readers
 from qianmo.pipelines.serving.clients import Client, RestClient
@@ -106,6 +107,6 @@ def write_predictions(values: Any) -> None:
             with temporary.open("w", encoding="utf-8") as file:
                 for answer in scores:
                     write_scores(file, answer)
-            temporary.replace(values.output)
+            publish_path(temporary, pathlib.Path(values.output))
         finally:
             temporary.unlink(missing_ok=True)

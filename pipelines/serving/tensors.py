@@ -20,6 +20,13 @@ from tensorflow.core.framework import tensor_pb2
 
 MAX_MESSAGE_BYTES = 64 << 20
 STRING: np.dtype[Any] = np.dtype(object)
+# Where a TensorProto holds values one by one.
+_FIELDS = {
+    STRING: "string_val",
+    np.dtype(np.int64): "int64_val",
+    np.dtype(np.float32): "float_val",
+    np.dtype(np.bool_): "bool_val",
+}
 
 Array = npt.NDArray[Any]
 
@@ -59,35 +66,46 @@ def from_proto(proto: Any) -> Array:
     dtype, size = numpy_dtype(proto.dtype), math.prod(shape)
     if size * dtype.itemsize > MAX_MESSAGE_BYTES:
         raise ValueError(f"it should hold <= {MAX_MESSAGE_BYTES} bytes. Received: shape {shape}")
-    if dtype == STRING:
-        if len(proto.string_val) == size:
-            return string_array(proto.string_val).reshape(shape)
-    elif proto.tensor_content:
+    if proto.tensor_content and dtype != STRING:
         if len(proto.tensor_content) != size * dtype.itemsize:
             raise ValueError(
                 f"`tensor_content` should hold {size * dtype.itemsize} bytes for shape {shape}. "
                 f"Received: {len(proto.tensor_content)}"
             )
         return np.frombuffer(proto.tensor_content, dtype).reshape(shape)
+    values = list(getattr(proto, _FIELDS[dtype])) if dtype in _FIELDS else []
+    if 0 < len(values) <= size:
+        array = np.full(size, values[-1], dtype)  # which stands for all that follow
+        array[: len(values)] = values
+        return array.reshape(shape)
     try:
         return np.asarray(tf.make_ndarray(proto)).reshape(shape)
     except (TypeError, ValueError) as error:
         raise ValueError(f"its values do not fit its type and shape {shape}.") from error
 
 
-def to_proto(array: Array) -> Any:
-    """The TensorProto of an array; numbers travel as raw bytes, the fastest form."""
+def to_proto(array: Array, rows: int | None = None) -> Any:
+    """The TensorProto of an array; numbers travel as raw bytes, the fastest form.
+
+    With `rows`, of an array of so many rows; those that it lacks are 0 or b"" and do not travel.
+    """
     if array.dtype.kind in "SU":
         array = array.astype(object)
+    shape = array.shape if rows is None else (rows, *array.shape[1:])
     proto = tensor_pb2.TensorProto(dtype=_enum(array.dtype))
-    for size in array.shape:
+    for size in shape:
         proto.tensor_shape.dim.add(size=size)
-    if array.dtype == STRING:
-        proto.string_val.extend(
-            v.encode() if isinstance(v, str) else v for v in array.ravel().tolist()
-        )
-    else:
+    is_whole = shape == array.shape
+    if is_whole and array.dtype != STRING:
         proto.tensor_content = array.tobytes()
+        return proto
+    values = array.ravel().tolist()
+    if array.dtype == STRING and any(type(v) is str for v in values):
+        values = [v.encode() if isinstance(v, str) else v for v in values]
+    if not is_whole:
+        # The last value of a field stands for all that follow.
+        values.append(b"" if array.dtype == STRING else 0)
+    getattr(proto, _FIELDS[array.dtype]).extend(values)
     return proto
 
 

@@ -14,10 +14,14 @@ from qianmo.export.adapted import (
     ADAPT,
     BAD_SUPPORT,
     COUNT,
+    REQUEST_ID,
+    by_request_specs,
     export_adapted,
+    rows_by_task,
     support_name,
 )
 from qianmo.export.saved_model import STATUS, ExportError, export_in_graph, op_types, session
+from qianmo.export.shared_support import MIXED_SUPPORT, brought
 from qianmo.export.support_rows import ID_BASE, FeatureRows
 from qianmo.layers.features import Categorical, Dense
 from qianmo.layers.inner_loop import Support
@@ -31,6 +35,8 @@ from qianmo.ops.support_store import (
     UNREACHABLE,
     SupportStore,
 )
+from qianmo.pipelines.serving.clients import Client
+from qianmo.pipelines.serving.server import ModelServer
 
 SCHEMA = Schema(
     features=(
@@ -142,12 +148,11 @@ def switched(on=True):
     return {**ROWS, ADAPT: np.full(len(ROWS["user"]), on)}
 
 
-def by_request(width=MOST, rows=ROWS):
-    """Inputs of `adapted_by_request` that hold what the table holds."""
+def by_request(rows=ROWS):
+    """Inputs of `adapted_by_request` in which every row brings what the table holds."""
     size = len(rows["user"])
-    found = {k: v for k, v in rows.items() if k != "user"}
-    found[ADAPT] = np.ones(size, bool)
-    index = np.zeros((size, width), np.int64)
+    found = {**rows, ADAPT: np.ones(size, bool), REQUEST_ID: np.full(size, 5)}
+    index = np.zeros((size, MOST), np.int64)
     count = np.zeros(size, np.int64)
     for i, user in enumerate(rows["user"]):
         own = newest(user)
@@ -172,18 +177,80 @@ def test_scores_are_those_of_the_layers(model, run):
 
 
 def test_support_in_the_request_gives_the_same(model, run):
-    answer = run("adapted_by_request", by_request())
+    every = by_request()
+    close(probabilities(run("adapted_by_request", every)), expected(model))
+    # One row of each user brings what all of its rows share.
+    specs = by_request_specs(SCHEMA, MOST)
+    once = {**switched(), **brought(specs, ROWS["user"], rows_by_task(SCHEMA, SUPPORT))}
+    known = np.intersect1d(ROWS["user"], SUPPORT["user"])
+    assert (once[COUNT] > 0).sum() == len(known) < len(ROWS["user"])
+    answer = run("adapted_by_request", once)
     close(probabilities(answer), expected(model))
-    # More rows than are used: the newest count.
-    wide = by_request(9)
-    for i, user in enumerate(ROWS["user"]):
-        every = np.flatnonzero(SUPPORT["user"] == user)[-9:]
-        for name in (*SCHEMA.input_names, *SCHEMA.labels):
-            wide[support_name(name)][i, : len(every)] = SUPPORT[name][every]
-        wide[COUNT][i] = len(every)
-    assert wide[COUNT].max() > MOST
-    answer = run("adapted_by_request", wide)
-    close(probabilities(answer), expected(model))
+    has_enough = np.array([len(newest(user)) >= 2 for user in ROWS["user"]])
+    np.testing.assert_array_equal(answer[STATUS], np.where(has_enough, 0, NO_SUPPORT))
+
+
+def test_a_client_sends_the_support_of_each_task_once(model, served, run):
+    support = rows_by_task(SCHEMA, SUPPORT)
+    assert max(len(rows["item"]) for rows in support.values()) > MOST  # the newest are sent
+    plain = probabilities(run("serving_default", {k: ROWS[k] for k in SCHEMA.input_names}))
+    with ModelServer({"ranker": served.parent}, port=0, rest_api_port=0) as server:
+        target = f"127.0.0.1:{server.port}"
+        for most in (1024, 30):  # in parts each of which brings what its rows need
+            client = Client(target, "ranker", max_batch_size=most)
+            answer = client.predict_adapted(ROWS, "user", support)
+            close(probabilities(answer), expected(model))
+            off = client.predict_adapted(switched(False), "user", support)
+            close(probabilities(off), plain)
+            assert not off[STATUS].any()
+            none = client.predict_adapted(ROWS, "user", {})
+            close(probabilities(none), plain)
+            assert (none[STATUS] == NO_SUPPORT).all()
+            with pytest.raises(ValueError, match=r"support of task 3 should have columns of one"):
+                client.predict_adapted(ROWS, "user", {3: {"item": np.arange(3)}})
+            client.close()
+
+
+def test_rows_of_another_request_share_nothing(model, run):
+    specs = by_request_specs(SCHEMA, MOST)
+    support = rows_by_task(SCHEMA, SUPPORT)
+    one, other = (brought(specs, ROWS["user"], held) for held in (support, {}))
+    assert one[REQUEST_ID][0] != other[REQUEST_ID][0]
+    merged = {k: np.concatenate([v, v]) for k, v in switched().items()}
+    merged |= {k: np.concatenate([one[k], other[k]]) for k in one}
+    answer = run("adapted_by_request", merged)
+    close(probabilities(answer)[:80], expected(model))
+    plain = run("serving_default", {k: v for k, v in ROWS.items() if k != "user"})
+    close(probabilities(answer)[80:], probabilities(plain))
+    assert (answer[STATUS][80:] == NO_SUPPORT).all()
+
+
+def test_rows_that_bring_different_support_are_told_and_scored_alike_in_any_order(run):
+    inputs = by_request()
+    alone = probabilities(run("adapted_by_request", inputs))
+    user = next(user for user in range(USERS) if (ROWS["user"] == user).sum() > 3)
+    mine = np.flatnonzero(ROWS["user"] == user)
+    mixed = {k: v.copy() for k, v in inputs.items()}
+    mixed[support_name("click")][mine[0]] = 1 - mixed[support_name("click")][mine[0]]
+    answer = run("adapted_by_request", mixed)
+    is_mine = ROWS["user"] == user
+    np.testing.assert_array_equal(answer[STATUS] & MIXED_SUPPORT > 0, is_mine)
+    close(probabilities(answer)[~is_mine], alone[~is_mine])
+    # All rows of the user have one support: that of the first row, or that of the others.
+    ways = []
+    for source in (mine[0], mine[1]):
+        same = {k: v.copy() for k, v in mixed.items()}
+        for name in mixed:
+            if name.startswith("support_"):
+                same[name][mine] = mixed[name][source]
+        ways.append(probabilities(run("adapted_by_request", same))[mine])
+    found = probabilities(answer)[mine]
+    assert np.abs(ways[0] - ways[1]).max() > 1e-4
+    assert min(np.abs(found - way).max() for way in ways) <= ROUNDING
+    order = np.random.default_rng(0).permutation(80)
+    shuffled = run("adapted_by_request", {k: v[order] for k, v in mixed.items()})
+    close(probabilities(shuffled), probabilities(answer)[order])
+    np.testing.assert_array_equal(shuffled[STATUS], answer[STATUS][order])
 
 
 def test_the_switch_turns_adaptation_off_row_by_row(model, run, tmp_path):
@@ -215,15 +282,10 @@ def test_a_row_is_the_same_in_any_company(run, signature):
     order = np.random.default_rng(0).permutation(80)
     shuffled = probabilities(run(signature, {k: v[order] for k, v in inputs.items()}))
     close(shuffled, together[order])
-    # Batching fills a batch up with its first row, and pads lists with their tensor's first value.
+    # Batching fills a batch up with its first row.
     filled = np.r_[np.arange(5), 0, 0, 0]
     repeated = probabilities(run(signature, {k: v[filled] for k, v in inputs.items()}))
     close(repeated, together[filled])
-    padded = {}
-    for name, value in inputs.items():
-        widths = [(0, 0), *[(0, 2)] * (value.ndim - 1)]
-        padded[name] = np.pad(value, widths, constant_values=value.flat[0])
-    close(probabilities(run(signature, padded)), together)
 
 
 def test_what_cannot_be_read_touches_no_neighbour(run):
@@ -231,6 +293,7 @@ def test_what_cannot_be_read_touches_no_neighbour(run):
     together = probabilities(run("adapted_by_request", inputs))
     mine = np.flatnonzero((inputs[COUNT] >= 3) & (np.arange(80) > 3))[:4]
     bad = {k: v.copy() for k, v in inputs.items()}
+    bad[REQUEST_ID][mine] = np.arange(4)  # of requests of their own
     bad[support_name("price")][mine[0], 0] = np.nan
     bad[support_name("click")][mine[1], 1] = 7.0
     bad[COUNT][mine[2]] = 99
@@ -254,10 +317,6 @@ def test_one_class_in_the_support_and_no_rows_at_all(run):
     plain = run("serving_default", {k: v for k, v in ROWS.items() if k != "user"})
     close(probabilities(answer), probabilities(plain))
     assert (answer[STATUS] == NO_SUPPORT).all()
-    columns = [k for k in inputs if k.startswith("support_") and k != COUNT]
-    none = run("adapted_by_request", {**inputs, **{k: inputs[k][:, :0] for k in columns}})
-    close(probabilities(none), probabilities(plain))
-    assert (none[STATUS] == NO_SUPPORT).all()
 
 
 def test_rows_that_are_put_count_at_once_and_only_once(served):

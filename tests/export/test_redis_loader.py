@@ -232,6 +232,11 @@ def test_the_client_of_fed(server: Server, tmp_path: pathlib.Path, where: str) -
         assert answers["status"].tolist() == [0] * 100
         written = predicted(tmp_path, f"127.0.0.1:{serving.port}")
         np.testing.assert_allclose([row["click"] for row in written], scores(old), atol=1e-6)
+        none = rows() | {"seen": np.zeros((100, 3), np.int64), "seen_length": np.zeros(100, int)}
+        narrow = client.predict(none | {"seen": none["seen"][:, :0]})["click"]
+        np.testing.assert_allclose(narrow, client.predict(none)["click"], atol=1e-6)
+        with pytest.raises(ValueError, match=r"`seen` should have shape \[\?, 3\]"):
+            client.predict(none | {"seen": np.zeros((100, 4), np.int64)})
         bad = rows() | {"price": np.full(100, np.nan, np.float32), "seen_length": np.full(100, 9)}
         assert client.predict(bad)["status"].tolist() == [3] * 100
         # New embeddings and their graph take over together.

@@ -5,11 +5,19 @@ import shutil
 import numpy as np
 import pytest
 import tensorflow as tf
+from served import close
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import prediction_log_pb2
 
 from qianmo.export import saved_model
-from qianmo.export.saved_model import ExportError, export_fed, export_in_graph, op_types, session
+from qianmo.export.saved_model import (
+    BAD_SCORE,
+    ExportError,
+    export_fed,
+    export_in_graph,
+    op_types,
+    session,
+)
 from qianmo.layers.encode import BAD_DENSE, BAD_LENGTH
 from qianmo.layers.features import Categorical, Dense
 from qianmo.layers.schema import Schema
@@ -184,20 +192,41 @@ def test_a_bad_row_gets_a_status_and_its_neighbours_their_scores(tmp_path):
     assert np.isfinite(after["click"]).all()
 
 
+def test_a_score_that_is_not_finite_is_answered_as_0_with_a_status():
+    nan = float("nan")
+    logits = tf.constant([[0.0, 1.0], [nan, 1.0], [0.0, nan], [nan, nan], [1e30, -1e30]])
+    answer = saved_model.answer(SCHEMA, logits, tf.constant([0, 0, BAD_DENSE, 0, 0]))
+    high = 1 / (1 + np.exp(-1))
+    close(answer["click"], [0.5, 0, 0.5, 0, 1])
+    close(answer["like"], [high, high, 0, 0, 0])
+    bad = BAD_SCORE
+    assert answer["status"].numpy().tolist() == [0, bad, bad | BAD_DENSE, bad, 0]
+
+
 def test_rows_do_not_depend_on_their_batch(tmp_path):
     folder, _ = export_in_graph(model("dual_dnn"), tmp_path / "m", rows())
     batch = rows(64)
-    wide = {**batch, "seen": np.concatenate([batch["seen"], batch["seen"][:, :1]] * 2, 1)}
-    wide["seen_length"] = np.minimum(batch["seen_length"], 3)
     with session(folder) as run:
         together = run("serving_default", batch)["click"]
-        padded = run("serving_default", wide)["click"]
         alone = [
             run("serving_default", {k: v[i : i + 1] for k, v in batch.items()})["click"][0]
             for i in range(64)
         ]
-    np.testing.assert_allclose(alone, together, atol=1e-6)
-    np.testing.assert_allclose(padded, together, atol=1e-6)
+    close(alone, together)
+
+
+def test_lists_are_as_wide_as_the_schema_says(tmp_path):
+    narrow = rows()
+    narrow["seen"], narrow["seen_length"] = narrow["seen"][:, :2], narrow["seen_length"] % 3
+    folder, worst = export_in_graph(model("deepfm"), tmp_path / "m", narrow)  # it pads
+    assert worst <= 1e-6
+    wide = {**rows(), "seen": np.zeros((200, 4), np.int64)}
+    with session(folder) as run, pytest.raises(ValueError, match=r"\(200, 4\).*seen"):
+        run("serving_default", wide)
+    with pytest.raises(
+        ExportError, match=r"input `seen` should have shape \[\?, 3\]. Received: \["
+    ):
+        export_in_graph(model("deepfm"), tmp_path / "m", wide)
 
 
 def variables(folder):

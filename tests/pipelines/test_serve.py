@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -69,7 +70,7 @@ class Ranker(tf.Module):
             {
                 "user": tf.TensorSpec([None], tf.int64, name="user"),
                 "name": tf.TensorSpec([None], tf.string, name="name"),
-                "history": tf.TensorSpec([None, None], tf.int64, name="history"),
+                "history": tf.TensorSpec([None, 4], tf.int64, name="history"),
                 "history_length": tf.TensorSpec([None], tf.int64, name="history_length"),
                 "age": tf.TensorSpec([None], tf.float32, name="age"),
             }
@@ -266,20 +267,115 @@ BAD_INPUTS = {
     "extra": (changed(height=np.zeros(3)), "input `height` of"),
     "dtype": (changed(age=np.zeros(3, np.int32)), "input `age` should be float32"),
     "string for int": (changed(user=rows()["name"]), "input `user` should be int64"),
-    "rank": (changed(history=np.zeros(3, np.int64)), "input `history` should have shape [?, ?]"),
+    "rank": (changed(history=np.zeros(3, np.int64)), "input `history` should have shape [?, 4]"),
+    "one axis more": (changed(age=np.zeros((3, 1), np.float32)), "`age` should have shape [?]"),
+    "wider": (changed(history=np.zeros((3, 5), np.int64)), "`history` should have shape [?, 4]"),
+    "narrower": (changed(history=np.zeros((3, 1), np.int64)), "`history` should have shape [?, 4]"),
+    "empty lists": (changed(history=np.zeros((3, 0), np.int64)), "should have shape [?, 4]"),
     "dim 0": (changed(user=np.zeros(4, np.int64)), "same number of rows"),
 }
 
 
+def predict_raw(channel: Any, inputs: Arrays) -> None:
+    """Asks for what no client of this package would send."""
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name = "ranker"
+    for name, array in inputs.items():
+        request.inputs[name].CopyFrom(to_proto(array))
+    prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict(request, timeout=30)
+
+
 @pytest.mark.parametrize(("inputs", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS)
 def test_grpc_refuses_bad_input_by_name_and_serves_on(
-    client: Client, expected: Expected, inputs: Arrays, message: str
+    channel: Any, client: Client, expected: Expected, inputs: Arrays, message: str
 ) -> None:
     with pytest.raises(grpc.RpcError) as caught:
-        client.predict(inputs)
+        predict_raw(channel, inputs)
     assert caught.value.code() == Code.INVALID_ARGUMENT
     assert message in caught.value.details()
     same(client.predict(rows()), expected[1])
+
+
+def test_clients_pad_lists_and_refuse_what_would_fail_others(
+    client: Client, rest: RestClient, expected: Expected
+) -> None:
+    """A server that merges requests finds other types and widths when it has merged them."""
+    for asking in (client, rest):
+        none = changed(history=np.zeros((3, 0), np.int64), history_length=np.zeros(3, np.int64))
+        zeros = changed(history=np.zeros((3, 4), np.int64), history_length=np.zeros(3, np.int64))
+        same(asking.predict(none), asking.predict(zeros))
+        short = changed(history=rows()["history"][:, :2], history_length=np.full(3, 2))
+        full = changed(history_length=np.full(3, 2))
+        same(asking.predict(short), asking.predict(full))
+        for name in ("dtype", "string for int", "rank", "one axis more", "wider"):
+            inputs, message = BAD_INPUTS[name]
+            with pytest.raises(ValueError, match=re.escape(message)):
+                asking.predict(inputs)
+        with pytest.raises(ValueError, match="Cut what is longer: a list at the end that its"):
+            asking.predict(BAD_INPUTS["wider"][0])
+        text = changed(name=np.array(["näme 0", "näme 1", "näme 2"]))
+        same(asking.predict(text), expected[1])
+
+
+def test_a_request_of_many_rows_is_split_and_its_answers_joined(server: ModelServer) -> None:
+    sizes = []
+    with server.models["ranker"].use() as version:
+        signature = version.signature("")
+        run = signature._run
+        many = rows(2500)
+        whole = signature(many)
+
+        def counted(arrays: list[Array], timeout: float | None) -> list[Array]:
+            sizes.append(len(arrays[0]))
+            return run(arrays, timeout)
+
+        signature._run = counted  # type: ignore[method-assign]
+        try:
+            for asking in (
+                Client(f"127.0.0.1:{server.port}", "ranker"),
+                RestClient(f"127.0.0.1:{server.rest_port}", "ranker"),
+                Client(f"127.0.0.1:{server.port}", "ranker", max_batch_size=1000),
+            ):
+                found = asking.predict(many)
+                np.testing.assert_allclose(found["score"], whole["score"], rtol=1e-6)
+                np.testing.assert_array_equal(found["status"], whole["status"])
+                asking.close()
+        finally:
+            signature._run = run  # type: ignore[method-assign]
+    assert sizes == [1024, 1024, 452] * 2 + [1000, 1000, 500]
+
+
+def test_a_client_follows_a_version_of_other_widths(
+    saved: Saved, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wider(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None, 6], tf.int64, name="history")])
+        def width(self, history: Any) -> Any:
+            return {"width": tf.fill([tf.shape(history)[0]], history.shape[1])}
+
+    class Narrower(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None, 2], tf.int64, name="history")])
+        def width(self, history: Any) -> Any:
+            return {"width": tf.fill([tf.shape(history)[0]], history.shape[1])}
+
+    base = tmp_path / "widths"
+    for number, module in ((1, Narrower()), (2, Wider()), (3, Narrower())):
+        made = tmp_path / str(number)
+        tf.saved_model.save(module, str(made), signatures=module.width)
+    publish(tmp_path / "1", base, 1)
+    with ModelServer({"widths": base}, port=0, rest_api_port=0) as server:
+        asking = (
+            Client(f"127.0.0.1:{server.port}", "widths"),
+            RestClient(f"127.0.0.1:{server.rest_port}", "widths"),
+        )
+        for number, width in ((1, 2), (2, 6), (3, 2)):
+            if number > 1:
+                publish(tmp_path / str(number), base, number)
+                server.models["widths"].poll()
+            for client in asking:
+                assert client.predict({"history": np.array([[7]])})["width"].tolist() == [width]
+        for client in asking:
+            client.close()
 
 
 def test_grpc_refuses_protos_that_contradict_themselves(channel: Any) -> None:
@@ -349,7 +445,7 @@ def test_names_not_served_are_not_found_with_the_known_ones(
 
 
 def with_row(**changes: Any) -> dict[str, Any]:
-    row = {"user": 1, "name": "a", "history": [1, 2], "history_length": 2, "age": 0.5}
+    row = {"user": 1, "name": "a", "history": [1, 2, 0, 0], "history_length": 2, "age": 0.5}
     made = {**row, **changes}
     return {name: value for name, value in made.items() if value is not None}
 
@@ -379,7 +475,8 @@ BAD_BODIES = {
     "null": ({"instances": [with_row(age=[None])]}, "input `age`: it should hold float32"),
     "int for text": ({"instances": [with_row(name=3)]}, "input `name`: it should hold strings"),
     "bad base64": ({"instances": [with_row(name={"b64": "?"})]}, "input `name`: `b64`"),
-    "rank": ({"instances": [with_row(history=3)]}, "input `history` should have shape [?, ?]"),
+    "rank": ({"instances": [with_row(history=3)]}, "input `history` should have shape [?, 4]"),
+    "narrower": ({"instances": [with_row(history=[3])]}, "`history` should have shape [?, 4]"),
 }
 
 
@@ -943,10 +1040,11 @@ def test_the_genuine_server_gives_what_the_embedded_one_gives(
                 same(rest.predict(rows()), expected[1])
                 text = string_array([b"a\0", b""])
                 assert client.predict({"text": text}, "text")["plain"].tolist() == text.tolist()
-                for name in ("missing", "extra", "dtype"):
-                    with pytest.raises(grpc.RpcError) as caught:
-                        client.predict(BAD_INPUTS[name][0])
-                    assert caught.value.code() == Code.INVALID_ARGUMENT
+                with grpc.insecure_channel(target) as channel:
+                    for name in ("missing", "extra", "dtype"):
+                        with pytest.raises(grpc.RpcError) as caught:
+                            predict_raw(channel, BAD_INPUTS[name][0])
+                        assert caught.value.code() == Code.INVALID_ARGUMENT
                 publish(saved[2], tmp_path, 2)
                 wait_for(
                     lambda: np.array_equal(client.predict(rows())["score"], expected[2]["score"]),
