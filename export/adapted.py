@@ -101,11 +101,46 @@ def by_request_specs(schema: Schema, max_support: int) -> dict[str, tf.TensorSpe
     return {**adapted_specs(schema), **support_specs(columns, max_support)}
 
 
+def event_name(schema: Schema) -> str:
+    """Input of `put_support` for the event id: the schema's column, or `event_id`.
+
+    Raises:
+      ExportError: another column has this name.
+    """
+    name = schema.event_id or "event_id"
+    columns = (*schema.input_names, *schema.labels, schema.task_id, schema.timestamp)
+    if not schema.event_id and name in columns:
+        raise ExportError(
+            f"`{name}` is a column and the input for the id of an event. Name the column as "
+            "`schema.event_id` if it is one, or rename it."
+        )
+    return name
+
+
 def put_specs(schema: Schema) -> dict[str, tf.TensorSpec]:
-    """Inputs of `put_support`: features, task, event time, and labels; -1 is not defined."""
+    """Inputs of `put_support`: features, task, event time and id, and labels; -1 is not defined."""
     specs = with_task(schema, raw_specs(schema))
-    specs.setdefault(schema.timestamp, _column(schema.timestamp, tf.int64))
+    for name in (schema.timestamp, event_name(schema)):
+        specs.setdefault(name, _column(name, tf.int64))
     return {**specs, **{label: _column(label, tf.float32) for label in schema.labels}}
+
+
+def with_events(schema: Schema, rows: Rows) -> Rows:
+    """Rows with event ids: the schema's column, or the rank among rows of equal task and time.
+
+    The rank, in the order of the rows, depends on them alone, so that a file put twice is put once.
+    """
+    if schema.event_id:
+        return rows
+    task = np.unique(rows[schema.task_id], return_inverse=True)[1]
+    time = np.asarray(rows[schema.timestamp])
+    order = np.lexsort((time, task))  # which is stable
+    place = np.arange(len(order))
+    is_first = np.ones(len(order), bool)
+    is_first[1:] = (np.diff(task[order]) != 0) | (np.diff(time[order]) != 0)
+    rank = np.empty(len(order), np.int64)
+    rank[order] = place - np.maximum.accumulate(np.where(is_first, place, 0))
+    return {**rows, event_name(schema): rank}
 
 
 def read_labels(columns: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -179,7 +214,8 @@ def _put(model: Ranker, store: Store, rows_of: HiddenRows | FeatureRows) -> Sign
         labels = tf.where(good[:, None], labels, nan)
         task, time = task_keys(schema, inputs), inputs[schema.timestamp]
         version = tf.fill(tf.shape(task), tf.constant(rows_of.version, tf.int64))
-        return {STATUS: store.put(task, rows, labels, weights, time, version)}
+        event = inputs[event_name(schema)]
+        return {STATUS: store.put(task, rows, labels, weights, time, event, version)}
 
     return put_support
 
@@ -220,8 +256,9 @@ def export_adapted(
       model: a model with `meta`.
       base_path: folder of the versions.
       rows: real rows: features and the task's column.
-      support: real support rows, in order of time: features, the columns of task and time, labels.
-        The table, or the store, gets them; a store keeps them even if the export is refused.
+      support: real support rows, in order of time: features, the columns of task and time, of the
+        event's id if the schema names one, labels. The table, or the store, gets them; a store
+        keeps them even if the export is refused.
       store: where support rows live instead of a table in the graph: beyond a version, and for all
         versions. Its ops must be linked into the server. It is as wide as the rows kept.
       keep: what a support row holds. "hidden": the tower's input, which is of no use to a model of
@@ -252,6 +289,7 @@ def export_adapted(
             f"The store should hold rows of {of_support.dim} numbers and {len(schema.labels)} "
             f"labels. Received: {held.dim} and {held.num_labels}"
         )
+    support = with_events(schema, support)
     put = tf.function(_put(model, held, of_support), reduce_retracing=True)
     seeds = tensors(cast(support, put_specs(schema)))
     size = len(support[schema.task_id])
@@ -288,12 +326,15 @@ def export_adapted(
         "serving_default": cast(rows, raw_specs(schema)),
         "adapted": cast(on, adapted_specs(schema)),
         "adapted_by_request": cast({**on, **own}, by_request),
-        # Loading a version should change nothing: a row of time 0 is refused.
+        # Loading a version should change nothing, and a row of time 0 is refused.
         "put_support": cast({**one, schema.timestamp: np.zeros(1)}, put_specs(schema)),
         "stats": cast(one, specs["stats"]),
     }
     base = pathlib.Path(base_path)
-    with drafting(base, version, needed_bytes=weight_bytes(model)) as draft:
+    needed = weight_bytes(model)
+    if isinstance(held, SupportTable):
+        needed += held.task_bytes * len(np.unique(support[schema.task_id]))
+    with drafting(base, version, needed_bytes=needed) as draft:
         module = tf.Module()
         module.store = held
         fill(

@@ -149,7 +149,7 @@ void LocalSupport::Put(const SupportBatch& rows, int32_t* status) {
   for (size_t i = 0; i < rows.num_rows; ++i) {
     status[i] = PackRow(shape(), rows.h + i * dim, rows.labels + i * num_labels,
                         rows.weights + i * num_labels, rows.time[i],
-                        rows.version[i], row.data());
+                        rows.event[i], rows.version[i], row.data());
     if (status[i] != kStored) continue;
     status[i] = table_.Put(rows.task[i], row.data());
     for (int j = 0; j < kEvictedPerRow && table_.EvictOldest(); ++j) {
@@ -163,10 +163,10 @@ void LocalSupport::Get(const int64_t* tasks, size_t num_tasks, int64_t version,
   const size_t dim = shape().dim, num_labels = shape().num_labels;
   for (size_t i = 0; i < num_tasks; ++i) {
     const size_t first = i * room.max_rows;
-    room.count[i] =
-        table_.Get(tasks[i], version, room.max_rows, room.h + first * dim,
-                   room.labels + first * num_labels,
-                   room.weights + first * num_labels, room.time + first);
+    room.count[i] = table_.Get(
+        tasks[i], version, room.max_rows, room.h + first * dim,
+        room.labels + first * num_labels, room.weights + first * num_labels,
+        room.time + first, room.event + first);
   }
 }
 

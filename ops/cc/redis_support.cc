@@ -25,7 +25,7 @@ constexpr size_t kIdChars = 20;
 // -1 for none, then rows. Returns a byte for each of them, its SupportStatus.
 //
 // Lua's numbers are exact up to 2^53, which times of writing stay below until
-// the year 2255. Those of events may be larger, hence halves of them.
+// the year 2255. Those of events, and their ids, may be larger, hence halves.
 constexpr char kPutScript[] = R"lua(
 local size, most, past = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local old = redis.call('GET', KEYS[1]) or ''
@@ -33,11 +33,16 @@ if #old % size ~= 0 then
   return redis.error_reply('the rows of ' .. KEYS[1] .. ' cannot be read')
 end
 local rows, status, last = {}, {}, 0
-local function written(row) return (struct.unpack('<I8', row, 17)) end
+local function written(row) return (struct.unpack('<I8', row, 25)) end
+local function order(one, two, at)
+  local low1, high1 = struct.unpack('<I4i4', one, at)
+  local low2, high2 = struct.unpack('<I4i4', two, at)
+  if high1 ~= high2 then return high1 - high2 end
+  return low1 - low2
+end
 local function later(one, two)
-  local low1, high1 = struct.unpack('<I4I4', one)
-  local low2, high2 = struct.unpack('<I4I4', two)
-  return high1 > high2 or high1 == high2 and low1 > low2
+  local time = order(one, two, 1)
+  return time > 0 or time == 0 and order(one, two, 9) > 0
 end
 for at = 1, #old, size do
   local row = old:sub(at, at + size - 1)
@@ -52,7 +57,7 @@ for i = 4, #ARGV do
   local row, at = ARGV[i], #rows
   while at > 0 and later(rows[at], row) do at = at - 1 end
   status[i - 3] = '\0'
-  if at > 0 and rows[at]:sub(1, 8) == row:sub(1, 8) then
+  if at > 0 and rows[at]:sub(1, 16) == row:sub(1, 16) then
     rows[at] = row
   elseif #rows < most then
     table.insert(rows, at + 1, row)
@@ -141,7 +146,7 @@ RedisSupport::RedisSupport(const SupportOptions& options,
                            std::shared_ptr<RedisClient> client)
     : SupportStore(options),
       client_(std::move(client)),
-      keys_(client_->url().prefix + ":" + std::to_string(shape().dim) + "x" +
+      keys_(client_->url().prefix + ":v2:" + std::to_string(shape().dim) + "x" +
             std::to_string(shape().num_labels) + ":"),
       keys_hash_(RedisHash(keys_)),
       row_bytes_(shape().row_bytes()),
@@ -218,9 +223,10 @@ void RedisSupport::Put(const SupportBatch& rows, int32_t* status) {
     for (; next < order.size() && good.size() < kRowsAtOnce; ++next) {
       const size_t i = order[next];
       char* const row = bytes.data() + good.size() * row_bytes_;
-      status[i] = PackRow(
-          shape(), rows.h + i * dim, rows.labels + i * num_labels,
-          rows.weights + i * num_labels, rows.time[i], rows.version[i], row);
+      status[i] =
+          PackRow(shape(), rows.h + i * dim, rows.labels + i * num_labels,
+                  rows.weights + i * num_labels, rows.time[i], rows.event[i],
+                  rows.version[i], row);
       if (status[i] != kStored) continue;
       std::memcpy(row + offsetof(RowHead, written), &now, sizeof(now));
       good.push_back({rows.task[i], row, kStored});
@@ -254,7 +260,7 @@ void RedisSupport::Get(const int64_t* tasks, size_t num_tasks, int64_t version,
             shape(), value.data, static_cast<int32_t>(value.size / row_bytes_),
             version, until, room.max_rows, room.h + first * dim,
             room.labels + first * num_labels, room.weights + first * num_labels,
-            room.time + first, &refused);
+            room.time + first, room.event + first, &refused);
         ++(room.count[i] > 0 ? hits_ : misses_);
       }
     }

@@ -46,6 +46,7 @@ struct SupportBatch {
   const float* labels;   // [num_rows, num_labels]
   const float* weights;  // as labels; where one is 0 the label is undefined
   const int64_t* time;
+  const int64_t* event;
   const int64_t* version;
 };
 
@@ -56,6 +57,7 @@ struct SupportRoom {
   float* labels;     // [tasks, max_rows, num_labels]
   float* weights;    // as labels
   int64_t* time;     // [tasks, max_rows]
+  int64_t* event;    // [tasks, max_rows]
   int32_t* count;    // rows found; behind them nothing is written
 };
 

@@ -1,5 +1,6 @@
 """Adaptation inside the served graph: right scores, in any company, whatever the rows hold."""
 
+import dataclasses
 import time
 
 import numpy as np
@@ -17,12 +18,13 @@ from qianmo.export.adapted import (
     REQUEST_ID,
     by_request_specs,
     export_adapted,
+    put_specs,
     rows_by_task,
     support_name,
 )
 from qianmo.export.saved_model import STATUS, ExportError, export_in_graph, op_types, session
 from qianmo.export.shared_support import MIXED_SUPPORT, brought
-from qianmo.export.support_rows import ID_BASE, FeatureRows
+from qianmo.export.support_rows import ID_BASE, FeatureRows, HiddenRows
 from qianmo.layers.features import Categorical, Dense
 from qianmo.layers.inner_loop import Support
 from qianmo.layers.meta import DIVERGED, NO_SUPPORT
@@ -160,6 +162,12 @@ def by_request(rows=ROWS):
     for name in (*SCHEMA.input_names, *SCHEMA.labels):
         found[support_name(name)] = SUPPORT[name][index]
     return {**found, COUNT: count}
+
+
+def rows_to_put():
+    """Three support rows, as a client puts them."""
+    rows = {name: column[:3].copy() for name, column in SUPPORT.items()}
+    return {**rows, "event_id": np.zeros(3, np.int64)}
 
 
 def test_scores_are_those_of_the_layers(model, run):
@@ -322,7 +330,7 @@ def test_one_class_in_the_support_and_no_rows_at_all(run):
 def test_rows_that_are_put_count_at_once_and_only_once(served):
     user = USERS - 1  # had no support
     mine = {k: v[:1] for k, v in switched().items()} | {"user": np.array([user])}
-    put = {k: v[:3].copy() for k, v in SUPPORT.items()} | {"user": np.full(3, user)}
+    put = {**rows_to_put(), "user": np.full(3, user)}
     put["like"][:] = 1
     with session(served) as run:
         before = run("stats", {"user": np.array([user])})["stats"]
@@ -342,6 +350,47 @@ def test_rows_that_are_put_count_at_once_and_only_once(served):
         bad["time"][0], bad["price"][1], bad["click"][2] = 0, np.nan, np.nan
         assert run("put_support", bad)[STATUS].tolist() == [BAD_TIME, BAD_VECTOR, BAD_LABEL]
         np.testing.assert_array_equal(probabilities(run("adapted", mine)), stored)
+
+
+@pytest.mark.parametrize("where", ["table", "store"])
+@pytest.mark.parametrize("column", ["", "impression"])
+def test_support_rows_of_one_time_are_all_kept(model, tmp_path, where, column, monkeypatch):
+    # As in a log of whole seconds, where a user sees many items in one.
+    ties = {**SUPPORT, "time": 1 + np.arange(60) // 7}
+    if column:
+        ties[column] = np.random.default_rng(1).permutation(60) - 30
+        monkeypatch.setattr(model, "schema", dataclasses.replace(SCHEMA, event_id=column))
+    store = None
+    if where == "store":
+        store = SupportStore(f"test_adapted_ties{column}", 16, 2, MOST)
+    folder, _ = export_adapted(model, tmp_path / "ranker", ROWS, ties, store=store)
+    order = np.lexsort((ties.get(column, np.arange(60)), ties["time"]))
+    in_order = {name: values[order] for name, values in ties.items()}
+    tied = [len(set(in_order["time"][in_order["user"] == u])) < 5 for u in range(USERS - 2)]
+    assert any(tied)
+    specs = by_request_specs(SCHEMA, MOST)
+    own = brought(specs, ROWS["user"], rows_by_task(SCHEMA, in_order))
+    with session(folder) as run:
+        by_store = run("adapted", switched())
+        by_request = run("adapted_by_request", {**switched(), **own})
+    close(probabilities(by_store), probabilities(by_request))
+    np.testing.assert_array_equal(by_store[STATUS], by_request[STATUS])
+    if store is not None:  # the same file again is the same rows
+        version = HiddenRows(model).version
+        before = store.get(np.arange(USERS), version)
+        assert before.count.numpy().sum() > 40
+        export_adapted(model, tmp_path / "ranker", ROWS, ties, store=store)
+        for part, again in zip(before, store.get(np.arange(USERS), version), strict=True):
+            np.testing.assert_array_equal(part, again)
+        store.close()
+
+
+def test_an_event_id_needs_a_name_of_its_own():
+    named = Categorical(name="event_id", num_ids=3, dim=2)
+    schema = SCHEMA.with_features([*SCHEMA.features, named])
+    with pytest.raises(ExportError, match="`event_id` is a column and the input for the id"):
+        put_specs(schema)
+    assert put_specs(dataclasses.replace(schema, event_id="event_id"))["event_id"].dtype == tf.int64
 
 
 def test_support_that_is_too_old_is_not_used(model, tmp_path):
@@ -373,7 +422,7 @@ def test_a_store_outlives_a_version_and_knows_its_bottom(model, tmp_path):
     nothing = {k: v[:1] for k, v in SUPPORT.items()}
     second, _ = export_adapted(model, base, ROWS, nothing, store=store)
     mine = {k: v[:1] for k, v in switched().items()} | {"user": np.array([USERS - 1])}
-    put = {k: v[:3].copy() for k, v in SUPPORT.items()} | {"user": np.full(3, USERS - 1)}
+    put = {**rows_to_put(), "user": np.full(3, USERS - 1)}
     reference = expected(model)
     with session(first) as run:
         close(probabilities(run("adapted", switched())), reference)
@@ -419,7 +468,7 @@ def test_a_redis_that_dies_leaves_the_plain_score(model, tmp_path):
         folder, worst = export_adapted(model, tmp_path / "ranker", ROWS, SUPPORT, store=store)
         store.close()
         assert worst <= 1e-6
-        put = {k: v[:3].copy() for k, v in SUPPORT.items()} | {"user": np.full(3, USERS - 1)}
+        put = {**rows_to_put(), "user": np.full(3, USERS - 1)}
         reference = expected(model)
         with session(folder) as run:
             before = run("adapted", switched())

@@ -85,6 +85,7 @@ def columns(size: int = ROWS, seed: int = 1) -> dict[str, np.ndarray]:
         "bid": random.normal(size=size).astype(np.float32),
         "user": np.arange(size) % USERS,
         "time": np.arange(1, size + 1),
+        "event_id": np.zeros(size, np.int64),
         "click": random.integers(0, 2, size).astype(np.float32),
         "like": random.integers(0, 2, size).astype(np.float32),
     }

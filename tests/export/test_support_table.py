@@ -13,28 +13,34 @@ def int64(values):
     return tf.constant(values, tf.int64)
 
 
-def put(table, task_id, time, values):
+def put(table, task_id, time, values, event_id=None):
     """Rows whose h, labels and weights follow from one value."""
     v = tf.constant(values, tf.float32)[:, None]
     h = tf.concat([v, -v], 1)
     version = tf.zeros_like(time)
-    return (
-        table.put(int64(task_id), h, v / 2, tf.ones_like(v), int64(time), version).numpy().tolist()
-    )
+    event_id = int64([0] * len(time) if event_id is None else event_id)
+    status = table.put(int64(task_id), h, v / 2, tf.ones_like(v), int64(time), event_id, version)
+    return status.numpy().tolist()
 
 
-def content(table, task):
-    """Event time -> value of one task, after checking that the parts of a row belong together."""
+def events(table, task):
+    """(time, event id) -> value of a task, after checking that a row's parts belong together."""
     rows = table.get(int64([task]), 0)
     count = int(rows.count[0])
     h = rows.h.numpy()[0]
-    assert not h[count:].any()
+    assert not any(part.numpy()[0, count:].any() for part in (rows.h, rows.time, rows.event_id))
     np.testing.assert_array_equal(h[:, 1], -h[:, 0])
     np.testing.assert_array_equal(rows.labels[0, :, 0], h[:, 0] / 2)
     np.testing.assert_array_equal(rows.weights[0, :, 0], np.arange(len(h)) < count)
-    times = rows.time.numpy()[0, :count].tolist()
-    assert times == sorted(times)
-    return dict(zip(times, h[:count, 0].tolist(), strict=True))
+    times, ids = (part.numpy()[0, :count].tolist() for part in (rows.time, rows.event_id))
+    keys = list(zip(times, ids, strict=True))
+    assert keys == sorted(set(keys))
+    return dict(zip(keys, h[:count, 0].tolist(), strict=True))
+
+
+def content(table, task):
+    """The same where event ids are 0: time -> value."""
+    return {when: value for (when, event), value in events(table, task).items() if event == 0}
 
 
 def test_the_last_rows_stay_and_each_event_stands_once():
@@ -71,6 +77,7 @@ def test_bad_rows_are_refused_alone():
         tf.constant([[1.0], [1.0], [1.0], [-1.0], [1.0]]),
         int64([1, 2, 3, 4, 0]),
         int64([0, 0, 0, 0, 0]),
+        int64([0, 0, 0, 0, 0]),
     )
     assert status.numpy().tolist() == [0, BAD_VECTOR, BAD_LABEL, BAD_LABEL, BAD_TIME]
     assert table.get(int64([1]), 0).time.numpy().tolist() == [[1, 0, 0]]
@@ -81,7 +88,13 @@ def test_a_label_of_weight_zero_may_be_anything():
     labels = tf.constant([[float("nan"), 3.0], [4.0, float("nan")]])
     weights = tf.constant([[0.0, 1.0], [0.0, 1.0]])
     status = table.put(
-        int64([1, 1]), tf.ones([2, 1]), labels, weights, int64([1, 2]), int64([0] * 2)
+        int64([1, 1]),
+        tf.ones([2, 1]),
+        labels,
+        weights,
+        int64([1, 2]),
+        int64([0] * 2),
+        int64([0] * 2),
     )
     assert status.numpy().tolist() == [0, BAD_LABEL]
     assert table.get(int64([1]), 0).labels[0, 0].numpy().tolist() == [0, 3]
@@ -95,15 +108,26 @@ def test_fewer_rows_are_the_newest():
     assert rows.count.numpy().tolist() == [2]
 
 
+def test_events_of_one_time_are_told_apart_by_their_id():
+    table, low, high = SupportTable(2, 1, 4), -(2**63), 2**63 - 1
+    assert put(table, [1] * 4, [20] * 4, [0, 1, 2, 3], [5, high, low, -1]) == [0] * 4
+    assert events(table, 1) == {(20, low): 2, (20, -1): 3, (20, 5): 0, (20, high): 1}
+    assert put(table, [1, 1], [20, 20], [6, 7], [-1, -1]) == [0, 0]  # twice is once
+    assert put(table, [1, 1], [19, 20], [0, 8], [high, low + 1]) == [TOO_OLD, 0]
+    assert put(table, [1], [20], [0], [low]) == [TOO_OLD]
+    assert events(table, 1) == {(20, low + 1): 8, (20, -1): 7, (20, 5): 0, (20, high): 1}
+
+
 def test_it_equals_a_python_model_under_random_calls():
     table, expected, random = SupportTable(2, 1, 4), {}, np.random.default_rng(0)
     for _ in range(100):
         size = random.integers(1, 9)
         task, time = random.integers(-2, 3, size), random.integers(1, 12, size)
+        event = random.integers(-1, 2, size)
         values = random.normal(size=size).astype(np.float32)
-        put(table, task, time, values)
-        for t, when, value in zip(task.tolist(), time.tolist(), values.tolist(), strict=True):
-            expected.setdefault(t, {})[when] = value
+        put(table, task, time, values, event)
+        for *key, value in zip(*(x.tolist() for x in (task, time, event, values)), strict=True):
+            expected.setdefault(key[0], {})[tuple(key[1:])] = value
         for t, rows in expected.items():
             expected[t] = {when: rows[when] for when in sorted(rows)[-4:]}
-    assert {t: content(table, t) for t in range(-2, 3)} == expected
+    assert {t: events(table, t) for t in range(-2, 3)} == expected

@@ -138,7 +138,8 @@ def test_what_one_version_puts_into_the_store_the_next_one_finds(
         "user": np.zeros(4, np.int64),  # who has no support yet
         "item": np.arange(4),
         "like": np.float32([1, 0, 1, 0]),
-        "time": np.arange(1, 5),
+        "time": np.ones(4, np.int64),
+        "event_id": np.arange(4),  # of one time
     }
     assert "largest difference" in program("export", *words)
     with session(tmp_path / "likes" / "1") as run:
