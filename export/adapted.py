@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from qianmo.export.precision import served_in_full
 from qianmo.export.publishing import drafting, write_serving_files
 from qianmo.export.saved_model import (
     STATUS,
@@ -239,6 +240,7 @@ def rows_by_task(schema: Schema, rows: Rows) -> dict[Any, Rows]:
     }
 
 
+@served_in_full
 def export_adapted(
     model: Ranker,
     base_path: str | os.PathLike[str],

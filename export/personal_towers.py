@@ -21,6 +21,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from qianmo.export.adapted import UNDEFINED, read_labels
+from qianmo.export.precision import served_in_full
 from qianmo.export.publishing import drafting, write_serving_files
 from qianmo.export.saved_model import (
     STATUS,
@@ -96,6 +97,7 @@ class TowerTable(tf.Module):
         return self._table.size()
 
 
+@served_in_full
 def fine_tune(
     model: Ranker,
     inner: InnerLoop,
@@ -178,6 +180,7 @@ def _personal(model: Ranker, table: TowerTable) -> Signature:
     return score
 
 
+@served_in_full
 def export_personal(
     model: Ranker,
     base_path: str | os.PathLike[str],

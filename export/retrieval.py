@@ -27,6 +27,7 @@ import numpy as np
 import tensorflow as tf
 
 from qianmo.export.adapted import ADAPT, support_specs
+from qianmo.export.precision import served_in_full
 from qianmo.export.publishing import drafting, write_serving_files
 from qianmo.export.saved_model import (
     BAD_SCORE,
@@ -158,6 +159,7 @@ def _recommend(of: OfInputs, catalogue: _Catalogue, model: TwoTower) -> Signatur
     return recommend
 
 
+@served_in_full
 def export_retrieval(
     model: TwoTower,
     base_path: str | os.PathLike[str],

@@ -19,6 +19,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow.python.framework import op_def_registry
 from tensorflow_serving.apis import model_pb2, predict_pb2, prediction_log_pb2
 
+from qianmo.export.precision import served_in_full
 from qianmo.export.publishing import LOOKUP, drafting, drafting_fed, write_serving_files
 from qianmo.export.publishing import ExportError as ExportError
 from qianmo.export.widths import fitted
@@ -356,6 +357,7 @@ def signature_heads(model: Ranker, heads: Sequence[str]) -> dict[str, str]:
     return {DEFAULT: heads[0], **{head: head for head in heads}}
 
 
+@served_in_full
 def export_in_graph(
     model: Ranker,
     base_path: str | os.PathLike[str],
@@ -432,6 +434,7 @@ def fill_fed(
     return replay(folder, model, signatures, fed, inputs, tolerance)
 
 
+@served_in_full
 def export_fed(
     model: Ranker,
     base_path: str | os.PathLike[str],

@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from qianmo.export import embedding_shards as shards
 from qianmo.export.embedding_changes import fill_changes
+from qianmo.export.precision import served_in_full
 from qianmo.export.publishing import (
     LOOKUP,
     Draft,
@@ -216,6 +217,7 @@ def _holding(store: EmbeddingStore) -> tf.Module:
     return module
 
 
+@served_in_full
 def export_store(
     model: Ranker,
     base_path: str | os.PathLike[str],
@@ -290,6 +292,7 @@ def export_store(
     return draft.folder, worst
 
 
+@served_in_full
 def export_fed_store(
     model: Ranker,
     base_path: str | os.PathLike[str],

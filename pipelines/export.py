@@ -230,6 +230,8 @@ def run(_: list[str]) -> None:
         sys.exit(f"error: {error}")
     size = sum(p.stat().st_size for p in pathlib.Path(folder).rglob("*") if p.is_file())
     print(f"{folder}: {size:,} bytes; largest difference to the Keras model {worst:.1e}")
+    if recipe.train.dtype_policy.startswith("mixed_"):
+        print(f"trained in {recipe.train.dtype_policy}; it serves in float32, as it was compared")
 
 
 def main() -> None:

@@ -76,22 +76,22 @@ SUPPORT["user"] %= USERS - 2  # two users without support
 ROWS = columns(80, 4)
 
 
+CONFIG = {
+    "name": "mlp",
+    "units": (16,),
+    "tower_units": (6,),
+    "embedding_stddev": 0.5,
+    "meta": {
+        "inner": {"steps": 2, "step_size": 0.3, "shrinkage": 1.0, "max_support": MOST},
+        "min_support": 2,
+    },
+}
+
+
 @pytest.fixture(scope="module")
 def model():
     tf_keras.utils.set_random_seed(3)
-    made = zoo.build(
-        SCHEMA,
-        {
-            "name": "mlp",
-            "units": (16,),
-            "tower_units": (6,),
-            "embedding_stddev": 0.5,
-            "meta": {
-                "inner": {"steps": 2, "step_size": 0.3, "shrinkage": 1.0, "max_support": MOST},
-                "min_support": 2,
-            },
-        },
-    )
+    made = zoo.build(SCHEMA, CONFIG)
     made.build()
     return made
 
@@ -404,6 +404,23 @@ def test_it_is_made_of_stock_ops_and_warms_up_every_signature(served):
     assert not [op for op in op_types(served) if ">" in op]
     path = served / "assets.extra" / "tf_serving_warmup_requests"
     assert sum(1 for _ in tf.data.TFRecordDataset(str(path))) == 5
+
+
+def test_a_model_of_mixed_precision_adapts_in_that_of_its_weights(model, tmp_path):
+    tf_keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        mixed = zoo.build(SCHEMA, CONFIG)
+        mixed.build()
+    finally:
+        tf_keras.mixed_precision.set_global_policy("float32")
+    for variable, value in zip(mixed.weights, model.weights, strict=True):
+        variable.assign(value)
+    folder, _ = export_adapted(mixed, tmp_path / "ranker", ROWS, SUPPORT)
+    reference = expected(model)
+    with session(folder) as run:
+        close(probabilities(run("adapted", switched())), reference)
+        close(probabilities(run("adapted_by_request", by_request())), reference)
+    assert mixed.tower.compute_dtype == "bfloat16"
 
 
 def test_a_model_without_meta_is_refused(tmp_path):

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import tensorflow as tf
+import tf_keras
 from served import close
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import prediction_log_pb2
@@ -161,6 +162,45 @@ def test_every_model_is_served_as_keras_scores_it_by_stock_ops(name, export, tmp
     assert len(folders) == (2 if export is export_fed else 1)
     for each in folders:
         assert op_types(each) <= STOCK_OPS
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("export", [export_in_graph, export_fed], ids=["in_graph", "fed"])
+def test_a_model_of_mixed_precision_is_served_in_that_of_its_weights(name, export, tmp_path):
+    wide = model(name)
+    features = {k: tf.constant(v) for k, v in rows().items()}
+    expected = tf.sigmoid(wide(features)[wide.serving_head]).numpy()
+    tf_keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        mixed = model(name)
+        for variable, value in zip(mixed.weights, wide.weights, strict=True):
+            variable.assign(value)
+        before = mixed(features)[mixed.serving_head].numpy()
+        folder, worst = export(mixed, tmp_path / "m", rows())
+        after = mixed(features)[mixed.serving_head].numpy()
+    finally:
+        tf_keras.mixed_precision.set_global_policy("float32")
+    assert worst <= 1e-6
+    np.testing.assert_array_equal(after, before)  # training goes on as it was
+    assert np.abs(1 / (1 + np.exp(-before)) - expected).max() > 1e-5
+    inputs = rows()
+    if export is export_fed:
+        ids = {name: column for name, column in inputs.items() if name != "price"}
+        with session(tmp_path / "m_lookup" / "1") as run:
+            vectors = dict(run("serving_default", ids))
+        del vectors["status"]
+        inputs = {**vectors, "price": inputs["price"]}
+    with session(folder) as run:
+        answer = run("serving_default", inputs)
+    close(np.stack([answer["click"], answer["like"]], 1), expected)
+    assert {tf.bfloat16.as_datatype_enum} & dtypes(folder) == set()
+
+
+def dtypes(folder):
+    proto = saved_model_pb2.SavedModel.FromString((folder / "saved_model.pb").read_bytes())
+    graph = proto.meta_graphs[0].graph_def
+    nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
+    return {value.type for node in nodes for value in node.attr.values()}
 
 
 def test_served_scores_and_signatures(tmp_path):
