@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,7 @@ from qianmo.layers.schema import Schema
 from qianmo.models.ranker import Ranker
 from qianmo.ops.support_store import TOO_OLD, SupportStore
 
-UNDEFINED = -1.0  # a label that a row does not have
+UNDEFINED = -1.0  # a binary label that a row does not have
 Store = SupportTable | SupportStore
 ADAPT = "adapt"
 
@@ -95,7 +95,7 @@ def support_specs(specs: Specs, max_support: int) -> dict[str, tf.TensorSpec]:
 def by_request_specs(schema: Schema, max_support: int) -> dict[str, tf.TensorSpec]:
     """Inputs of `adapted_by_request`: those of `adapted`, and features and labels of support rows.
 
-    A label of -1 is not defined for the row.
+    A label that a support row does not have is -1, or NaN for a rating.
     """
     labels = {label: _column(label, tf.float32) for label in schema.labels}
     columns = {**raw_specs(schema), **labels}
@@ -119,7 +119,7 @@ def event_name(schema: Schema) -> str:
 
 
 def put_specs(schema: Schema) -> dict[str, tf.TensorSpec]:
-    """Inputs of `put_support`: features, task, event time and id, and labels; -1 is not defined."""
+    """Inputs of `put_support`: features, task, event time and id, and labels (`read_labels`)."""
     specs = with_task(schema, raw_specs(schema))
     for name in (schema.timestamp, event_name(schema)):
         specs.setdefault(name, _column(name, tf.int64))
@@ -144,13 +144,31 @@ def with_events(schema: Schema, rows: Rows) -> Rows:
     return {**rows, event_name(schema): rank}
 
 
-def read_labels(columns: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Labels and their weights [..., K], and whether all labels of a row can be read [...]."""
-    labels = tf.stack(columns, -1)
-    defined = labels != UNDEFINED
-    good = tf.logical_or(tf.logical_and(labels >= 0.0, labels <= 1.0), ~defined)
-    labels = tf.where(tf.logical_and(good, defined), labels, 0.0)
-    return labels, tf.cast(defined, tf.float32), tf.reduce_all(good, -1)
+def read_labels(
+    schema: Schema, columns: Mapping[str, tf.Tensor]
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Labels and their weights [..., K], and whether all labels of a row can be read [...].
+
+    A row that does not have a label has -1 for a binary one, and NaN for a rating, which may be any
+    number.
+    """
+    labels = tf.stack([columns[label] for label in schema.labels], -1)
+    is_rating = tf.constant([schema.kind(label) == "rating" for label in schema.labels])
+    undefined = tf.where(is_rating, tf.math.is_nan(labels), labels == UNDEFINED)
+    fits = tf.where(is_rating, tf.math.is_finite(labels), (labels >= 0.0) & (labels <= 1.0))
+    labels = tf.where(fits, labels, 0.0)
+    return labels, tf.cast(~undefined, tf.float32), tf.reduce_all(fits | undefined, -1)
+
+
+def without_nan(schema: Schema, rows: Rows) -> dict[str, np.ndarray]:
+    """Labels as `read_labels` takes them, of columns where NaN is one that a row does not have."""
+    return {
+        label: column
+        if schema.kind(label) == "rating"
+        else np.where(np.isnan(column), np.float32(UNDEFINED), column)
+        for label in schema.labels
+        for column in [rows[label].astype(np.float32)]
+    }
 
 
 def _scored(
@@ -189,7 +207,7 @@ def _adapted_by_request(model: Ranker) -> Signature:
         held = in_request(inputs, task_keys(schema, inputs), names, most)
         features = {name: held.columns[name] for name in schema.input_names}
         output, read = model.one_head(features, model.serving_head)
-        labels, weights, good = read_labels([held.columns[label] for label in schema.labels])
+        labels, weights, good = read_labels(schema, held.columns)
         good &= tf.reduce_all(tf.math.is_finite(output.h), 1) & (read == 0)
         h = tf.where(good[:, None], output.h, 0.0)
         inside = tf.reshape(held.inside, [-1])
@@ -208,7 +226,7 @@ def _put(model: Ranker, store: Store, rows_of: HiddenRows | FeatureRows) -> Sign
 
     def put_support(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
         rows, read = rows_of.pack(inputs)
-        labels, weights, good = read_labels([inputs[label] for label in schema.labels])
+        labels, weights, good = read_labels(schema, inputs)
         # What cannot be read is not stored: a value that is not finite says so to the store.
         nan = float("nan")
         rows = tf.where((read == 0)[:, None], rows, nan)

@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from qianmo.export.adapted import UNDEFINED, read_labels
+from qianmo.export.adapted import read_labels, without_nan
 from qianmo.export.precision import served_in_full
 from qianmo.export.publishing import drafting, write_serving_files
 from qianmo.export.saved_model import (
@@ -36,6 +36,7 @@ from qianmo.export.saved_model import (
     replay_signatures,
     scorer,
     task_keys,
+    tensors,
     weight_bytes,
     with_task,
 )
@@ -113,8 +114,8 @@ def fine_tune(
     Args:
       model: a trained model; its serving head's tower is the shared one.
       inner: steps, step size and shrinkage; the last `max_support` rows of an adgroup are used.
-      rows: features, the task's column and the labels, in order of time. A label of -1 or NaN is
-        undefined; a row with one outside [0, 1] is left out.
+      rows: features, the task's column and the labels, in order of time. A binary label of -1 or
+        NaN, or a rating of NaN, is undefined; a row with a binary one outside [0, 1] is left out.
       tasks_per_batch: adgroups that are fine-tuned together.
       progress: whether to show a bar.
 
@@ -134,9 +135,8 @@ def fine_tune(
             for i in range(0, size, 8192)
         ]
     )
-    columns = [rows[label].astype(np.float32) for label in schema.labels]
-    columns = [np.where(np.isnan(column), UNDEFINED, column) for column in columns]
-    labels, defined, good = (part.numpy() for part in read_labels(columns))
+    columns = tensors(without_nan(schema, rows))
+    labels, defined, good = (part.numpy() for part in read_labels(schema, columns))
     label_weights = defined * good[:, None]
     shapes = tower.dense_shapes(h.shape[1])
     tune = tf.function(
@@ -160,7 +160,7 @@ def fine_tune(
         found[own] = tune(
             tf.constant(h[index]), tf.constant(labels[index]), tf.constant(weights)
         ).numpy()
-    return ids.astype(np.int64), found
+    return ids, found
 
 
 def _personal(model: Ranker, table: TowerTable) -> Signature:
@@ -196,7 +196,7 @@ def export_personal(
       model: the trunk and the shared tower.
       base_path: folder of the versions.
       rows: real rows: features and the task's column.
-      task_id: adgroups, int64 [A].
+      task_id: adgroups, as the schema's `task_dtype` says, [A].
       towers: what their towers differ by from the shared one, [A, `tower_size`]. One that is not
         finite is left out, and its adgroup keeps the shared tower; a log line says how many.
       version: default: one above the highest.
@@ -213,7 +213,7 @@ def export_personal(
     finite = np.isfinite(towers).all(1)
     if not finite.all():
         tf.get_logger().warning(
-            "%d of %d towers are not finite and left out, the first that of adgroup %d.",
+            "%d of %d towers are not finite and left out, the first that of adgroup %s.",
             np.sum(~finite),
             len(finite),
             task_id[np.argmin(finite)],
@@ -222,7 +222,8 @@ def export_personal(
     table = TowerTable(towers.shape[1])
     for first in range(0, len(task_id), 1024):
         part = slice(first, first + 1024)
-        table.put(tf.constant(task_id[part]), tf.constant(towers[part]))
+        keys = task_keys(schema, {schema.task_id: tf.constant(task_id[part])})
+        table.put(keys, tf.constant(towers[part]))
     task = with_task(schema, {})
     weights = tf.TensorSpec([None, table.size], tf.float32, WEIGHTS)
     raw = raw_specs(schema)
@@ -242,7 +243,10 @@ def export_personal(
         "stats": task,
     }
     # Warming up must change nothing: it puts a tower that is there, and expires one that is not.
-    absent = np.setdiff1d(np.arange(-1, -len(task_id) - 2, -1), task_id)[-1:]
+    absent = np.arange(-1, -len(task_id) - 2, -1)
+    if schema.task_dtype == "string":
+        absent = absent.astype("S").astype(object)
+    absent = np.setdiff1d(absent, task_id)[-1:]
     inputs: dict[str, Rows] = {
         "serving_default": cast(rows, own),
         "plain": cast(rows, raw),

@@ -12,9 +12,12 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
+from qianmo.export.paths import check_model_path
+
 LOOKUP = "_lookup"  # ends the name of what makes vectors
 LOCK = ".lock"
 SPARE_BYTES = 16 << 20  # of a disk, beside what is written
+MAX_BATCH_SIZE = 1024  # rows that a server merges, and that a request may have
 
 
 class ExportError(ValueError):
@@ -76,6 +79,7 @@ class Draft:
 @contextlib.contextmanager
 def _locked(base: pathlib.Path, refusal: type[ValueError]) -> Iterator[IO[str]]:
     """Makes the folder and holds its lock, which ends with the process."""
+    check_model_path(base)
     path = base / LOCK
     while True:
         try:
@@ -224,7 +228,7 @@ def write_serving_files(base_path: pathlib.Path) -> None:
     )
     write_text(
         base_path / "batching_parameters.txt",
-        "max_batch_size { value: 1024 }\n"
+        f"max_batch_size {{ value: {MAX_BATCH_SIZE} }}\n"
         "batch_timeout_micros { value: 1000 }\n"
         "max_enqueued_batches { value: 256 }\n"
         "num_batch_threads { value: 4 }\n",

@@ -24,6 +24,7 @@ from qianmo.export.publishing import LOOKUP, drafting, drafting_fed, write_servi
 from qianmo.export.publishing import ExportError as ExportError
 from qianmo.export.widths import fitted
 from qianmo.layers.encode import BAD_DENSE, OK, completed
+from qianmo.layers.label_heads import label_moments, predictions
 from qianmo.layers.schema import Schema
 from qianmo.layers.task_key import task_key
 from qianmo.models.ranker import Ranker
@@ -94,12 +95,15 @@ def vector_specs(model: Ranker) -> dict[str, tf.TensorSpec]:
 
 
 def answer(schema: Schema, logits: tf.Tensor, status: tf.Tensor) -> dict[str, tf.Tensor]:
-    """Outputs of a scoring signature: a probability for each label, and the rows' status."""
-    probability = tf.sigmoid(tf.cast(logits, tf.float32))
-    finite = tf.reduce_all(tf.math.is_finite(probability), 1)
-    probability = tf.where(tf.math.is_finite(probability), probability, 0.0)
-    columns = dict(zip(schema.labels, tf.unstack(probability, axis=1), strict=True))
-    return {**columns, STATUS: status | tf.where(finite, OK, BAD_SCORE)}
+    """Outputs of a scoring signature: what is predicted of each label, and the rows' status.
+
+    That is the probability of a binary label, and the mean of a rating, in its own units.
+    """
+    scores = predictions(schema, tf.cast(logits, tf.float32))
+    finite = tf.math.is_finite(scores)
+    scores = tf.where(finite, scores, 0.0)
+    columns = dict(zip(schema.labels, tf.unstack(scores, axis=1), strict=True))
+    return {**columns, STATUS: status | tf.where(tf.reduce_all(finite, 1), OK, BAD_SCORE)}
 
 
 def scorer(model: Ranker, head: str) -> Signature:
@@ -226,13 +230,18 @@ def check_parity(
     signature: str,
     tolerance: float = TOLERANCE,
 ) -> float:
-    """Compares served probabilities with the Keras model's; returns the largest difference.
+    """Compares served predictions with the Keras model's; returns the largest difference.
+
+    A rating is mean + deviation * logit, a probability moves by a quarter of its logit at most, and
+    numbers are rounded: a rating's difference counts in units of 4 * deviation + |mean|.
 
     Raises:
       ExportError: they differ by more than `tolerance`; it names the rows.
     """
     served = np.stack([answers[label] for label in schema.labels], 1)
-    difference = np.abs(served - expected).max(1)
+    moments = label_moments(schema) or [None] * len(schema.labels)
+    units = np.array([abs(m[0]) + 4 * m[1] ** 0.5 if m else 1.0 for m in moments])
+    difference = (np.abs(served - expected) / units).max(1)
     wrong = np.flatnonzero(~(difference <= tolerance))
     if len(wrong):
         shown = "; ".join(
@@ -307,7 +316,10 @@ def replay(
 ) -> float:
     """Largest difference between the signatures, given `inputs`, and Keras, given raw `rows`."""
     logits = model(tensors(rows))
-    keras = {head: tf.sigmoid(tf.cast(z, tf.float32)).numpy() for head, z in logits.items()}
+    keras = {
+        head: predictions(model.schema, tf.cast(z, tf.float32)).numpy()
+        for head, z in logits.items()
+    }
     with session(folder) as run:
         return max(
             check_parity(run(name, inputs), keras[head], model.schema, rows, name, tolerance)
@@ -370,8 +382,8 @@ def export_in_graph(
 
     Signatures: `serving_default`, and one with the name of each head. Inputs: the raw features
     (`raw_specs`), lists as wide as the schema's `max_length`. Outputs: for each label its
-    probability, float32 [B]; `status`, int32 [B]: 0, or bits of `BAD_DENSE`, `BAD_LENGTH`,
-    `BAD_SCORE`.
+    probability, or its mean if it is a rating, float32 [B]; `status`, int32 [B]: 0, or bits of
+    `BAD_DENSE`, `BAD_LENGTH`, `BAD_SCORE`.
 
     Args:
       model: the model.

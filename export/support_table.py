@@ -13,6 +13,9 @@ from qianmo.ops.support_store import (
     SupportRows,
 )
 
+# How far a clock may go back and be no clock that was set: threads read it in any order.
+_BACK_MS = 1000
+
 # The columns of `SupportTable.stats`.
 METRICS = (
     "tasks",  # now
@@ -34,10 +37,11 @@ class SupportTable(tf.Module):
       dim: width of h.
       num_labels: labels, and label weights, of a row.
       max_rows: rows kept of a task, the last ones by event time and id.
-      ttl_seconds: tasks that were written longer ago count as unknown. 0: for ever.
+      ttl_seconds: tasks that were written longer ago count as unknown. 0: for ever. Where the clock
+        went back, what was written while it was ahead counts as older rather than as younger.
 
-    Cost: a task takes `task_bytes`, 4 * max_rows * (dim + 2 * num_labels + 4) + 8, however few rows
-      it has.
+    Cost: a task takes `task_bytes`, 4 * max_rows * (dim + 2 * num_labels + 4) + 16, however few
+      rows it has.
     """
 
     def __init__(
@@ -50,24 +54,36 @@ class SupportTable(tf.Module):
         self.ttl_seconds = ttl_seconds
         self._width = dim + 2 * num_labels
         # A hash table's values have rank 1. The events: each row's time, 0 where there is no row,
-        # each row's id, and when the task was written, in milliseconds.
+        # each row's id, and when the task was written, by both clocks of `_clocks`.
         table = tf.lookup.experimental.MutableHashTable
         self._rows = table(tf.int64, tf.float32, [0.0] * (max_rows * self._width))
-        self._events = table(tf.int64, tf.int64, [0] * (2 * max_rows + 1))
+        self._events = table(tf.int64, tf.int64, [0] * (2 * max_rows + 2))
         self._reads = tf.Variable(tf.zeros([2], tf.int64), trainable=False)  # hits and misses
+        # The wall clock when it was read last, and by how much it went back in all.
+        self._clock = tf.Variable(tf.zeros([2], tf.int64), trainable=False)
 
     @property
     def task_bytes(self) -> int:
         """Bytes of a task."""
-        return 4 * self.max_rows * (self._width + 4) + 8
+        return 4 * self.max_rows * (self._width + 4) + 16
+
+    def _clocks(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """Milliseconds: the wall clock, and one that stands still while that goes back."""
+        now = _now()
+        last, back = tf.unstack(self._clock.read_value())
+        jump = tf.where(last - now > _BACK_MS, last - now, 0)
+        latest = tf.where(jump > 0, now, tf.maximum(last, now))
+        self._clock.assign([latest, back + jump])
+        return now, now + back + jump
 
     def _read(self, task_id: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Rows [U, S, width], times and ids [U, S]; rows stand at the end, the newest last."""
-        events = tf.reshape(self._events.lookup(task_id), [-1, 2 * self.max_rows + 1])
-        times, ids, written = tf.split(events, [self.max_rows, self.max_rows, 1], 1)
+        events = tf.reshape(self._events.lookup(task_id), [-1, 2 * self.max_rows + 2])
+        times, ids, written = tf.split(events, [self.max_rows, self.max_rows, 2], 1)
         if self.ttl_seconds:
-            age = _now() - written
-            times = tf.where(age <= int(self.ttl_seconds * 1000), times, 0)
+            age = tf.stack(self._clocks()) - written
+            lives = (age >= -_BACK_MS) & (age <= int(self.ttl_seconds * 1000))
+            times = tf.where(tf.reduce_all(lives, 1, keepdims=True), times, 0)
         rows = tf.reshape(self._rows.lookup(task_id), [-1, self.max_rows, self._width])
         return rows, times, ids
 
@@ -155,7 +171,7 @@ class SupportTable(tf.Module):
         # A task of which nothing was stored keeps the time at which it was written.
         changed = tf.math.unsorted_segment_max(tf.cast(status == STORED, tf.int32), task, size) > 0
         written = tf.boolean_mask(tasks, changed)
-        now = tf.fill([size, 1], _now())
+        now = tf.repeat(tf.stack(self._clocks())[None], size, 0)
         values = tf.reshape(stored, [size, self.max_rows * self._width])
         events = tf.concat([stored_times, stored_ids, now], 1)
         with tf.control_dependencies(

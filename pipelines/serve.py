@@ -8,6 +8,7 @@ The models keep their paths and names either way, and so do the clients.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import pathlib
 import shutil
@@ -78,6 +79,61 @@ def define_flags() -> None:
         )
 
 
+def check_paths(values: flags.FlagValues) -> None:
+    """Looks at the paths that the flags name.
+
+    Raises:
+      ValueError: one is not there, or holds no model.
+    """
+    files = [("custom_op_path", path) for path in values.custom_op_path]
+    for flag in ("model_config_file", "batching_parameters_file"):
+        files.append((flag, values[flag].value))
+    for flag, path in files:
+        if path and not os.path.isfile(path):
+            raise ValueError(f"--{flag}={path} should name a file. There is none.")
+    base = values.model_base_path
+    if base and "://" not in base and newest_version(base) is None:
+        raise ValueError(
+            f"--model_base_path={base} should hold a folder named by a version number with a "
+            "SavedModel in it. Export a model there first."
+        )
+
+
+def newest_version(base_path: str) -> pathlib.Path | None:
+    """Folder of the highest version, if there is one."""
+    found = [
+        path.parent
+        for path in pathlib.Path(base_path).glob("*/saved_model.pb")
+        if path.parent.name.isdigit()
+    ]
+    return max(found, key=lambda path: int(path.name), default=None)
+
+
+def check_ops(server: str, version: pathlib.Path | None) -> None:
+    """Looks whether a server has this package's ops, if a version needs them.
+
+    Raises:
+      ValueError: it is a program in which they are not linked, nor are they preloaded.
+    """
+    if version is None or not _holds(version / "saved_model.pb", b"Qianmo>"):
+        return
+    program = pathlib.Path(server)
+    is_compiled = program.open("rb").read(4) == b"\x7fELF"  # a script may start any server
+    if is_compiled and not _holds(program, b"Qianmo>") and "LD_PRELOAD" not in os.environ:
+        raise ValueError(
+            f"{version} holds ops of this package, which {server} has not linked in. Link them in "
+            "(docs/embedding_store.md), give --embedded, or export a form of stock ops."
+        )
+
+
+def _holds(path: pathlib.Path, text: bytes) -> bool:
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
+        return data.find(text) >= 0
+
+
 def find_server() -> str | None:
     """Path of the genuine model server, or None where there is none.
 
@@ -99,6 +155,8 @@ def server_command(server: str, values: flags.FlagValues) -> list[str]:
         f"--rest_api_port={values.rest_api_port or _free_port()}",
         f"--rest_api_num_threads={values.rest_api_num_threads}",
         f"--grpc_max_threads={values.grpc_max_threads or 256}",
+        # Five by default, a minute apart each: a model that cannot be loaded is told in one.
+        "--max_num_load_retries=1",
         f"--tensorflow_intra_op_parallelism={values.tensorflow_intra_op_parallelism}",
         f"--tensorflow_inter_op_parallelism={values.tensorflow_inter_op_parallelism}",
         "--enable_grpc_healthcheck_service=true",
@@ -186,6 +244,29 @@ def serve_embedded(values: flags.FlagValues) -> None:
         stopped.wait()
 
 
+def check_ports(host: str, values: flags.FlagValues) -> None:
+    """Looks whether the ports are free, which a server would say after it loaded its models.
+
+    Raises:
+      OSError: a port is in use, or the host is none of this machine's.
+    """
+    with contextlib.ExitStack() as both:
+        for flag in ("port", "rest_api_port"):
+            port = values[flag].value
+            try:
+                family, *_, address = socket.getaddrinfo(
+                    host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+                )[0]
+                listener = both.enter_context(socket.socket(family, socket.SOCK_STREAM))
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(address)
+                listener.listen()
+            except OSError as error:
+                raise OSError(
+                    error.errno, error.strerror, f"{host or '*'}:{port} (--{flag})"
+                ) from None
+
+
 def load_custom_ops(paths: Sequence[str]) -> None:
     """Loads shared libraries of custom ops, or this package's where none is named.
 
@@ -229,6 +310,8 @@ def run(argv: Sequence[str]) -> None:
         raise app.UsageError("give either --model_base_path or --model_config_file.")
     try:
         server = None if values.embedded else find_server()
+        check_paths(values)
+        check_ports(values.host if server is None else "", values)
         if server is None:
             serve_embedded(values)
             return
@@ -237,6 +320,8 @@ def run(argv: Sequence[str]) -> None:
                 f"--custom_op_path is for the embedded server, --embedded; {server} must have its "
                 "ops linked in."
             )
+        if values.model_base_path and "://" not in values.model_base_path:
+            check_ops(server, newest_version(values.model_base_path))
         command = server_command(server, values)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")

@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <filesystem>
+#include <limits>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -108,8 +110,15 @@ bool LocalSupport::ReadFiles(std::string* error) {
   std::sort(snapshots.begin(), snapshots.end());
   std::sort(logs.begin(), logs.end());
 
-  const auto put = [this](int64_t task, const char* row) {
-    table_.Load(task, row);
+  // Of rows from the future nobody knows how old they are: the clock is behind,
+  // or was ahead when they were written.
+  const int64_t until = options_.limits.ttl_micros > 0
+                            ? options_.clock()
+                            : std::numeric_limits<int64_t>::max();
+  const auto put = [this, until](int64_t task, const char* row) {
+    RowHead head;
+    std::memcpy(&head, row, sizeof(head));
+    if (head.written <= until) table_.Load(task, row);
   };
   const auto drop = [this](int64_t task) { table_.Drop(task); };
   LogContent content;

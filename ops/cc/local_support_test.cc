@@ -94,6 +94,55 @@ Moments Times(SupportStore* store, int64_t task, int64_t version = 1,
   return {time, time + n};
 }
 
+// Of an hour forward, an hour back and any other way of setting the system's
+// clock, rows live as long as the steady one says.
+void NoSettingOfTheClockKeepsRowsForLonger() {
+  constexpr int64_t kHour = 3600 * kSecond, kTtl = 600 * kSecond;
+  static std::atomic<int64_t> wall{9 * kHour}, steady{5};
+  Folder folder;
+  auto options = Options(folder / "store");
+  options.clock = [] { return wall.load(); };
+  options.steady = [] { return steady.load(); };
+  options.limits.ttl_micros = kTtl;
+  auto store = Open(options);
+  Put(store.get(), 1, 1);
+  wall += kHour;
+  Put(store.get(), 2, 1);
+  CHECK(Times(store.get(), 1).size() == 1);  // an hour has not passed
+  wall -= kHour;
+  Put(store.get(), 3, 1);
+  wall -= kHour;
+  Put(store.get(), 4, 1);
+  wall += kHour + kTtl;
+  steady += kTtl - 1;
+  for (int64_t task = 1; task <= 4; ++task) {
+    CHECK(Times(store.get(), task).size() == 1);
+  }
+  store.reset();  // as files say, too
+  wall -= 1;
+  store = Open(options);
+  for (int64_t task = 1; task <= 4; ++task) {
+    CHECK(Times(store.get(), task).size() == 1);
+  }
+  // After so many writes in a microsecond their times are apart, and ahead.
+  wall += 100, steady += 100;
+  for (int64_t task = 1; task <= 4; ++task) {
+    CHECK(Times(store.get(), task).empty());
+  }
+  // A process that starts while the clock is ahead leaves rows of the future.
+  wall += kHour;
+  store.reset();
+  store = Open(options);
+  Put(store.get(), 5, 1);
+  store.reset();
+  wall -= kHour;
+  store = Open(options);
+  CHECK(Times(store.get(), 5).empty());
+  options.limits.ttl_micros = 0;  // then nobody asks how old they are
+  store.reset();
+  CHECK(Times(Open(options).get(), 5).size() == 1);
+}
+
 // Tasks and times of a store in a folder, as it opens again.
 std::vector<Moments> Reopened(const std::string& path, int64_t tasks) {
   auto store = Open(Options(path));
@@ -502,6 +551,7 @@ int main() {
   qianmo::FilesOfAnOlderFormatAreRefused();
   qianmo::MemoryFollowsTheRows();
   qianmo::RowsPassTheirTimeOneByOne();
+  qianmo::NoSettingOfTheClockKeepsRowsForLonger();
   qianmo::FilesGiveBackWhatWasPut();
   qianmo::SnapshotsAreTakenWhileWritersWrite();
   qianmo::ASnapshotThatFailsLosesNothing();

@@ -20,14 +20,20 @@ constexpr size_t kRowsAtOnce = 256, kTasksAtOnce = 1024;
 constexpr size_t kBytesAtOnce = size_t{8} << 20;  // to read
 constexpr size_t kIdChars = 20;
 
-// KEYS: of the task. ARGV: bytes of a row, rows of a task at most, the time
-// (microseconds since 1970) until which rows were written that are past theirs,
-// -1 for none, then rows. Returns a byte for each of them, its SupportStatus.
+// KEYS: of the task. ARGV: bytes of a row, rows of a task at most, their
+// time-to-live (microseconds, 0 for ever), the writer's clock (microseconds
+// since 1970), then rows. Returns a byte for each of them, its SupportStatus.
+//
+// Of the clocks of the writer and of the Redis the one that is behind counts,
+// so that one that is ahead does not date rows into the future.
 //
 // Lua's numbers are exact up to 2^53, which times of writing stay below until
 // the year 2255. Those of events, and their ids, may be larger, hence halves.
 constexpr char kPutScript[] = R"lua(
-local size, most, past = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local size, most, ttl = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local clock = redis.call('TIME')
+local now = math.min(tonumber(ARGV[4]), clock[1] * 1000000 + clock[2])
+local past = ttl > 0 and now - ttl or -1
 local old = redis.call('GET', KEYS[1]) or ''
 if #old % size ~= 0 then
   return redis.error_reply('the rows of ' .. KEYS[1] .. ' cannot be read')
@@ -49,14 +55,17 @@ for at = 1, #old, size do
   local when = written(row)
   if when > past then
     rows[#rows + 1] = row
-    last = math.max(last, when)
+    last = math.max(last, math.min(when, now))
   end
 end
 while #rows > most do table.remove(rows, 1) end
-for i = 4, #ARGV do
+for i = 5, #ARGV do
   local row, at = ARGV[i], #rows
+  if written(row) > now then
+    row = row:sub(1, 24) .. struct.pack('<I8', now) .. row:sub(33)
+  end
   while at > 0 and later(rows[at], row) do at = at - 1 end
-  status[i - 3] = '\0'
+  status[i - 4] = '\0'
   if at > 0 and rows[at]:sub(1, 16) == row:sub(1, 16) then
     rows[at] = row
   elseif #rows < most then
@@ -65,12 +74,12 @@ for i = 4, #ARGV do
     table.remove(rows, 1)
     table.insert(rows, at, row)
   else
-    status[i - 3] = '\8'
+    status[i - 4] = '\8'
   end
-  if status[i - 3] == '\0' then last = math.max(last, written(row)) end
+  if status[i - 4] == '\0' then last = math.max(last, written(row)) end
 end
 local value = table.concat(rows)
-if past < 0 then
+if ttl == 0 then
   redis.call('SET', KEYS[1], value)
 else
   -- A row that is imported may have passed its time on the way.
@@ -164,7 +173,8 @@ int64_t RedisSupport::ExpiredUntil() const {
 std::string RedisSupport::Write(Row* rows, size_t num_rows) {
   const std::string row_bytes = std::to_string(row_bytes_);
   const std::string max_rows = std::to_string(shape().max_rows);
-  const std::string until = std::to_string(ExpiredUntil());
+  const std::string ttl = std::to_string(ttl_micros_);
+  const std::string now = std::to_string(options_.clock());
   TaskKeys tasks(keys_, keys_hash_, num_rows);
   std::vector<size_t> begins;  // of each task's rows
   for (size_t i = 0; i < num_rows; ++i) {
@@ -174,12 +184,12 @@ std::string RedisSupport::Write(Row* rows, size_t num_rows) {
   }
   begins.push_back(num_rows);
   const auto add = [&](size_t key, RedisConnection* connection) {
-    connection->AddCommand(7 + begins[key + 1] - begins[key]);
+    connection->AddCommand(8 + begins[key + 1] - begins[key]);
     for (const std::string_view word :
          {std::string_view("EVAL"), std::string_view(kPutScript),
           std::string_view("1"), tasks.keys()[key].text,
           std::string_view(row_bytes), std::string_view(max_rows),
-          std::string_view(until)}) {
+          std::string_view(ttl), std::string_view(now)}) {
       connection->AddWord(word);
     }
     for (size_t i = begins[key]; i < begins[key + 1]; ++i) {

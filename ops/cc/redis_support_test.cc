@@ -303,7 +303,7 @@ void RowsArePutTaskByTask() {
     const std::string& key = words[3];
     if (key == "p:v2:3x2:8") return "-OOM command not allowed\r\n";
     if (key == "p:v2:3x2:9") return Bulk("more than there are");
-    std::string status(words.size() - 7, '\0');
+    std::string status(words.size() - 8, '\0');
     if (key == "p:v2:3x2:7") status[1] = kTooOld;
     return Bulk(status);
   });
@@ -317,12 +317,13 @@ void RowsArePutTaskByTask() {
   const auto commands = redis.Commands();
   CHECK(commands.size() == 3);
   const Words& seven = commands[0];
-  CHECK(seven.size() == 10 && seven[3] == "p:v2:3x2:7");
+  CHECK(seven.size() == 11 && seven[3] == "p:v2:3x2:7");
   CHECK(seven[4] == std::to_string(kShape.row_bytes()) && seven[5] == "4");
-  CHECK(seven[6] == std::to_string(kNow - 10 * kSecond));
+  CHECK(seven[6] == std::to_string(10 * kSecond));
+  CHECK(seven[7] == std::to_string(kNow));
   for (size_t i = 0; i < 3; ++i) {
     RowHead head;
-    std::memcpy(&head, seven[7 + i].data(), sizeof(head));
+    std::memcpy(&head, seven[8 + i].data(), sizeof(head));
     const int64_t times[] = {5, 2, 3};  // in the order in which they came
     CHECK(head.time == times[i] && head.version == 5 && head.written == kNow);
   }
@@ -336,6 +337,28 @@ void RowsArePutTaskByTask() {
   }
 }
 
+// The system's clock is asked when the store opens, and not again.
+void AClockThatIsSetChangesNothing() {
+  FakeRedis redis([&](const Words& words) -> std::string {
+    if (words[0] == "MGET") return "*1\r\n$-1\r\n";
+    return Bulk(std::string(words.size() - 8, '\0'));
+  });
+  static std::atomic<int64_t> wall{kNow}, steady{7};
+  auto options = Options(redis.url());
+  options.clock = [] { return wall.load(); };
+  options.steady = [] { return steady.load(); };
+  const auto store = Open(options);
+  redis.Commands();
+  wall += 3600 * kSecond;
+  steady += kSecond;
+  Put(store.get(), {1}, {1});
+  const Words put = redis.Commands()[0];
+  RowHead head;
+  std::memcpy(&head, put[8].data(), sizeof(head));
+  CHECK(head.written == kNow + kSecond);
+  CHECK(put[7] == std::to_string(kNow + kSecond));
+}
+
 void ExportsAreThoseOfALocalStore() {
   const std::string rows = Row(3, 5, kNow - 1) + Row(4, 5, kNow);
   std::string second_page = Bulk("0") + "*2\r\n" + Bulk("p:v2:3x2:-7") +
@@ -347,7 +370,7 @@ void ExportsAreThoseOfALocalStore() {
                              ? Bulk("12") + "*1\r\n" + Bulk("p:v2:3x2:2")
                              : second_page);
     }
-    if (words[0] == "EVAL") return Bulk(std::string(words.size() - 7, '\0'));
+    if (words[0] == "EVAL") return Bulk(std::string(words.size() - 8, '\0'));
     std::string reply = "*" + std::to_string(words.size() - 1) + "\r\n";
     for (size_t i = 1; i < words.size(); ++i) {
       reply += words[i] == "p:v2:3x2:8" ? "$-1\r\n" : Bulk(rows);
@@ -368,8 +391,8 @@ void ExportsAreThoseOfALocalStore() {
   CHECK(store->Import(path, &error));
   const auto commands = redis.Commands();
   CHECK(commands.size() == 2 && commands[0][3] == "p:v2:3x2:-7");
-  CHECK(commands[1][3] == "p:v2:3x2:2" && commands[1][6] == "-1");
-  CHECK(commands[1][7] + commands[1][8] == rows);  // times of writing too
+  CHECK(commands[1][3] == "p:v2:3x2:2" && commands[1][6] == "0");
+  CHECK(commands[1][8] + commands[1][9] == rows);  // times of writing too
 
   second_page = Bulk("0") + "*1\r\n" + Bulk("p:v2:3x2:2x");
   CHECK(!store->Export(path, &error));
@@ -420,6 +443,7 @@ int main() {
   qianmo::LargeTasksAreReadFewAtATime();
   qianmo::TasksThatMoveAreAskedFor();
   qianmo::RowsArePutTaskByTask();
+  qianmo::AClockThatIsSetChangesNothing();
   qianmo::ExportsAreThoseOfALocalStore();
   qianmo::ADeadRedisIsCounted();
   qianmo::StatsAreThoseOfTheRedis();

@@ -20,8 +20,12 @@ struct SupportOptions {
   SupportLimits limits;
   // Of the folder, or the URL of a Redis; none: in memory only.
   std::string path;
-  std::function<int64_t()>
-      clock;  // microseconds since 1970; none: the system's
+  // Microseconds since 1970; none: the system's. It is asked when the store
+  // opens, and `steady`, which never jumps, from then on: rows are dated and
+  // expire right when the system's clock is set while the store is open.
+  std::function<int64_t()> clock;
+  // Microseconds since any time; none: `clock` if given, else the system's.
+  std::function<int64_t()> steady;
 };
 
 struct SupportStats {
@@ -101,7 +105,7 @@ class SupportStore {
  protected:
   explicit SupportStore(const SupportOptions& options);
 
-  const SupportOptions options_;  // with a clock
+  const SupportOptions options_;  // with a clock that is steady
 };
 
 }  // namespace qianmo

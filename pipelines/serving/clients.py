@@ -20,6 +20,7 @@ from tensorflow_serving.apis import (
 )
 
 from qianmo.export.adapted import ADAPT
+from qianmo.export.publishing import MAX_BATCH_SIZE
 from qianmo.export.shared_support import REQUEST_ID, new_request_id, of_tasks
 from qianmo.export.widths import fitted
 from qianmo.pipelines.serving.tensors import (
@@ -34,7 +35,6 @@ from qianmo.pipelines.serving.tensors import (
 )
 
 TIMEOUT_SECONDS = 30.0
-MAX_BATCH_SIZE = 1024  # of the batching file that exports write
 _DOES_NOT_FIT = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION)
 
 

@@ -11,6 +11,7 @@ import binascii
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,15 @@ STRING: np.dtype[Any] = np.dtype(object)
 # Where a TensorProto holds values one by one.
 _FIELDS = {
     STRING: "string_val",
-    np.dtype(np.int64): "int64_val",
-    np.dtype(np.float32): "float_val",
     np.dtype(np.bool_): "bool_val",
+    np.dtype(np.float32): "float_val",
+    np.dtype(np.float64): "double_val",
+    np.dtype(np.int64): "int64_val",
+    np.dtype(np.uint32): "uint32_val",
+    np.dtype(np.uint64): "uint64_val",
+    **{np.dtype(kind): "int_val" for kind in (np.int8, np.int16, np.int32, np.uint8, np.uint16)},
 }
+_HALVES = (np.dtype(np.float16), np.dtype(tf.bfloat16.as_numpy_dtype))
 
 Array = npt.NDArray[Any]
 
@@ -54,16 +60,25 @@ def _enum(dtype: np.dtype[Any]) -> int:
 def from_proto(proto: Any) -> Array:
     """The array a TensorProto holds.
 
-    A proto may state a large shape and give one value to fill it with, so the size is bounded by
-    what the shape says, not by the bytes that came.
-
     Raises:
       ValueError: shape, type and values do not agree, or it is larger than a message may be.
     """
     shape = [dim.size for dim in proto.tensor_shape.dim]
     if proto.tensor_shape.unknown_rank or any(size < 0 for size in shape):
         raise ValueError(f"its shape should be fully known. Received: {shape}")
-    dtype, size = numpy_dtype(proto.dtype), math.prod(shape)
+    return from_fields(proto, numpy_dtype(proto.dtype), shape)
+
+
+def from_fields(proto: Any, dtype: np.dtype[Any], shape: Sequence[int]) -> Array:
+    """The array that the value fields of a TensorProto make, of a type and shape known otherwise.
+
+    A proto may state a large shape and give one value to fill it with, so the size is bounded by
+    what the shape says, not by the bytes that came.
+
+    Raises:
+      ValueError: the values do not fit, or it is larger than a message may be.
+    """
+    size = math.prod(shape)
     if size * dtype.itemsize > MAX_MESSAGE_BYTES:
         raise ValueError(f"it should hold <= {MAX_MESSAGE_BYTES} bytes. Received: shape {shape}")
     if proto.tensor_content and dtype != STRING:
@@ -73,15 +88,21 @@ def from_proto(proto: Any) -> Array:
                 f"Received: {len(proto.tensor_content)}"
             )
         return np.frombuffer(proto.tensor_content, dtype).reshape(shape)
-    values = list(getattr(proto, _FIELDS[dtype])) if dtype in _FIELDS else []
-    if 0 < len(values) <= size:
+    field = "half_val" if dtype in _HALVES else _FIELDS.get(dtype)
+    given = getattr(proto, field) if field else ()
+    if len(given) > size or (size and not given):
+        raise ValueError(f"its {len(given)} values do not fit its type and shape {shape}.")
+    if not size:
+        return np.zeros(shape, dtype)
+    values: Any = list(given)
+    try:
+        if dtype in _HALVES:
+            values = np.array(values, np.uint16).view(dtype)
         array = np.full(size, values[-1], dtype)  # which stands for all that follow
         array[: len(values)] = values
-        return array.reshape(shape)
-    try:
-        return np.asarray(tf.make_ndarray(proto)).reshape(shape)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"its values do not fit its type and shape {shape}.") from error
+    except OverflowError as error:
+        raise ValueError(f"a value is out of the range of {dtype}.") from error
+    return array.reshape(shape)
 
 
 def to_proto(array: Array, rows: int | None = None) -> Any:

@@ -3,8 +3,10 @@
 import concurrent.futures
 
 import numpy as np
+import pytest
 import tensorflow as tf
 
+from qianmo.export import support_table
 from qianmo.export.support_table import METRICS, SupportTable
 from qianmo.ops.support_store import BAD_LABEL, BAD_TIME, BAD_VECTOR, TOO_OLD
 
@@ -116,6 +118,85 @@ def test_events_of_one_time_are_told_apart_by_their_id():
     assert put(table, [1, 1], [19, 20], [0, 8], [high, low + 1]) == [TOO_OLD, 0]
     assert put(table, [1], [20], [0], [low]) == [TOO_OLD]
     assert events(table, 1) == {(20, low + 1): 8, (20, -1): 7, (20, 5): 0, (20, high): 1}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Milliseconds of the wall clock, which a test may set."""
+    found = {"now": 10**12}
+    monkeypatch.setattr(support_table, "_now", lambda: tf.constant(found["now"], tf.int64))
+    return found
+
+
+HOUR, TTL = 3_600_000, 600_000
+
+
+def test_rows_live_as_long_as_they_should(clock):
+    table = SupportTable(2, 1, 3, ttl_seconds=TTL / 1000)
+    put(table, [1], [5], [1])
+    clock["now"] += TTL
+    assert content(table, 1) == {5: 1}
+    clock["now"] += 1
+    assert content(table, 1) == {}
+    put(table, [1], [6], [2])
+    assert content(table, 1) == {6: 2}  # what was past its time is not written again
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_a_clock_that_went_ahead_and_back_keeps_no_row_for_longer(clock, idle):
+    table = SupportTable(2, 1, 3, ttl_seconds=TTL / 1000)
+    put(table, [1], [5], [1])
+    clock["now"] += HOUR
+    put(table, [2], [5], [1])
+    clock["now"] -= HOUR
+    if not idle:  # other requests read the clock
+        put(table, [3], [5], [1])
+        assert content(table, 3) == {5: 1}
+    clock["now"] += TTL + 1
+    assert [content(table, task) for task in (1, 2, 3)] == [{}, {}, {}]
+    if not idle:
+        for _ in range(HOUR // TTL + 1):
+            clock["now"] += TTL // 2
+            assert content(table, 2) == {}  # not even when the clock passes its time of writing
+    put(table, [2], [7], [1])
+    assert content(table, 2) == {7: 1}
+
+
+def test_rows_never_outlive_their_time_however_the_clock_is_set(monkeypatch):
+    wall = tf.Variable(10**12, dtype=tf.int64)
+    monkeypatch.setattr(support_table, "_now", wall.read_value)
+    random, now = np.random.default_rng(0), 0
+    table = SupportTable(2, 1, 3, ttl_seconds=TTL / 1000)
+    counts = tf.function(lambda tasks: table.get(tasks, 0).count)
+    store = tf.function(lambda *rows: table.put(*rows))
+    tasks, written, seen = int64(range(20)), np.full(20, -(10**9)), 0
+    one, labels = tf.ones([1, 2]), tf.ones([1, 1])
+    for _ in range(1000):
+        passed = int(random.integers(0, TTL // 4))
+        now += passed
+        wall.assign_add(passed)
+        counts(tasks)  # a server is asked all the time
+        wall.assign_add(int(random.choice([0, 0, 0, HOUR, -HOUR, TTL // 2, -TTL // 2])))
+        counts(tasks)
+        task = int(random.integers(0, 20))
+        status = store(int64([task]), one, labels, labels, int64([now + 1]), *[int64([0])] * 2)
+        assert status.numpy().tolist() == [0]
+        written[task] = now
+        lives = counts(tasks).numpy() > 0
+        assert (now - written[lives] <= TTL).all()
+        assert lives[task]
+        seen += lives.sum()
+    assert seen > 2000
+
+
+def test_small_steps_back_are_no_jumps(clock):
+    table = SupportTable(2, 1, 3, ttl_seconds=TTL / 1000)
+    put(table, [1], [5], [1])
+    for _ in range(10):  # as threads read it
+        clock["now"] -= 500
+        assert content(table, 1) == {5: 1}
+        clock["now"] += 500
+        assert content(table, 1) == {5: 1}
 
 
 def test_it_equals_a_python_model_under_random_calls():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import tensorflow as tf
 from redis_servers import Cluster, Server
 from support_rows import DIM, LABELS, MAX_ROWS, get, get_events, put, stats
 
+from qianmo.ops import support_store
 from qianmo.ops.support_store import (
     BAD_TIME,
     BAD_VECTOR,
@@ -176,6 +178,41 @@ def test_rows_outlive_their_time_by_nothing(server: Server, opened: Open) -> Non
     for_ever = opened(server.url("ttl"))
     put(for_ever, [(1, 5)])
     assert client.pttl("ttl:v2:3x2:1") == -1
+
+
+def test_a_writer_s_clock_that_is_wrong_keeps_no_row_for_longer(server: Server) -> None:
+    """The store's own script, given the clocks of writers; Redis tells the time itself."""
+    source = pathlib.Path(support_store.__file__).with_name("cc") / "redis_support.cc"
+    script = source.read_text().split('R"lua(')[1].split(')lua"')[0]
+    client, size, hour, ttl = server.client(), 48, 3_600_000_000, 60_000_000
+
+    def now() -> int:
+        seconds, micros = client.time()
+        return seconds * 1_000_000 + micros
+
+    def put(when: int, clock: int, written: int | None = None) -> bytes:
+        row = struct.pack("<qqqq", when, 0, 1, clock if written is None else written)
+        return client.eval(script, 1, "clock", size, 4, ttl, clock, row.ljust(size, b"\0"))
+
+    def rows() -> dict[int, int]:
+        value = client.get("clock") or b""
+        heads = (struct.unpack("<qqqq", value[at : at + 32]) for at in range(0, len(value), size))
+        return {head[0]: head[3] for head in heads}
+
+    begin = now()
+    for number, ahead in enumerate((hour, 0, -hour, 1000 * hour), start=1):
+        clock = now() + ahead
+        assert put(number, clock) == b"\0"
+        if ahead < 0:  # the writer's own rows are past their time sooner, which harms nobody
+            assert rows()[number] == clock
+        else:
+            assert begin <= rows()[number] <= now()
+        assert 0 < client.pttl("clock") <= ttl // 1000
+    assert set(rows()) == {1, 2, 4}  # the third was past its time when the fourth came
+    put(5, now() + hour, written=begin - ttl // 2)  # as imported
+    assert rows()[5] == begin - ttl // 2
+    assert put(6, now() - ttl - hour, written=0) == b"\0"
+    client.delete("clock")
 
 
 def test_a_redis_that_is_full(tmp_path: pathlib.Path, opened: Open) -> None:
