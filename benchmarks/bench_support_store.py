@@ -40,12 +40,12 @@ def batch(tasks: np.ndarray, times: np.ndarray, salts: np.ndarray) -> Batch:
     base = ((tasks * 31 + times * 7 + salts * 131) % 65521).astype(np.float32)[:, None]
     labels = np.repeat(base, LABELS, 1)
     labels[:, 0] = salts
-    return tasks, base + STEPS, labels, labels + 1, times, np.ones_like(tasks)
+    return tasks, base + STEPS, labels, labels + 1, times, np.zeros_like(tasks), np.ones_like(tasks)
 
 
 def torn(tasks: np.ndarray, found: Any) -> int:
     """Rows of a read whose numbers do not belong together."""
-    h, labels, weights, times, count = (part.numpy() for part in found)
+    h, labels, weights, times, _, count = (part.numpy() for part in found)
     stored = np.arange(h.shape[1]) < count[:, None]
     base = (tasks[:, None] * 31 + times * 7 + labels[..., 0].astype(np.int64) * 131) % 65521
     good = (h == base[..., None] + STEPS).all(-1) & (labels[..., 1:] == base[..., None]).all(-1)

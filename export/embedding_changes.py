@@ -17,6 +17,7 @@ import numpy as np
 
 from qianmo.export import embedding_shards as shards
 from qianmo.export.embedding_shards import DType, IdRows, StoreError, Table
+from qianmo.export.publishing import drafting
 
 CHANGED_SHARD = 2**32 - 1  # the number in the header of a file of changed rows
 REWRITTEN_PART = 0.25  # a table of which more has changed is written whole
@@ -203,22 +204,33 @@ def write_changes(
     Cost: reads the rows given and their like in the base; memory holds the rows that differ.
     """
     source = pathlib.Path(store) / str(base)
+    shards.space(source)  # it is there
+    with drafting(store, version, refusal=StoreError) as draft:
+        fill_changes(draft.folder, version, source, tables)
+    return draft.folder
+
+
+def fill_changes(
+    folder: pathlib.Path,
+    version: int,
+    source: pathlib.Path,
+    tables: Iterable[tuple[str, Iterable[IdRows]]],
+) -> None:
+    """Writes the files of a version, see `write_changes`, into a folder beside its base."""
     stored_tables = contents(source)
-    with shards.writing(store, version, shards.space(source)) as (folder, lines):
-        blocks = {name: list(stored.lines) for name, stored in stored_tables.items()}
-        for name, chunks in tables:
-            if name not in stored_tables:
-                raise StoreError(
-                    f"{source}: there should be a table `{name}`. It has {sorted(stored_tables)}"
-                )
-            blocks[name] = _with_changes(folder, stored_tables[name], version, chunks)
-        for block in blocks.values():
-            for line in block:
-                lines.append(line)
-                words = line.split(" ")
-                if words[0] in _KINDS and not (folder / words[1]).exists():
-                    os.link(source / words[1], folder / words[1])
-    return pathlib.Path(store) / str(version)
+    blocks = {name: list(stored.lines) for name, stored in stored_tables.items()}
+    for name, chunks in tables:
+        if name not in stored_tables:
+            raise StoreError(
+                f"{source}: there should be a table `{name}`. It has {sorted(stored_tables)}"
+            )
+        blocks[name] = _with_changes(folder, stored_tables[name], version, chunks)
+    lines = [line for block in blocks.values() for line in block]
+    for line in lines:
+        words = line.split(" ")
+        if words[0] in _KINDS and not (folder / words[1]).exists():
+            os.link(source / words[1], folder / words[1])
+    shards.write_manifest(folder, version, shards.space(source), lines)
 
 
 def _with_changes(

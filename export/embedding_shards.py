@@ -9,18 +9,18 @@ ops/cc/embedding_version.h describes the files.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import pathlib
 import re
-import shutil
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Literal, cast, get_args
 
 import numpy as np
+
+from qianmo.export.publishing import drafting, write_text
 
 DType = Literal["float32", "float16", "bfloat16", "int8"]
 DenseRows = np.ndarray
@@ -112,19 +112,9 @@ def encode(vectors: np.ndarray, dtype: DType) -> np.ndarray:
     return np.pad(rows, ((0, 0), (0, -rows.shape[1] % 4)))
 
 
-def _sync_folder(folder: pathlib.Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_file(path: pathlib.Path, text: str) -> None:
-    with path.open("wb") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
+def row_bytes(table: Table) -> int:
+    """Bytes of a table's row."""
+    return encode(np.zeros((1, table.dim), np.float32), table.dtype).shape[1]
 
 
 class ShardFile:
@@ -143,8 +133,7 @@ class ShardFile:
     def close(self, table: Table, number: int, home_slots: int, num_slots: int) -> str:
         """Writes the header; returns the manifest's line."""
         offset = rows_offset(num_slots)
-        row_bytes = encode(np.zeros((1, table.dim), np.float32), table.dtype).shape[1]
-        assert self.bytes == offset + self.num_rows * row_bytes
+        assert self.bytes == offset + self.num_rows * row_bytes(table)
         header = struct.pack(
             "<8s4I7Q64s",
             _MAGIC,
@@ -154,7 +143,7 @@ class ShardFile:
             self.crc,
             number,
             self.num_rows,
-            row_bytes,
+            row_bytes(table),
             home_slots,
             num_slots,
             offset,
@@ -163,8 +152,6 @@ class ShardFile:
         ).ljust(HEADER_BYTES - 4, b"\0")
         self.file.seek(0)
         self.file.write(header + struct.pack("<I", zlib.crc32(header)))
-        self.file.flush()
-        os.fsync(self.file.fileno())
         self.file.close()
         return f"shard {self.name} rows {self.num_rows} bytes {self.bytes} crc {self.crc:08x}"
 
@@ -320,7 +307,7 @@ def write(
     space: int | None = None,
     shard_rows: int = SHARD_ROWS,
 ) -> pathlib.Path:
-    """Writes one embedding version, under a temporary name that a rename ends.
+    """Writes one embedding version, under a temporary name until all of it is on the disk.
 
     Memory holds one chunk at a time, and for a hashed table the index of one shard.
 
@@ -346,16 +333,30 @@ def write(
             "`version` should be >= 1, `space` in [1, version] and `shard_rows` a power of two. "
             f"Received: {version}, {space} and {shard_rows}"
         )
-    with writing(store, version, space) as (folder, lines):
-        for table, chunks in tables:
-            lines.append(table_line(table, shard_rows))
-            if table.hashed:
-                pairs = cast(Iterable[IdRows], chunks)
-                lines += write_hashed(folder, table, _encode_pairs(table, pairs), shard_rows)
-            else:
-                arrays = cast(Iterable[np.ndarray], chunks)
-                lines += write_dense(folder, table, _encode_arrays(table, arrays), shard_rows)
-    return pathlib.Path(store) / str(version)
+    with drafting(store, version, refusal=StoreError) as draft:
+        fill(draft.folder, version, tables, space=space, shard_rows=shard_rows)
+    return draft.folder
+
+
+def fill(
+    folder: pathlib.Path,
+    version: int,
+    tables: Iterable[tuple[Table, Iterable[DenseRows] | Iterable[IdRows]]],
+    *,
+    space: int,
+    shard_rows: int = SHARD_ROWS,
+) -> None:
+    """Writes the files of a version, see `write`, into a folder of its own."""
+    lines = []
+    for table, chunks in tables:
+        lines.append(table_line(table, shard_rows))
+        if table.hashed:
+            pairs = cast(Iterable[IdRows], chunks)
+            lines += write_hashed(folder, table, _encode_pairs(table, pairs), shard_rows)
+        else:
+            arrays = cast(Iterable[np.ndarray], chunks)
+            lines += write_dense(folder, table, _encode_arrays(table, arrays), shard_rows)
+    write_manifest(folder, version, space, lines)
 
 
 def _encode_arrays(table: Table, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -372,28 +373,11 @@ def _encode_pairs(table: Table, chunks: Iterable[IdRows]) -> Iterator[IdRows]:
         first += len(vectors)
 
 
-@contextlib.contextmanager
-def writing(
-    store: str | os.PathLike[str], version: int, space: int
-) -> Iterator[tuple[pathlib.Path, list[str]]]:
-    """A folder under a temporary name, and its manifest's lines; it takes its number at the end."""
-    store = pathlib.Path(store)
-    target = store / str(version)
-    if target.exists():
-        raise StoreError(f"{target} exists; give another version.")
-    temporary = store / f".{version}.writing"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        lines = ["qianmo embeddings 1", f"version {version} space {space}"]
-        yield temporary, lines
-        text = "\n".join(lines) + "\n"
-        _write_file(temporary / MANIFEST, f"{text}crc {zlib.crc32(text.encode()):08x}\n")
-        _sync_folder(temporary)
-        os.rename(temporary, target)
-        _sync_folder(store)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def write_manifest(folder: pathlib.Path, version: int, space: int, lines: Iterable[str]) -> None:
+    """Writes what a version holds: lines of `table_line` and of its files."""
+    text = "\n".join(["qianmo embeddings 1", f"version {version} space {space}", *lines]) + "\n"
+    crc = f"crc {zlib.crc32(text.encode()):08x}\n"
+    (folder / MANIFEST).write_text(text + crc, encoding="ascii")
 
 
 def table_line(table: Table, shard_rows: int) -> str:
@@ -460,12 +444,13 @@ def publish(store: str | os.PathLike[str], version: int) -> None:
     Raises:
       StoreError: the version is not there, or damaged; what was published stays.
     """
-    store = pathlib.Path(store)
-    verify(store / str(version))
-    temporary = store / f".{CURRENT}.writing"
-    _write_file(temporary, f"{version}\n")
-    os.replace(temporary, store / CURRENT)
-    _sync_folder(store)
+    verify(pathlib.Path(store) / str(version))
+    set_current(store, version)
+
+
+def set_current(store: str | os.PathLike[str], version: int) -> None:
+    """Makes a version the one that is read, which was verified."""
+    write_text(pathlib.Path(store) / CURRENT, f"{version}\n")
 
 
 def published(store: str | os.PathLike[str]) -> int | None:

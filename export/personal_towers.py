@@ -20,7 +20,9 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from qianmo.export.adapted import UNDEFINED, read_labels
+from qianmo.export.adapted import read_labels, without_nan
+from qianmo.export.precision import served_in_full
+from qianmo.export.publishing import drafting, write_serving_files
 from qianmo.export.saved_model import (
     STATUS,
     ExportError,
@@ -29,15 +31,14 @@ from qianmo.export.saved_model import (
     Specs,
     answer,
     cast,
-    check_parity,
     fill,
-    next_version,
-    publishing,
     raw_specs,
+    replay_signatures,
     scorer,
-    session,
+    task_keys,
     tensors,
-    write_serving_files,
+    weight_bytes,
+    with_task,
 )
 from qianmo.layers.inner_loop import (
     Adaptation,
@@ -98,6 +99,7 @@ class TowerTable(tf.Module):
         return self._table.size()
 
 
+@served_in_full
 def fine_tune(
     model: Ranker,
     inner: InnerLoop,
@@ -113,8 +115,8 @@ def fine_tune(
     Args:
       model: a trained model; its serving head's tower is the shared one.
       inner: steps, step size and shrinkage; the last `max_support` rows of an adgroup are used.
-      rows: features, the task's column and the labels, in order of time. A label of -1 or NaN is
-        undefined; a row with one outside [0, 1] is left out.
+      rows: features, the task's column and the labels, in order of time. A binary label of -1 or
+        NaN, or a rating of NaN, is undefined; a row with a binary one outside [0, 1] is left out.
       tasks_per_batch: adgroups that are fine-tuned together.
       progress: whether to show a bar.
 
@@ -142,9 +144,8 @@ def fine_tune(
             for i in range(0, size, 8192)
         ]
     )
-    columns = [rows[label].astype(np.float32) for label in schema.labels]
-    columns = [np.where(np.isnan(column), UNDEFINED, column) for column in columns]
-    labels, defined, good = (part.numpy() for part in read_labels(columns))
+    columns = tensors(without_nan(schema, rows))
+    labels, defined, good = (part.numpy() for part in read_labels(schema, columns))
     label_weights = defined * good[:, None]
     shapes = tower.dense_shapes(h.shape[1])
     tune = tf.function(
@@ -168,7 +169,7 @@ def fine_tune(
         found[own] = tune(
             tf.constant(h[index]), tf.constant(labels[index]), tf.constant(weights)
         ).numpy()
-    return ids.astype(np.int64), found
+    return ids, found
 
 
 def _personal(model: Ranker, table: TowerTable) -> Signature:
@@ -176,7 +177,7 @@ def _personal(model: Ranker, table: TowerTable) -> Signature:
 
     def score(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
         output, status = model.one_head(inputs, head)
-        tasks, place = tf.unique(inputs[model.schema.task_id])
+        tasks, place = tf.unique(task_keys(model.schema, inputs))
         vectors, known = table.get(tasks)
         tower = model.tower_of(head)
         correction: Adaptation = of_flat(vectors, tower.dense_shapes(output.h.shape[-1]))
@@ -188,6 +189,7 @@ def _personal(model: Ranker, table: TowerTable) -> Signature:
     return score
 
 
+@served_in_full
 def export_personal(
     model: Ranker,
     base_path: str | os.PathLike[str],
@@ -203,7 +205,7 @@ def export_personal(
       model: the trunk and the shared tower.
       base_path: folder of the versions.
       rows: real rows: features and the task's column.
-      task_id: adgroups, int64 [A].
+      task_id: adgroups, as the schema's `task_dtype` says, [A].
       towers: what their towers differ by from the shared one, [A, `tower_size`]. One that is not
         finite is left out, and its adgroup keeps the shared tower; a log line says how many.
       version: default: one above the highest.
@@ -220,7 +222,7 @@ def export_personal(
     finite = np.isfinite(towers).all(1)
     if not finite.all():
         tf.get_logger().warning(
-            "%d of %d towers are not finite and left out, the first that of adgroup %d.",
+            "%d of %d towers are not finite and left out, the first that of adgroup %s.",
             np.sum(~finite),
             len(finite),
             task_id[np.argmin(finite)],
@@ -229,46 +231,45 @@ def export_personal(
     table = TowerTable(towers.shape[1])
     for first in range(0, len(task_id), 1024):
         part = slice(first, first + 1024)
-        table.put(tf.constant(task_id[part]), tf.constant(towers[part]))
-    task = tf.TensorSpec([None], tf.int64, schema.task_id)
+        keys = task_keys(schema, {schema.task_id: tf.constant(task_id[part])})
+        table.put(keys, tf.constant(towers[part]))
+    task = with_task(schema, {})
     weights = tf.TensorSpec([None, table.size], tf.float32, WEIGHTS)
     raw = raw_specs(schema)
-    with_task = {**raw, schema.task_id: raw.get(schema.task_id, task)}
+    own = with_task(schema, raw)
     functions: dict[str, Signature] = {
         "serving_default": _personal(model, table),
         "plain": scorer(model, model.serving_head),
-        "put_towers": lambda **x: {STATUS: table.put(x[schema.task_id], x[WEIGHTS])},
-        "expire_towers": lambda **x: {STATUS: table.expire(x[schema.task_id])},
+        "put_towers": lambda **x: {STATUS: table.put(task_keys(schema, x), x[WEIGHTS])},
+        "expire_towers": lambda **x: {STATUS: table.expire(task_keys(schema, x))},
         "stats": lambda **x: {"towers": tf.fill([tf.shape(x[schema.task_id])[0]], table.count())},
     }
     specs: dict[str, Specs] = {
-        "serving_default": with_task,
+        "serving_default": own,
         "plain": raw,
-        "put_towers": {schema.task_id: task, WEIGHTS: weights},
-        "expire_towers": {schema.task_id: task},
-        "stats": {schema.task_id: task},
+        "put_towers": {**task, WEIGHTS: weights},
+        "expire_towers": task,
+        "stats": task,
     }
     # Warming up must change nothing: it puts a tower that is there, and expires one that is not.
-    absent = np.setdiff1d(np.arange(-1, -len(task_id) - 2, -1), task_id)[-1:]
+    absent = np.arange(-1, -len(task_id) - 2, -1)
+    if schema.task_dtype == "string":
+        absent = absent.astype("S").astype(object)
+    absent = np.setdiff1d(absent, task_id)[-1:]
     inputs: dict[str, Rows] = {
-        "serving_default": cast(rows, with_task),
+        "serving_default": cast(rows, own),
         "plain": cast(rows, raw),
         "put_towers": {schema.task_id: task_id[:1], WEIGHTS: towers[:1]},
         "expire_towers": {schema.task_id: absent},
         "stats": {schema.task_id: task_id[:1]},
     }
     base = pathlib.Path(base_path)
-    version = version or next_version(base)
-    with publishing(base, version) as folder:
+    needed = weight_bytes(model) + towers.nbytes
+    with drafting(base, version, needed_bytes=needed) as draft:
         module = tf.Module()
         module.table = table
-        fill(folder, base.name, model, functions, specs, inputs, module)
-        worst = 0.0
-        for name in ("serving_default", "plain"):
-            keras = functions[name](**tensors(inputs[name]))
-            with session(folder) as run:
-                served = run(name, inputs[name])
-            expected = np.stack([keras[label] for label in schema.labels], 1)
-            worst = max(worst, check_parity(served, expected, schema, inputs[name], name))
-    write_serving_files(base, any(f.is_list for f in schema.categorical))
-    return base / str(version), worst
+        fill(draft.folder, base.name, model, functions, specs, inputs, module)
+        scored = ("serving_default", "plain")
+        worst = replay_signatures(draft.folder, schema, scored, functions, inputs)
+    write_serving_files(base)
+    return draft.folder, worst

@@ -106,7 +106,7 @@ class Redis:
         """The answers to packed commands, each with a key of its, in one trip to each node."""
         slots = [binascii.crc_hqx(key, 0) % _SLOTS for _, key in commands]
         owners = self._node_of_slot[slots]
-        answers: list[Any] = []
+        answers: list[Any] = [None] * len(commands)
         for place in np.unique(owners):
             own = np.flatnonzero(owners == place).tolist()
             # A pipeline of the client takes five times as long to do the same.
@@ -114,7 +114,8 @@ class Redis:
             connection = pool.get_connection()
             try:
                 connection.send_packed_command([b"".join([commands[i][0] for i in own])])
-                answers += [connection.read_response() for _ in own]
+                for i in own:
+                    answers[i] = connection.read_response()
             except BaseException:
                 connection.disconnect()  # its answers must not be taken for others
                 raise
@@ -140,6 +141,13 @@ class Redis:
         """How many of the keys there are."""
         parts = self._parts(len(keys))
         return sum(self.ask([(_pack(b"EXISTS", *keys[p]), keys[p.start]) for p in parts]))
+
+    def hold(self, keys: Sequence[bytes], values: Sequence[bytes]) -> bool:
+        """Whether those of the keys that are there have these values."""
+        parts = list(self._parts(len(keys)))
+        answers = self.ask([(_pack(b"MGET", *keys[p]), keys[p.start]) for p in parts])
+        found = itertools.chain.from_iterable(answers)
+        return all(a is None or a == b for a, b in zip(found, values, strict=True))
 
     def text(self, *parts: object) -> str:
         """The value of a key of the prefix; empty if there is none."""

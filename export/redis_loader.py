@@ -208,39 +208,44 @@ def _load(
     _check_policy(redis)
     source, space = _Source(folder), shards.space(folder)
     content = _checksum(folder)
-    there = redis.text(version, "CONTENT")
-    if there != content:
-        if version in versions(redis):
-            raise StoreError(
-                f"{redis.name} holds another version {version}, of checksum {there} and not "
-                f"{content}. Give the new one another number, or delete that one."
-            )
-        if there:  # a load that was given up
-            _delete(redis, version)
-        redis.client.set(redis.key(version, "CONTENT"), content)
     total = sum(block.rows for block in source.blocks)
     loaded = redis.key(version, "LOADED")
     blocks = source.blocks
 
-    def keys(block: _Block, ids: np.ndarray) -> list[bytes]:
-        start = redis.key(version, block.table, "").encode()
-        return [b"%b%d" % (start, i) for i in ids.tolist()]
-
-    def write(block: _Block) -> int:
+    def pairs(block: _Block) -> tuple[list[bytes], list[bytes]]:
         ids, rows = source.rows(block)
+        start = redis.key(version, block.table, "").encode()
         data, size = rows.tobytes(), rows.shape[1]
         values = [data[i : i + size] for i in range(0, len(data), size)]
-        redis.write(keys(block, ids), values)
+        return [b"%b%d" % (start, i) for i in ids.tolist()], values
+
+    def write(block: _Block) -> int:
+        keys, values = pairs(block)
+        redis.write(keys, values)
         redis.client.sadd(loaded, block.mark)
-        return len(ids)
+        return len(keys)
 
     def count(block: _Block) -> int:
-        return redis.count(keys(block, source.rows(block)[0]))
+        return redis.count(pairs(block)[0])
 
     def all_there() -> bool:
         return sum(pool.map(count, source.blocks)) == total
 
     with ThreadPoolExecutor(threads) as pool:
+        there = redis.text(version, "CONTENT")
+        if there != content:
+            if version in versions(redis):
+                # Its checksum may be lost, as by eviction; its rows tell what it is.
+                if there or not all(pool.map(lambda block: redis.hold(*pairs(block)), blocks)):
+                    raise StoreError(
+                        f"{redis.name} holds another version {version}, whose "
+                        f"{'checksum' if there else 'rows'} differ from those of {folder}. Give "
+                        "the new one another number; or load and publish another one, and delete "
+                        f"that one by --delete={version}."
+                    )
+            elif there:  # a load that was given up
+                _delete(redis, version)
+            redis.client.set(redis.key(version, "CONTENT"), content)
         written = 0
         if version not in versions(redis) or not all_there():
             marks = {mark.decode() for mark in redis.client.smembers(loaded)}
@@ -261,9 +266,9 @@ def _load(
                     f"{redis.name}: Redis has lost rows of version {version} while it was loaded: "
                     f"{missing}. Load it again."
                 )
-            redis.client.set(redis.key(version, "MANIFEST"), source.manifest(version, space))
-            if version not in versions(redis):
-                redis.client.append(redis.key("VERSIONS"), f"{version} {space}\n")
+        redis.client.set(redis.key(version, "MANIFEST"), source.manifest(version, space))
+        if version not in versions(redis):
+            redis.client.append(redis.key("VERSIONS"), f"{version} {space}\n")
     if publish or not redis.text("CURRENT"):
         redis.client.set(redis.key("CURRENT"), version)
     return written

@@ -12,8 +12,8 @@ An index outside takes the vectors; their inner product ranks. Where items belon
 domain is an input of both sides, and what is found are items of the user's domain, or of any where
 it is unknown; an index outside needs a part for each domain. Support is the list that the model
 names, which is among the features, or comes in the request: `support_<column>` [B, S] for each item
-feature, oldest first, `support_count` of them valid. `adapt`, bool [B], is a switch for each row:
-off gives the plain vector.
+feature, oldest first, `support_count` of them valid; one row of each request and task brings it for
+all of them. `adapt`, bool [B], is a switch for each row: off gives the plain vector.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from qianmo.export.adapted import ADAPT, BAD_SUPPORT, COUNT, support_name
+from qianmo.export.adapted import ADAPT, support_specs
+from qianmo.export.precision import served_in_full
+from qianmo.export.publishing import drafting, write_serving_files
 from qianmo.export.saved_model import (
     BAD_SCORE,
     STATUS,
@@ -37,13 +39,14 @@ from qianmo.export.saved_model import (
     Specs,
     cast,
     fill,
-    next_version,
-    publishing,
     raw_specs,
     session,
+    task_keys,
     tensors,
-    write_serving_files,
+    weight_bytes,
+    with_task,
 )
+from qianmo.export.shared_support import BAD_SUPPORT, brought, in_request
 from qianmo.layers.encode import OK
 from qianmo.models.two_tower import TwoTower
 
@@ -65,11 +68,9 @@ def side_specs(model: TwoTower, item: bool) -> dict[str, tf.TensorSpec]:
 
 def by_request_specs(model: TwoTower) -> dict[str, tf.TensorSpec]:
     """Inputs of the adapted signatures where the model names no list."""
-    specs = side_specs(model, item=False)
-    for name, spec in side_specs(model, item=True).items():
-        shape = [None, None, *spec.shape[1:]]
-        specs[support_name(name)] = tf.TensorSpec(shape, spec.dtype, support_name(name))
-    return {**specs, COUNT: tf.TensorSpec([None], tf.int64, COUNT)}
+    assert model.meta is not None
+    items = support_specs(side_specs(model, item=True), model.meta.inner.max_support)
+    return {**with_task(model.schema, side_specs(model, item=False)), **items}
 
 
 def _by_list(model: TwoTower) -> OfInputs:
@@ -77,32 +78,22 @@ def _by_list(model: TwoTower) -> OfInputs:
 
 
 def _by_request(model: TwoTower) -> OfInputs:
-    names = side_specs(model, item=True)
+    names = [*side_specs(model, item=True)]
     assert model.meta is not None
     most = model.meta.inner.max_support
 
     def vectors(inputs: Mapping[str, tf.Tensor]) -> Vectors:
-        columns = {name: inputs[support_name(name)] for name in names}
-        count = inputs[COUNT]
-        rows, width = tf.unstack(tf.shape(columns[model.item.name])[:2])  # -1 would not do for 0
-        valid = tf.clip_by_value(count, 0, tf.cast(width, tf.int64))
-        flat = {
-            name: tf.reshape(c, tf.concat([[rows * width], tf.shape(c)[2:]], 0))
-            for name, c in columns.items()
-        }
-        for f in model.schema.categorical:
-            if f.is_list and f.name in flat:
-                flat[f.name].set_shape([None, None])
-        items, read = model.item_vectors(flat)
-        readable = tf.reshape(read == OK, [rows, width])
-        place = tf.range(tf.cast(width, tf.int64))[None]
-        inside = (place < valid[:, None]) & (place >= valid[:, None] - most)
-        items = tf.reshape(items, [rows, width, model.tower.dim])
+        held = in_request(inputs, task_keys(model.schema, inputs), names, most)
+        items, read = model.item_vectors(held.columns)
+        items = tf.reshape(items, [-1, most, model.tower.dim])
+        readable = tf.reshape(read == OK, [-1, most])
         features = {name: inputs[name] for name in side_specs(model, item=False)}
-        adapt = inputs[ADAPT]
-        found, status = model.adapted_user_vectors(features, adapt, items, inside & readable)
-        bad = adapt & (tf.reduce_any(inside & ~readable, 1) | (count != valid))
-        return found, status | tf.where(bad, BAD_SUPPORT, 0)
+        found, status = model.adapted_user_vectors(
+            features, inputs[ADAPT], held.of_rows(items), held.of_rows(held.inside & readable)
+        )
+        bad = held.of_rows(tf.reduce_any(held.inside & ~readable, 1))
+        of_support = held.status | tf.where(bad, BAD_SUPPORT, 0)
+        return found, status | tf.where(inputs[ADAPT], of_support, 0)
 
     return vectors
 
@@ -168,6 +159,7 @@ def _recommend(of: OfInputs, catalogue: _Catalogue, model: TwoTower) -> Signatur
     return recommend
 
 
+@served_in_full
 def export_retrieval(
     model: TwoTower,
     base_path: str | os.PathLike[str],
@@ -215,9 +207,17 @@ def export_retrieval(
         spec, given, adapted = user, users, _by_list(model)
         if not model.support_feature:
             spec, adapted = by_request_specs(model), _by_request(model)
-            # Each row's own item stands for its support.
-            own = {support_name(name): inputs["item"][name][:, None] for name in item}
-            given = cast({**users, **own, COUNT: np.ones(size)}, spec)
+            # A row's own item stands for its support, and its number for a task that `rows` lack.
+            task = model.schema.task_id
+            numbers = np.arange(size)
+            if spec[task].dtype == tf.string:
+                numbers = numbers.astype("S").astype(object)
+            tasks = rows.get(task, numbers)
+            own = {
+                name: {column: inputs["item"][column][row : row + 1] for column in item}
+                for row, name in enumerate(tasks.tolist())
+            }
+            given = cast({**rows, task: tasks, **brought(spec, tasks, own)}, spec)
         spec = {**spec, ADAPT: tf.TensorSpec([None], tf.bool, ADAPT)}
         given = {**given, ADAPT: np.ones(size, bool)}
         functions["adapted_user"] = _vector(adapted)
@@ -225,12 +225,12 @@ def export_retrieval(
         for name in ("adapted_user", "adapted_recommend"):
             specs[name], inputs[name] = spec, given
     base = pathlib.Path(base_path)
-    version = version or next_version(base)
-    with publishing(base, version) as folder:
-        fill(folder, base.name, model, functions, specs, inputs)
-        worst = _replay(folder, functions, inputs)
-    write_serving_files(base, any(f.is_list for f in model.schema.categorical))
-    return base / str(version), worst
+    needed = weight_bytes(model) + vectors.numpy().nbytes
+    with drafting(base, version, needed_bytes=needed) as draft:
+        fill(draft.folder, base.name, model, functions, specs, inputs)
+        worst = _replay(draft.folder, functions, inputs)
+    write_serving_files(base)
+    return draft.folder, worst
 
 
 def _replay(

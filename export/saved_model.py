@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,16 +19,21 @@ from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow.python.framework import op_def_registry
 from tensorflow_serving.apis import model_pb2, predict_pb2, prediction_log_pb2
 
-from qianmo.export.paths import check_model_path
+from qianmo.export.precision import served_in_full
+from qianmo.export.publishing import LOOKUP, drafting, drafting_fed, write_serving_files
+from qianmo.export.publishing import ExportError as ExportError
+from qianmo.export.widths import fitted
 from qianmo.layers.encode import BAD_DENSE, OK, completed
+from qianmo.layers.label_heads import label_moments, predictions
 from qianmo.layers.schema import Schema
+from qianmo.layers.task_key import task_key
 from qianmo.models.ranker import Ranker
 
 BAD_SCORE = 4  # a score was NaN or infinite and is answered as 0
+BAD_EMBEDDING = 256  # a vector was NaN or infinite and was read as zeros
 TOLERANCE = 1e-6
 STATUS = "status"
 DEFAULT = "serving_default"
-LOOKUP = "_lookup"  # ends the name of what makes vectors
 # Registered in every TensorFlow, but they call back into a Python that a server does not have.
 PYTHON_OPS = frozenset({"PyFunc", "PyFuncStateless", "EagerPyFunc"})
 
@@ -38,21 +42,29 @@ Specs = Mapping[str, tf.TensorSpec]
 Signature = Callable[..., dict[str, tf.Tensor]]
 
 
-class ExportError(ValueError):
-    """The export was refused; nothing was published."""
-
-
 def raw_specs(schema: Schema) -> dict[str, tf.TensorSpec]:
     """Serving inputs for raw features: their own names and dtypes."""
     specs: dict[str, tf.TensorSpec] = {}
     for f in schema.categorical:
-        shape = [None, None] if f.is_list else [None]
+        shape = [None, f.max_length] if f.is_list else [None]
         specs[f.name] = tf.TensorSpec(shape, tf.as_dtype(f.dtype), f.name)
         if f.is_list:
             specs[f.length_name] = tf.TensorSpec([None], tf.int64, f.length_name)
     for d in schema.dense:
         specs[d.name] = tf.TensorSpec([None], tf.float32, d.name)
     return specs
+
+
+def with_task(schema: Schema, specs: Specs) -> dict[str, tf.TensorSpec]:
+    """Inputs with the task's column, which may be a feature among them."""
+    name = schema.task_id
+    return {**specs, name: tf.TensorSpec([None], tf.as_dtype(schema.task_dtype), name)}
+
+
+def task_keys(schema: Schema, inputs: Mapping[str, tf.Tensor]) -> tf.Tensor:
+    """The numbers of the rows' tasks, int64 [B]; strings are known by their `task_key`."""
+    task = inputs[schema.task_id]
+    return task_key(task) if schema.task_dtype == "string" else task
 
 
 def domain_input(model: Ranker) -> str:
@@ -83,12 +95,15 @@ def vector_specs(model: Ranker) -> dict[str, tf.TensorSpec]:
 
 
 def answer(schema: Schema, logits: tf.Tensor, status: tf.Tensor) -> dict[str, tf.Tensor]:
-    """Outputs of a scoring signature: a probability for each label, and the rows' status."""
-    probability = tf.sigmoid(tf.cast(logits, tf.float32))
-    finite = tf.reduce_all(tf.math.is_finite(probability), 1)
-    probability = tf.where(tf.math.is_finite(probability), probability, 0.0)
-    columns = dict(zip(schema.labels, tf.unstack(probability, axis=1), strict=True))
-    return {**columns, STATUS: status | tf.where(finite, OK, BAD_SCORE)}
+    """Outputs of a scoring signature: what is predicted of each label, and the rows' status.
+
+    That is the probability of a binary label, and the mean of a rating, in its own units.
+    """
+    scores = predictions(schema, tf.cast(logits, tf.float32))
+    finite = tf.math.is_finite(scores)
+    scores = tf.where(finite, scores, 0.0)
+    columns = dict(zip(schema.labels, tf.unstack(scores, axis=1), strict=True))
+    return {**columns, STATUS: status | tf.where(tf.reduce_all(finite, 1), OK, BAD_SCORE)}
 
 
 def scorer(model: Ranker, head: str) -> Signature:
@@ -111,7 +126,12 @@ def _fed_scorer(model: Ranker, head: str) -> Signature:
         if model.schema.dense:
             dense, finite = model.encode.dense(features, domain)
             status |= tf.where(finite, OK, BAD_DENSE)
-        embedded = model.embed.assemble(features, dense, domain)
+        vectors = {}
+        for f in model.schema.categorical:
+            finite = tf.reduce_all(tf.math.is_finite(features[f.name]), 1)
+            status |= tf.where(finite, OK, BAD_EMBEDDING)
+            vectors[f.name] = tf.where(finite[:, None], features[f.name], 0.0)
+        embedded = model.embed.assemble(vectors, dense, domain)
         logits = model.heads(embedded, (head,))[head].logits
         return answer(model.schema, logits, status)
 
@@ -210,13 +230,18 @@ def check_parity(
     signature: str,
     tolerance: float = TOLERANCE,
 ) -> float:
-    """Compares served probabilities with the Keras model's; returns the largest difference.
+    """Compares served predictions with the Keras model's; returns the largest difference.
+
+    A rating is mean + deviation * logit, a probability moves by a quarter of its logit at most, and
+    numbers are rounded: a rating's difference counts in units of 4 * deviation + |mean|.
 
     Raises:
       ExportError: they differ by more than `tolerance`; it names the rows.
     """
     served = np.stack([answers[label] for label in schema.labels], 1)
-    difference = np.abs(served - expected).max(1)
+    moments = label_moments(schema) or [None] * len(schema.labels)
+    units = np.array([abs(m[0]) + 4 * m[1] ** 0.5 if m else 1.0 for m in moments])
+    difference = (np.abs(served - expected) / units).max(1)
     wrong = np.flatnonzero(~(difference <= tolerance))
     if len(wrong):
         shown = "; ".join(
@@ -237,36 +262,21 @@ def tensors(rows: Rows) -> dict[str, tf.Tensor]:
 
 
 def cast(rows: Rows, specs: Specs) -> Rows:
-    """The columns that are inputs, in the inputs' dtypes."""
+    """The columns that are inputs, in the inputs' dtypes and widths.
+
+    Raises:
+      ExportError: a column that is wider than its input.
+    """
     found = {}
     for name, spec in specs.items():
-        value = rows[name]
-        found[name] = value if spec.dtype == tf.string else value.astype(spec.dtype.as_numpy_dtype)
+        value = np.asarray(rows[name])
+        if spec.dtype != tf.string:
+            value = value.astype(spec.dtype.as_numpy_dtype)
+        try:
+            found[name] = fitted(name, value, spec.shape.as_list())
+        except ValueError as error:
+            raise ExportError(str(error)) from error
     return found
-
-
-def next_version(base_path: str | os.PathLike[str]) -> int:
-    """One above the highest version folder."""
-    base = pathlib.Path(base_path)
-    found = [int(p.name) for p in base.glob("*") if p.name.isdigit()] if base.exists() else []
-    return max(found, default=0) + 1
-
-
-@contextlib.contextmanager
-def publishing(base_path: pathlib.Path, version: int) -> Iterator[pathlib.Path]:
-    """A folder under a temporary name that takes its number when all went well."""
-    check_model_path(base_path)
-    target = base_path / str(version)
-    if target.exists():
-        raise ExportError(f"{target} exists; give another version.")
-    temporary = base_path / f".{version}.writing"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        os.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def fill(
@@ -306,12 +316,44 @@ def replay(
 ) -> float:
     """Largest difference between the signatures, given `inputs`, and Keras, given raw `rows`."""
     logits = model(tensors(rows))
-    keras = {head: tf.sigmoid(tf.cast(z, tf.float32)).numpy() for head, z in logits.items()}
+    keras = {
+        head: predictions(model.schema, tf.cast(z, tf.float32)).numpy()
+        for head, z in logits.items()
+    }
     with session(folder) as run:
         return max(
             check_parity(run(name, inputs), keras[head], model.schema, rows, name, tolerance)
             for name, head in signatures.items()
         )
+
+
+def replay_signatures(
+    folder: pathlib.Path,
+    schema: Schema,
+    names: Sequence[str],
+    functions: Mapping[str, Signature],
+    inputs: Mapping[str, Rows],
+) -> float:
+    """Largest difference between signatures that score and the functions they were made of."""
+    keras = {name: tf.function(functions[name])(**tensors(inputs[name])) for name in names}
+    with session(folder) as run:
+        return max(
+            check_parity(
+                run(name, inputs[name]),
+                np.stack([keras[name][label] for label in schema.labels], 1),
+                schema,
+                inputs[name],
+                name,
+            )
+            for name in names
+        )
+
+
+def weight_bytes(model: Ranker, *, tables: bool = True) -> int:
+    """Bytes of a model's weights, as files hold them."""
+    fused = {id(variable) for variable in model.embed.tables.values()}
+    weights = [v for v in model.weights if tables or id(v) not in fused]
+    return sum(v.shape.num_elements() * v.dtype.size for v in weights)
 
 
 def _each(functions: Mapping[str, Signature], value: Any) -> dict[str, Any]:
@@ -327,6 +369,7 @@ def signature_heads(model: Ranker, heads: Sequence[str]) -> dict[str, str]:
     return {DEFAULT: heads[0], **{head: head for head in heads}}
 
 
+@served_in_full
 def export_in_graph(
     model: Ranker,
     base_path: str | os.PathLike[str],
@@ -338,8 +381,9 @@ def export_in_graph(
     """Writes the whole model as one SavedModel of stock ops.
 
     Signatures: `serving_default`, and one with the name of each head. Inputs: the raw features
-    (`raw_specs`). Outputs: for each label its probability, float32 [B]; `status`, int32 [B]: 0, or
-    bits of `BAD_DENSE`, `BAD_LENGTH`, `BAD_SCORE`.
+    (`raw_specs`), lists as wide as the schema's `max_length`. Outputs: for each label its
+    probability, or its mean if it is a rating, float32 [B]; `status`, int32 [B]: 0, or bits of
+    `BAD_DENSE`, `BAD_LENGTH`, `BAD_SCORE`.
 
     Args:
       model: the model.
@@ -360,28 +404,18 @@ def export_in_graph(
     specs = raw_specs(model.schema)
     inputs = cast(rows, specs)
     base = pathlib.Path(base_path)
-    version = version or next_version(base)
-    with publishing(base, version) as folder:
-        fill(folder, base.name, model, functions, _each(functions, specs), _each(functions, inputs))
-        worst = replay(folder, model, signatures, inputs, inputs)
-    write_serving_files(base, any(f.is_list for f in model.schema.categorical))
-    return base / str(version), worst
-
-
-def next_fed_version(base: pathlib.Path) -> int:
-    """One above the highest of both folders of the form `fed`."""
-    return max(next_version(base), next_version(base.with_name(base.name + LOOKUP)))
-
-
-@contextlib.contextmanager
-def publishing_fed(base: pathlib.Path, version: int) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
-    """`publishing` of a graph and of the one that makes its vectors."""
-    # Left in reverse: a graph never stands there without what makes its inputs.
-    with (
-        publishing(base, version) as folder,
-        publishing(base.with_name(base.name + LOOKUP), version) as lookup,
-    ):
-        yield folder, lookup
+    with drafting(base, version, needed_bytes=weight_bytes(model)) as draft:
+        fill(
+            draft.folder,
+            base.name,
+            model,
+            functions,
+            _each(functions, specs),
+            _each(functions, inputs),
+        )
+        worst = replay(draft.folder, model, signatures, inputs, inputs)
+    write_serving_files(base)
+    return draft.folder, worst
 
 
 def categorical(model: Ranker, columns: Mapping[str, Any]) -> dict[str, Any]:
@@ -412,13 +446,7 @@ def fill_fed(
     return replay(folder, model, signatures, fed, inputs, tolerance)
 
 
-def write_fed_serving_files(base: pathlib.Path, schema: Schema) -> None:
-    """`write_serving_files` beside both."""
-    write_serving_files(base, lists=False)
-    lookup = base.with_name(base.name + LOOKUP)
-    write_serving_files(lookup, any(f.is_list for f in schema.categorical))
-
-
+@served_in_full
 def export_fed(
     model: Ranker,
     base_path: str | os.PathLike[str],
@@ -443,36 +471,17 @@ def export_fed(
     specs = raw_specs(model.schema)
     inputs = cast(rows, specs)
     base = pathlib.Path(base_path)
-    version = version or next_fed_version(base)
-    with publishing_fed(base, version) as (folder, lookup):
+    with drafting_fed(base, version, weight_bytes(model)) as (graph, lookup):
         lookup_specs, lookup_inputs = categorical(model, specs), categorical(model, inputs)
         fill(
-            lookup,
+            lookup.folder,
             base.name + LOOKUP,
             model,
             {DEFAULT: _lookup(model)},
             {DEFAULT: lookup_specs},
             {DEFAULT: lookup_inputs},
         )
-        worst = fill_fed(folder, base.name, model, signatures, lookup, inputs)
-    write_fed_serving_files(base, model.schema)
-    return base / str(version), worst
-
-
-def write_serving_files(base_path: pathlib.Path, lists: bool) -> None:
-    """Writes `models.config` and `batching_parameters.txt` beside the versions."""
-    files = {
-        "models.config": "model_config_list {\n  config {\n"
-        f'    name: "{base_path.name}"\n    base_path: "{base_path.resolve()}"\n'
-        '    model_platform: "tensorflow"\n  }\n}\n',
-        "batching_parameters.txt": "max_batch_size { value: 1024 }\n"
-        "batch_timeout_micros { value: 1000 }\n"
-        "max_enqueued_batches { value: 256 }\n"
-        "num_batch_threads { value: 4 }\n"
-        # Lists of different widths can only be merged when they are padded.
-        f"pad_variable_length_inputs: {str(lists).lower()}\n",
-    }
-    for name, text in files.items():
-        temporary = base_path / f".{name}.writing"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, base_path / name)
+        worst = fill_fed(graph.folder, base.name, model, signatures, lookup.folder, inputs)
+    for each in (base, base.with_name(base.name + LOOKUP)):
+        write_serving_files(each)
+    return graph.folder, worst

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypedDict, Unpack
@@ -19,11 +18,18 @@ import numpy as np
 import tensorflow as tf
 
 from qianmo.export import embedding_shards as shards
-from qianmo.export.embedding_changes import write_changes
+from qianmo.export.embedding_changes import fill_changes
+from qianmo.export.precision import served_in_full
+from qianmo.export.publishing import (
+    LOOKUP,
+    Draft,
+    drafting,
+    drafting_fed,
+    write_serving_files,
+)
 from qianmo.export.redis_loader import holds, load
 from qianmo.export.saved_model import (
     DEFAULT,
-    LOOKUP,
     STATUS,
     TOLERANCE,
     ExportError,
@@ -34,15 +40,10 @@ from qianmo.export.saved_model import (
     categorical,
     fill,
     fill_fed,
-    next_fed_version,
-    next_version,
-    publishing,
-    publishing_fed,
     raw_specs,
     replay,
     signature_heads,
-    write_fed_serving_files,
-    write_serving_files,
+    weight_bytes,
 )
 from qianmo.layers.encode import Encoded, completed, owns
 from qianmo.models.ranker import Ranker
@@ -158,7 +159,6 @@ def _embeddings(
             "Give `embedding_version` to write no embeddings, or `changes_of` to write some. "
             f"Received: {embedding_version} and {changes_of}"
         )
-    new = embedding_version is None
     folder = pathlib.Path(store or base.with_name(base.name + "_embeddings"))
 
     def point(graph: pathlib.Path) -> None:
@@ -166,31 +166,49 @@ def _embeddings(
         where = redis or os.path.relpath(folder.resolve(), assets.resolve())
         (assets / LOCATION).write_text(f"{where}\n", encoding="utf-8")
 
-    with contextlib.ExitStack() as undo:
-        if embedding_version is None:
-            embedding_version = next_version(folder)
-            written = (
-                shards.write(folder, embedding_version, tables(model, dtype))
-                if changes_of is None
-                else write_changes(folder, embedding_version, changes_of, changes(model))
-            )
-            undo.callback(shutil.rmtree, written)
-        with tempfile.TemporaryDirectory() as view:
+    with contextlib.ExitStack() as stack:
+        if embedding_version is not None:
+            draft, path = None, folder / str(embedding_version)
+        else:
+            draft = stack.enter_context(_written(model, folder, changes_of, dtype))
+            embedding_version, path = draft.version, draft.folder
+        with tempfile.TemporaryDirectory() as temporary:
             # What is checked is this embedding version, whichever is published now.
-            location = _view(pathlib.Path(view), folder, embedding_version)
+            view = pathlib.Path(temporary)
+            location = _view(view, path, embedding_version)
             opened = EmbeddingStore(
                 tf.saved_model.Asset(str(location)),
-                space=shards.space(folder / str(embedding_version)),
+                space=shards.space(path),
                 on_mismatch=on_mismatch,
             )
             with contextlib.closing(opened):  # before its folder goes
                 yield opened, point
-        # Before the graph: one that refuses other spaces must find its own at load.
-        if redis and (new or not holds(redis, folder, embedding_version)):
-            load(folder, embedding_version, redis, publish=new)
-        if new:
-            shards.publish(folder, embedding_version)
-        undo.pop_all()
+            # Before the graph: one that refuses other spaces must find its own at load.
+            if redis and (draft or not holds(redis, view, embedding_version)):
+                load(view, embedding_version, redis, publish=draft is not None)
+        if draft is not None:
+            shards.verify(draft.folder)
+            draft.commit()
+            shards.set_current(folder, draft.version)
+
+
+@contextlib.contextmanager
+def _written(
+    model: Ranker, folder: pathlib.Path, changes_of: int | None, dtype: shards.DType
+) -> Iterator[Draft]:
+    """The model's embeddings as a new version that is not yet published."""
+    described = [table for table, _ in tables(model, dtype)]
+    with drafting(
+        folder,
+        needed_bytes=sum(table.num_rows * shards.row_bytes(table) for table in described),
+        is_published=lambda version: shards.published(folder) == version,
+    ) as draft:
+        if changes_of is None:
+            shards.fill(draft.folder, draft.version, tables(model, dtype), space=draft.version)
+        else:
+            source = folder / str(changes_of)
+            fill_changes(draft.folder, draft.version, source, changes(model))
+        yield draft
 
 
 def _holding(store: EmbeddingStore) -> tf.Module:
@@ -199,6 +217,7 @@ def _holding(store: EmbeddingStore) -> tf.Module:
     return module
 
 
+@served_in_full
 def export_store(
     model: Ranker,
     base_path: str | os.PathLike[str],
@@ -248,18 +267,17 @@ def export_store(
     """
     signatures = signature_heads(model, heads)
     base = pathlib.Path(base_path)
-    version = version or next_version(base)
     specs = raw_specs(model.schema)
     inputs = cast(rows, specs)
     with (
-        publishing(base, version) as folder,
+        drafting(base, version, needed_bytes=weight_bytes(model, tables=False)) as draft,
         _embeddings(model, base, **embeddings) as (opened, point),
     ):
         functions = {
             name: _scorer(model, head, opened, timeout_ms) for name, head in signatures.items()
         }
         fill(
-            folder,
+            draft.folder,
             base.name,
             model,
             functions,
@@ -268,12 +286,13 @@ def export_store(
             _holding(opened),
             own_ops=True,
         )
-        worst = replay(folder, model, signatures, inputs, inputs, tolerance)
-        point(folder)
-    write_serving_files(base, any(f.is_list for f in model.schema.categorical))
-    return base / str(version), worst
+        worst = replay(draft.folder, model, signatures, inputs, inputs, tolerance)
+        point(draft.folder)
+    write_serving_files(base)
+    return draft.folder, worst
 
 
+@served_in_full
 def export_fed_store(
     model: Ranker,
     base_path: str | os.PathLike[str],
@@ -295,15 +314,14 @@ def export_fed_store(
     """
     signatures = signature_heads(model, heads)
     base = pathlib.Path(base_path)
-    version = version or next_fed_version(base)
     specs = raw_specs(model.schema)
     inputs = cast(rows, specs)
     with (
-        publishing_fed(base, version) as (folder, lookup),
+        drafting_fed(base, version, weight_bytes(model, tables=False)) as (graph, lookup),
         _embeddings(model, base, **embeddings) as (opened, point),
     ):
         fill(
-            lookup,
+            lookup.folder,
             base.name + LOOKUP,
             model,
             {DEFAULT: _store_lookup(model, opened, timeout_ms)},
@@ -312,15 +330,18 @@ def export_fed_store(
             _holding(opened),
             own_ops=True,
         )
-        worst = fill_fed(folder, base.name, model, signatures, lookup, inputs, tolerance)
-        point(lookup)
-    write_fed_serving_files(base, model.schema)
-    return base / str(version), worst
+        worst = fill_fed(
+            graph.folder, base.name, model, signatures, lookup.folder, inputs, tolerance
+        )
+        point(lookup.folder)
+    for each in (base, base.with_name(base.name + LOOKUP)):
+        write_serving_files(each)
+    return graph.folder, worst
 
 
-def _view(folder: pathlib.Path, store: pathlib.Path, version: int) -> pathlib.Path:
+def _view(folder: pathlib.Path, version_dir: pathlib.Path, version: int) -> pathlib.Path:
     """Makes a store that shows one version of another; returns the file that names it."""
-    (folder / str(version)).symlink_to((store / str(version)).resolve())
+    (folder / str(version)).symlink_to(version_dir.resolve())
     (folder / shards.CURRENT).write_text(f"{version}\n")
     location = folder / LOCATION
     location.write_text(f"{folder}\n")

@@ -34,17 +34,18 @@ METRICS = (
 
 
 class SupportRows(NamedTuple):
-    """Support rows of U tasks, the newest last, padded with zeros to S rows."""
+    """Support rows of U tasks by (time, event id), the newest last, padded with zeros to S rows."""
 
     h: tf.Tensor  # [U, S, dim] float32
     labels: tf.Tensor  # [U, S, num_labels] float32
     weights: tf.Tensor  # [U, S, num_labels] float32; 0: the label is undefined
     time: tf.Tensor  # [U, S] int64, of the event
+    event_id: tf.Tensor  # [U, S] int64, which tells events of one time apart
     count: tf.Tensor  # [U] int32
 
 
 class SupportStore(tf.saved_model.experimental.TrackableResource):
-    """The last rows of each task: tower inputs h with labels, times and the bottom's version.
+    """The last rows of each task: tower inputs h with labels, event and the bottom's version.
 
     It lives in the process, beside the sessions: every model version and thread that names the
     same store shares it, and it closes with the last of them. With a `path` it also lives in
@@ -62,7 +63,7 @@ class SupportStore(tf.saved_model.experimental.TrackableResource):
       name: of the store in the process.
       dim: width of h.
       num_labels: labels, and label weights, of a row.
-      max_rows: rows kept of a task, the last ones by event time.
+      max_rows: rows kept of a task, the last ones by event time and id.
       path: folder of its files, made if need be; or URL of a Redis, `redis://HOST:PORT/PREFIX` and
         what else docs/embedding_store.md names. Empty: in memory only.
       ttl_seconds: rows that were written longer ago are not returned, and their memory is freed.
@@ -73,18 +74,20 @@ class SupportStore(tf.saved_model.experimental.TrackableResource):
 
     Raises:
       tf.errors.FailedPreconditionError: the store is open with other sizes or another path, its
-        files hold rows of other sizes, or they cannot be read or written; the Redis does not
-        answer.
+        files hold rows of other sizes or an older format, or they cannot be read or written; the
+        Redis does not answer.
       RuntimeError: the ops were not compiled.
 
-    Cost: a row takes 24 + 4 * (dim + 2 * num_labels) bytes, a task 128 more. Memory is that of the
+    Cost: a row takes 32 + 4 * (dim + 2 * num_labels) bytes, a task 128 more. Memory is that of the
       rows kept: it comes and goes in pages of 512 KiB. A log that outgrows its snapshot is followed
       by a new snapshot, so the files take up to thrice the rows.
 
     Example:
       >>> store = SupportStore("clicks", dim=2, num_labels=1, max_rows=3)
       >>> h, labels, weights = tf.ones([2, 2]), tf.ones([2, 1]), tf.ones([2, 1])
-      >>> status = store.put([7, 7], h, labels, weights, time=[20, 10], version=[1, 1])
+      >>> status = store.put(
+      ...     [7, 7], h, labels, weights, time=[20, 10], event_id=[0, 0], version=[1, 1]
+      ... )
       >>> rows = store.get([7, 8], version=1)
       >>> rows.count.numpy(), rows.time.numpy()
       (array([2, 0], dtype=int32), array([[10, 20,  0],
@@ -141,9 +144,10 @@ class SupportStore(tf.saved_model.experimental.TrackableResource):
         labels: tf.Tensor,
         weights: tf.Tensor,
         time: tf.Tensor,
+        event_id: tf.Tensor,
         version: tf.Tensor,
     ) -> tf.Tensor:
-        """Stores rows; one of the same task and event time is replaced.
+        """Stores rows; one of the same task, event time and event id is replaced.
 
         A row that cannot be stored leaves its neighbours alone. A full task gives up its row of the
         earliest event. A warm-up record of a signature that puts should have time 0, which stores
@@ -155,6 +159,7 @@ class SupportStore(tf.saved_model.experimental.TrackableResource):
           labels: float32 [N, num_labels].
           weights: float32 [N, num_labels], at least 0; where one is 0 the label is undefined.
           time: int64 [N], of the event, positive, in any unit.
+          event_id: int64 [N], any value, which tells events of one task and time apart.
           version: int64 [N], of the bottom that made h.
 
         Returns:
@@ -162,7 +167,7 @@ class SupportStore(tf.saved_model.experimental.TrackableResource):
           `NO_MEMORY` and `UNREACHABLE`.
         """
         return library().qianmo_support_put(
-            self.resource_handle, task_id, h, labels, weights, time, version
+            self.resource_handle, task_id, h, labels, weights, time, event_id, version
         )
 
     def get(self, task_id: tf.Tensor, version: tf.Tensor, max_rows: int = 0) -> SupportRows:

@@ -167,6 +167,7 @@ def run(_: list[str]) -> None:
     values = flags.FLAGS
     paths.check_folder(values.model_base_path)
     from qianmo.export.adapted import export_adapted
+    from qianmo.export.publishing import check_free
     from qianmo.export.retrieval import export_retrieval
     from qianmo.export.saved_model import export_fed, export_in_graph
     from qianmo.export.store import export_fed_store, export_store
@@ -175,6 +176,7 @@ def run(_: list[str]) -> None:
     from qianmo.pipelines.data.replay import columns, first_rows
     from qianmo.pipelines.evaluation import adapted, retrieval
 
+    check_free(values.model_base_path)
     exporters = {"in_graph": export_in_graph, "fed": export_fed, "store": export_store}
     model, recipe = run_dir.load(values.model_dir)
     model = adapted.as_served(model, values.inner_steps, values.min_support)
@@ -234,6 +236,8 @@ def run(_: list[str]) -> None:
         )
     size = sum(p.stat().st_size for p in pathlib.Path(folder).rglob("*") if p.is_file())
     print(f"{folder}: {size:,} bytes; largest difference to the Keras model {worst:.1e}")
+    if recipe.train.dtype_policy.startswith("mixed_"):
+        print(f"trained in {recipe.train.dtype_policy}; it serves in float32, as it was compared")
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ keep their paths and names either way, and so do the clients.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import pathlib
 import shutil
@@ -82,6 +83,61 @@ def define_flags() -> None:
         )
 
 
+def check_paths(values: flags.FlagValues) -> None:
+    """Looks at the paths that the flags name.
+
+    Raises:
+      ValueError: one is not there, or holds no model.
+    """
+    files = [("custom_op_path", path) for path in values.custom_op_path]
+    for flag in ("model_config_file", "batching_parameters_file"):
+        files.append((flag, values[flag].value))
+    for flag, path in files:
+        if path and not os.path.isfile(path):
+            raise ValueError(f"--{flag}={path} should name a file. There is none.")
+    base = values.model_base_path
+    if base and "://" not in base and newest_version(base) is None:
+        raise ValueError(
+            f"--model_base_path={base} should hold a folder named by a version number with a "
+            "SavedModel in it. Export a model there first."
+        )
+
+
+def newest_version(base_path: str) -> pathlib.Path | None:
+    """Folder of the highest version, if there is one."""
+    found = [
+        path.parent
+        for path in pathlib.Path(base_path).glob("*/saved_model.pb")
+        if path.parent.name.isdigit()
+    ]
+    return max(found, key=lambda path: int(path.name), default=None)
+
+
+def check_ops(server: str, version: pathlib.Path | None) -> None:
+    """Looks whether a server has this package's ops, if a version needs them.
+
+    Raises:
+      ValueError: it is a program in which they are not linked, nor are they preloaded.
+    """
+    if version is None or not _holds(version / "saved_model.pb", b"Qianmo>"):
+        return
+    program = pathlib.Path(server)
+    is_compiled = program.open("rb").read(4) == b"\x7fELF"  # a script may start any server
+    if is_compiled and not _holds(program, b"Qianmo>") and "LD_PRELOAD" not in os.environ:
+        raise ValueError(
+            f"{version} holds ops of this package, which {server} has not linked in. Link them in "
+            "(docs/embedding_store.md), give --embedded, or export a form of stock ops."
+        )
+
+
+def _holds(path: pathlib.Path, text: bytes) -> bool:
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
+        return data.find(text) >= 0
+
+
 def find_server() -> str | None:
     """Path of the genuine model server, or None where there is none.
 
@@ -103,6 +159,8 @@ def server_command(server: str, values: flags.FlagValues) -> list[str]:
         f"--rest_api_port={values.rest_api_port or _free_port()}",
         f"--rest_api_num_threads={values.rest_api_num_threads}",
         f"--grpc_max_threads={values.grpc_max_threads or 256}",
+        # Five by default, a minute apart each: a model that cannot be loaded is told in one.
+        "--max_num_load_retries=1",
         f"--tensorflow_intra_op_parallelism={values.tensorflow_intra_op_parallelism}",
         f"--tensorflow_inter_op_parallelism={values.tensorflow_inter_op_parallelism}",
         "--enable_grpc_healthcheck_service=true",
@@ -255,6 +313,7 @@ def run(_: Sequence[str]) -> None:
     if bool(values.model_base_path) == bool(values.model_config_file):
         raise app.UsageError("give either --model_base_path or --model_config_file.")
     server = None if values.embedded else find_server()
+    check_paths(values)
     check_ports(values.host if server is None else "", values)
     if server is None:
         serve_embedded(values)
@@ -264,6 +323,8 @@ def run(_: Sequence[str]) -> None:
             f"--custom_op_path is for the embedded server, --embedded; {server} must have its "
             "ops linked in."
         )
+    if values.model_base_path and "://" not in values.model_base_path:
+        check_ops(server, newest_version(values.model_base_path))
     command = server_command(server, values)
     logging.warning(
         "%s binds gRPC and REST on all interfaces, whatever --host says; use a firewall, or "

@@ -17,8 +17,8 @@ def content(task: int, when: int, salt: int = 0) -> np.ndarray:
 
 
 def put(store: SupportStore, events: Sequence[tuple[int, ...]], version: int = 1) -> list[int]:
-    """Puts a row for each (task, time) or (task, time, salt); returns the status."""
-    rows = np.array([content(*event) for event in events])
+    """Puts a row for each (task, time[, salt[, event id]]); returns the status."""
+    rows = np.array([content(*event[:3]) for event in events])
     return (
         store.put(
             task_id=np.array([event[0] for event in events], np.int64),
@@ -26,6 +26,7 @@ def put(store: SupportStore, events: Sequence[tuple[int, ...]], version: int = 1
             labels=rows[:, DIM:],
             weights=np.ones([len(events), LABELS], np.float32),
             time=np.array([event[1] for event in events], np.int64),
+            event_id=np.array([event[3] if event[3:] else 0 for event in events], np.int64),
             version=np.full(len(events), version, np.int64),
         )
         .numpy()
@@ -33,18 +34,27 @@ def put(store: SupportStore, events: Sequence[tuple[int, ...]], version: int = 1
     )
 
 
-def get(store: SupportStore, task: int, version: int = 1) -> dict[int, int]:
-    """Time -> salt of a task's rows, in their order, after a look at every number."""
+def get_events(store: SupportStore, task: int, version: int = 1) -> dict[tuple[int, int], int]:
+    """(time, event id) -> salt of a task's rows, in their order, after a look at every number."""
     found = SupportRows(*(part.numpy()[0] for part in store.get([task], version)))
     salts = {}
-    for i, when in enumerate(found.time[: found.count].tolist()):
-        salts[when] = int((found.h[i, 0] - content(task, when)[0]) * 8)
+    for i in range(found.count):
+        when, event = int(found.time[i]), int(found.event_id[i])
+        salts[when, event] = int((found.h[i, 0] - content(task, when)[0]) * 8)
         row = np.concatenate([found.h[i], found.labels[i]])
-        np.testing.assert_array_equal(row, content(task, when, salts[when]))
+        np.testing.assert_array_equal(row, content(task, when, salts[when, event]))
         assert (found.weights[i] == 1).all()
-    assert not any(part[found.count :].any() for part in found[:4])
+    assert len(salts) == found.count
+    assert not any(part[found.count :].any() for part in found[:5])
     assert list(salts) == sorted(salts)
     return salts
+
+
+def get(store: SupportStore, task: int, version: int = 1) -> dict[int, int]:
+    """The same where event ids are 0: time -> salt."""
+    found = get_events(store, task, version)
+    assert {event for _, event in found} <= {0}
+    return {when: salt for (when, _), salt in found.items()}
 
 
 def stats(store: SupportStore) -> dict[str, int]:

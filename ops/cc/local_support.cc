@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <filesystem>
+#include <limits>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -108,8 +110,15 @@ bool LocalSupport::ReadFiles(std::string* error) {
   std::sort(snapshots.begin(), snapshots.end());
   std::sort(logs.begin(), logs.end());
 
-  const auto put = [this](int64_t task, const char* row) {
-    table_.Load(task, row);
+  // Of rows from the future nobody knows how old they are: the clock is behind,
+  // or was ahead when they were written.
+  const int64_t until = options_.limits.ttl_micros > 0
+                            ? options_.clock()
+                            : std::numeric_limits<int64_t>::max();
+  const auto put = [this, until](int64_t task, const char* row) {
+    RowHead head;
+    std::memcpy(&head, row, sizeof(head));
+    if (head.written <= until) table_.Load(task, row);
   };
   const auto drop = [this](int64_t task) { table_.Drop(task); };
   LogContent content;
@@ -149,7 +158,7 @@ void LocalSupport::Put(const SupportBatch& rows, int32_t* status) {
   for (size_t i = 0; i < rows.num_rows; ++i) {
     status[i] = PackRow(shape(), rows.h + i * dim, rows.labels + i * num_labels,
                         rows.weights + i * num_labels, rows.time[i],
-                        rows.version[i], row.data());
+                        rows.event[i], rows.version[i], row.data());
     if (status[i] != kStored) continue;
     status[i] = table_.Put(rows.task[i], row.data());
     for (int j = 0; j < kEvictedPerRow && table_.EvictOldest(); ++j) {
@@ -163,10 +172,10 @@ void LocalSupport::Get(const int64_t* tasks, size_t num_tasks, int64_t version,
   const size_t dim = shape().dim, num_labels = shape().num_labels;
   for (size_t i = 0; i < num_tasks; ++i) {
     const size_t first = i * room.max_rows;
-    room.count[i] =
-        table_.Get(tasks[i], version, room.max_rows, room.h + first * dim,
-                   room.labels + first * num_labels,
-                   room.weights + first * num_labels, room.time + first);
+    room.count[i] = table_.Get(
+        tasks[i], version, room.max_rows, room.h + first * dim,
+        room.labels + first * num_labels, room.weights + first * num_labels,
+        room.time + first, room.event + first);
   }
 }
 

@@ -60,14 +60,14 @@ using Moments = std::vector<int64_t>;
 
 // A row all of whose numbers tell task, time and salt.
 int32_t Put(SupportStore* store, int64_t task, int64_t time, int salt = 0,
-            int64_t version = 1) {
+            int64_t version = 1, int64_t event = 0) {
   const float value = task * 10000 + time * 10 + salt;
   const std::vector<float> h(kDim, value), labels(kLabels, -value);
   const std::vector<float> weights(kLabels, value + 1);
   int32_t status;
-  store->Put(
-      {1, &task, h.data(), labels.data(), weights.data(), &time, &version},
-      &status);
+  store->Put({1, &task, h.data(), labels.data(), weights.data(), &time, &event,
+              &version},
+             &status);
   return status;
 }
 
@@ -75,9 +75,10 @@ int32_t Put(SupportStore* store, int64_t task, int64_t time, int salt = 0,
 Moments Times(SupportStore* store, int64_t task, int64_t version = 1,
               int32_t max_rows = kRows) {
   float h[kRows * kDim], labels[kRows * kLabels], weights[kRows * kLabels];
-  int64_t time[kRows];
+  int64_t time[kRows], event[kRows];
   int32_t n;
-  store->Get(&task, 1, version, {max_rows, h, labels, weights, time, &n});
+  store->Get(&task, 1, version,
+             {max_rows, h, labels, weights, time, event, &n});
   for (int32_t i = 0; i < n; ++i) {
     const float value = h[i * kDim];
     const float salt = value - task * 10000 - time[i] * 10;
@@ -87,9 +88,69 @@ Moments Times(SupportStore* store, int64_t task, int64_t version = 1,
       CHECK(labels[i * kLabels + j] == -value);
       CHECK(weights[i * kLabels + j] == value + 1);
     }
-    CHECK(i == 0 || time[i - 1] < time[i]);
+    CHECK(i == 0 || time[i - 1] < time[i] ||
+          (time[i - 1] == time[i] && event[i - 1] < event[i]));
   }
   return {time, time + n};
+}
+
+// Of an hour forward, an hour back and any other way of setting the system's
+// clock, rows live as long as the steady one says.
+void NoSettingOfTheClockKeepsRowsForLonger() {
+  constexpr int64_t kHour = 3600 * kSecond, kTtl = 600 * kSecond;
+  static std::atomic<int64_t> wall{9 * kHour}, steady{5};
+  Folder folder;
+  auto options = Options(folder / "store");
+  options.clock = [] { return wall.load(); };
+  options.steady = [] { return steady.load(); };
+  options.limits.ttl_micros = kTtl;
+  auto store = Open(options);
+  Put(store.get(), 1, 1);
+  wall += kHour;
+  Put(store.get(), 2, 1);
+  CHECK(Times(store.get(), 1).size() == 1);  // an hour has not passed
+  wall -= kHour;
+  Put(store.get(), 3, 1);
+  wall -= kHour;
+  Put(store.get(), 4, 1);
+  wall += kHour + kTtl;
+  steady += kTtl - 1;
+  for (int64_t task = 1; task <= 4; ++task) {
+    CHECK(Times(store.get(), task).size() == 1);
+  }
+  store.reset();  // as files say, too
+  wall -= 1;
+  store = Open(options);
+  for (int64_t task = 1; task <= 4; ++task) {
+    CHECK(Times(store.get(), task).size() == 1);
+  }
+  // After so many writes in a microsecond their times are apart, and ahead.
+  wall += 100, steady += 100;
+  for (int64_t task = 1; task <= 4; ++task) {
+    CHECK(Times(store.get(), task).empty());
+  }
+  // A process that starts while the clock is ahead leaves rows of the future.
+  wall += kHour;
+  store.reset();
+  store = Open(options);
+  Put(store.get(), 5, 1);
+  store.reset();
+  wall -= kHour;
+  store = Open(options);
+  CHECK(Times(store.get(), 5).empty());
+  options.limits.ttl_micros = 0;  // then nobody asks how old they are
+  store.reset();
+  CHECK(Times(Open(options).get(), 5).size() == 1);
+}
+
+// Tasks and times of a store in a folder, as it opens again.
+std::vector<Moments> Reopened(const std::string& path, int64_t tasks) {
+  auto store = Open(Options(path));
+  std::vector<Moments> found;
+  for (int64_t task = 0; task < tasks; ++task) {
+    found.push_back(Times(store.get(), task));
+  }
+  return found;
 }
 
 void PagesComeAndGo() {
@@ -141,6 +202,45 @@ void ATaskKeepsItsLastEvents() {
   CHECK(store->Stats().refused == 6);
 }
 
+void EventsOfOneTimeAreToldApart() {
+  Folder folder;
+  const std::string path = folder / "store";
+  auto store = Open(Options(path));
+  const int64_t ids[] = {3, -1, 2, 3, INT64_MAX, INT64_MIN};
+  for (const int64_t event : ids) {
+    CHECK(Put(store.get(), 1, 50, 0, 1, event) == kStored);
+  }
+  CHECK(Times(store.get(), 1) == Moments(5, 50));
+  CHECK(Put(store.get(), 1, 50, 7, 1, 2) == kStored);  // replaces
+  CHECK(Times(store.get(), 1) == Moments(5, 50));
+  CHECK(Put(store.get(), 1, 49, 0, 1, 9) == kStored);
+  CHECK(Put(store.get(), 1, 51, 0, 1, -9) == kStored);
+  CHECK((Times(store.get(), 1) == Moments{50, 50, 50, 50, 50, 51}));
+  CHECK(Put(store.get(), 1, 49, 0, 1, 9) == kTooOld);
+  CHECK(Put(store.get(), 1, 50, 0, 1, INT64_MIN) == kStored);
+  store.reset();
+  CHECK((Reopened(path, 2)[1] == Moments{50, 50, 50, 50, 50, 51}));
+}
+
+void FilesOfAnOlderFormatAreRefused() {
+  Folder folder;
+  const std::string path = folder / "store";
+  Put(Open(Options(path)).get(), 1, 50);
+  std::string header = "QIANMOS1";
+  const int32_t sizes[] = {kDim, kLabels};
+  header.append(reinterpret_cast<const char*>(sizes), sizeof(sizes));
+  const uint64_t sum = Checksum(header.data(), header.size());
+  header.append(reinterpret_cast<const char*>(&sum), sizeof(sum));
+  std::FILE* const log = std::fopen((path + "/0.log").c_str(), "r+");
+  CHECK(log != nullptr);
+  CHECK(std::fwrite(header.data(), header.size(), 1, log) == 1);
+  CHECK(std::fclose(log) == 0);
+  std::string error;
+  CHECK(!LocalSupport::Open(Options(path), &error));
+  CHECK(error.find("/0.log` holds rows of format 1") != std::string::npos);
+  CHECK(fs::file_size(path + "/0.log") > header.size());  // left as it was
+}
+
 // All sizes of tasks, which grow beside each other and go in any order.
 void MemoryFollowsTheRows() {
   auto options = Options();
@@ -162,10 +262,10 @@ void MemoryFollowsTheRows() {
   static_cast<LocalSupport*>(store.get())->Evict();
   CHECK(store->Stats().tasks == 247 && store->Stats().evicted == 493);
   float h[37 * kDim], labels[37 * kLabels], weights[37 * kLabels];
-  int64_t time[37];
+  int64_t time[37], event[37];
   for (int64_t task = 0; task < 740; ++task) {
     int32_t n;
-    store->Get(&task, 1, 1, {37, h, labels, weights, time, &n});
+    store->Get(&task, 1, 1, {37, h, labels, weights, time, event, &n});
     CHECK(n == (task % 3 == 0 ? task % 37 + 1 : 0));
     for (int32_t i = 0; i < n; ++i) {
       CHECK(time[i] == i + 1 && h[i * kDim] == task * 10000 + time[i] * 10);
@@ -205,16 +305,6 @@ void RowsPassTheirTimeOneByOne() {
   now += 4 * kSecond;
   store->Evict();
   CHECK(store->Stats().tasks == 0 && store->Stats().bytes == 0);
-}
-
-// Tasks and times of a store in a folder, as it opens again.
-std::vector<Moments> Reopened(const std::string& path, int64_t tasks) {
-  auto store = Open(Options(path));
-  std::vector<Moments> found;
-  for (int64_t task = 0; task < tasks; ++task) {
-    found.push_back(Times(store.get(), task));
-  }
-  return found;
 }
 
 void FilesGiveBackWhatWasPut() {
@@ -457,8 +547,11 @@ int main() {
   qianmo::PagesComeAndGo();
   qianmo::AnyChangeOfAWordShows();
   qianmo::ATaskKeepsItsLastEvents();
+  qianmo::EventsOfOneTimeAreToldApart();
+  qianmo::FilesOfAnOlderFormatAreRefused();
   qianmo::MemoryFollowsTheRows();
   qianmo::RowsPassTheirTimeOneByOne();
+  qianmo::NoSettingOfTheClockKeepsRowsForLonger();
   qianmo::FilesGiveBackWhatWasPut();
   qianmo::SnapshotsAreTakenWhileWritersWrite();
   qianmo::ASnapshotThatFailsLosesNothing();

@@ -20,39 +20,53 @@ constexpr size_t kRowsAtOnce = 256, kTasksAtOnce = 1024;
 constexpr size_t kBytesAtOnce = size_t{8} << 20;  // to read
 constexpr size_t kIdChars = 20;
 
-// KEYS: of the task. ARGV: bytes of a row, rows of a task at most, the time
-// (microseconds since 1970) until which rows were written that are past theirs,
-// -1 for none, then rows. Returns a byte for each of them, its SupportStatus.
+// KEYS: of the task. ARGV: bytes of a row, rows of a task at most, their
+// time-to-live (microseconds, 0 for ever), the writer's clock (microseconds
+// since 1970), then rows. Returns a byte for each of them, its SupportStatus.
+//
+// Of the clocks of the writer and of the Redis the one that is behind counts,
+// so that one that is ahead does not date rows into the future.
 //
 // Lua's numbers are exact up to 2^53, which times of writing stay below until
-// the year 2255. Those of events may be larger, hence halves of them.
+// the year 2255. Those of events, and their ids, may be larger, hence halves.
 constexpr char kPutScript[] = R"lua(
-local size, most, past = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local size, most, ttl = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local clock = redis.call('TIME')
+local now = math.min(tonumber(ARGV[4]), clock[1] * 1000000 + clock[2])
+local past = ttl > 0 and now - ttl or -1
 local old = redis.call('GET', KEYS[1]) or ''
 if #old % size ~= 0 then
   return redis.error_reply('the rows of ' .. KEYS[1] .. ' cannot be read')
 end
 local rows, status, last = {}, {}, 0
-local function written(row) return (struct.unpack('<I8', row, 17)) end
+local function written(row) return (struct.unpack('<I8', row, 25)) end
+local function order(one, two, at)
+  local low1, high1 = struct.unpack('<I4i4', one, at)
+  local low2, high2 = struct.unpack('<I4i4', two, at)
+  if high1 ~= high2 then return high1 - high2 end
+  return low1 - low2
+end
 local function later(one, two)
-  local low1, high1 = struct.unpack('<I4I4', one)
-  local low2, high2 = struct.unpack('<I4I4', two)
-  return high1 > high2 or high1 == high2 and low1 > low2
+  local time = order(one, two, 1)
+  return time > 0 or time == 0 and order(one, two, 9) > 0
 end
 for at = 1, #old, size do
   local row = old:sub(at, at + size - 1)
   local when = written(row)
   if when > past then
     rows[#rows + 1] = row
-    last = math.max(last, when)
+    last = math.max(last, math.min(when, now))
   end
 end
 while #rows > most do table.remove(rows, 1) end
-for i = 4, #ARGV do
+for i = 5, #ARGV do
   local row, at = ARGV[i], #rows
+  if written(row) > now then
+    row = row:sub(1, 24) .. struct.pack('<I8', now) .. row:sub(33)
+  end
   while at > 0 and later(rows[at], row) do at = at - 1 end
-  status[i - 3] = '\0'
-  if at > 0 and rows[at]:sub(1, 8) == row:sub(1, 8) then
+  status[i - 4] = '\0'
+  if at > 0 and rows[at]:sub(1, 16) == row:sub(1, 16) then
     rows[at] = row
   elseif #rows < most then
     table.insert(rows, at + 1, row)
@@ -60,12 +74,12 @@ for i = 4, #ARGV do
     table.remove(rows, 1)
     table.insert(rows, at, row)
   else
-    status[i - 3] = '\8'
+    status[i - 4] = '\8'
   end
-  if status[i - 3] == '\0' then last = math.max(last, written(row)) end
+  if status[i - 4] == '\0' then last = math.max(last, written(row)) end
 end
 local value = table.concat(rows)
-if past < 0 then
+if ttl == 0 then
   redis.call('SET', KEYS[1], value)
 else
   -- A row that is imported may have passed its time on the way.
@@ -141,7 +155,7 @@ RedisSupport::RedisSupport(const SupportOptions& options,
                            std::shared_ptr<RedisClient> client)
     : SupportStore(options),
       client_(std::move(client)),
-      keys_(client_->url().prefix + ":" + std::to_string(shape().dim) + "x" +
+      keys_(client_->url().prefix + ":v2:" + std::to_string(shape().dim) + "x" +
             std::to_string(shape().num_labels) + ":"),
       keys_hash_(RedisHash(keys_)),
       row_bytes_(shape().row_bytes()),
@@ -159,7 +173,8 @@ int64_t RedisSupport::ExpiredUntil() const {
 std::string RedisSupport::Write(Row* rows, size_t num_rows) {
   const std::string row_bytes = std::to_string(row_bytes_);
   const std::string max_rows = std::to_string(shape().max_rows);
-  const std::string until = std::to_string(ExpiredUntil());
+  const std::string ttl = std::to_string(ttl_micros_);
+  const std::string now = std::to_string(options_.clock());
   TaskKeys tasks(keys_, keys_hash_, num_rows);
   std::vector<size_t> begins;  // of each task's rows
   for (size_t i = 0; i < num_rows; ++i) {
@@ -169,12 +184,12 @@ std::string RedisSupport::Write(Row* rows, size_t num_rows) {
   }
   begins.push_back(num_rows);
   const auto add = [&](size_t key, RedisConnection* connection) {
-    connection->AddCommand(7 + begins[key + 1] - begins[key]);
+    connection->AddCommand(8 + begins[key + 1] - begins[key]);
     for (const std::string_view word :
          {std::string_view("EVAL"), std::string_view(kPutScript),
           std::string_view("1"), tasks.keys()[key].text,
           std::string_view(row_bytes), std::string_view(max_rows),
-          std::string_view(until)}) {
+          std::string_view(ttl), std::string_view(now)}) {
       connection->AddWord(word);
     }
     for (size_t i = begins[key]; i < begins[key + 1]; ++i) {
@@ -218,9 +233,10 @@ void RedisSupport::Put(const SupportBatch& rows, int32_t* status) {
     for (; next < order.size() && good.size() < kRowsAtOnce; ++next) {
       const size_t i = order[next];
       char* const row = bytes.data() + good.size() * row_bytes_;
-      status[i] = PackRow(
-          shape(), rows.h + i * dim, rows.labels + i * num_labels,
-          rows.weights + i * num_labels, rows.time[i], rows.version[i], row);
+      status[i] =
+          PackRow(shape(), rows.h + i * dim, rows.labels + i * num_labels,
+                  rows.weights + i * num_labels, rows.time[i], rows.event[i],
+                  rows.version[i], row);
       if (status[i] != kStored) continue;
       std::memcpy(row + offsetof(RowHead, written), &now, sizeof(now));
       good.push_back({rows.task[i], row, kStored});
@@ -254,7 +270,7 @@ void RedisSupport::Get(const int64_t* tasks, size_t num_tasks, int64_t version,
             shape(), value.data, static_cast<int32_t>(value.size / row_bytes_),
             version, until, room.max_rows, room.h + first * dim,
             room.labels + first * num_labels, room.weights + first * num_labels,
-            room.time + first, &refused);
+            room.time + first, room.event + first, &refused);
         ++(room.count[i] > 0 ? hits_ : misses_);
       }
     }

@@ -3,13 +3,13 @@
 //
 // Of prefix P, rows of 64 numbers with 3 labels:
 //
-//   P:64x3:42    the rows of task 42, one behind the other, oldest event first
+//   P:v2:64x3:42   the rows of task 42, one behind the other, oldest first
 //
-// Rows are those of support_row.h. Each write is a script of one key, which
-// Redis runs alone: it puts rows where they belong, lets go of those past their
-// time, and sets when the key expires. Stores of another dim or num_labels have
-// other keys. All that share a key should name the same max_rows: one of fewer
-// trims a task when it writes.
+// Rows are those of support_row.h; v2 is their format. Each write is a script
+// of one key, which Redis runs alone: it puts rows where they belong, lets go
+// of those past their time, and sets when the key expires. Stores of another
+// dim or num_labels have other keys. All that share a key should name the same
+// max_rows: one of fewer trims a task when it writes.
 
 #ifndef QIANMO_OPS_CC_REDIS_SUPPORT_H_
 #define QIANMO_OPS_CC_REDIS_SUPPORT_H_

@@ -159,7 +159,7 @@ std::unique_ptr<SupportStore> Open(const SupportOptions& options) {
 std::string Row(int64_t time, int64_t version, int64_t written) {
   const float h[] = {1, 2, static_cast<float>(time)}, labels[] = {0, 1};
   std::string row(kShape.row_bytes(), 'x');
-  CHECK(PackRow(kShape, h, labels, labels, time, version, row.data()) == 0);
+  CHECK(PackRow(kShape, h, labels, labels, time, 0, version, row.data()) == 0);
   std::memcpy(row.data() + offsetof(RowHead, written), &written, 8);
   return row;
 }
@@ -171,7 +171,7 @@ std::vector<int32_t> Put(SupportStore* store, const std::vector<int64_t>& tasks,
   const std::vector<int64_t> versions(n, 5);
   std::vector<int32_t> status(n, -1);
   store->Put({n, tasks.data(), h.data(), labels.data(), labels.data(),
-              times.data(), versions.data()},
+              times.data(), times.data(), versions.data()},
              status.data());
   return status;
 }
@@ -182,11 +182,11 @@ std::vector<std::vector<int64_t>> Get(SupportStore* store,
                                       int32_t max_rows = 4) {
   const size_t n = tasks.size() * static_cast<size_t>(max_rows);
   std::vector<float> h(n * 3), labels(n * 2), weights(n * 2);
-  std::vector<int64_t> time(n);
+  std::vector<int64_t> time(n), event(n);
   std::vector<int32_t> count(tasks.size());
   store->Get(tasks.data(), tasks.size(), 5,
              {max_rows, h.data(), labels.data(), weights.data(), time.data(),
-              count.data()});
+              event.data(), count.data()});
   std::vector<std::vector<int64_t>> found;
   for (size_t i = 0; i < tasks.size(); ++i) {
     const size_t first = i * static_cast<size_t>(max_rows);
@@ -222,15 +222,15 @@ void RowsAreReadAndBadValuesAreNot() {
     CHECK(words[0] == "MGET");
     std::string reply = "*" + std::to_string(words.size() - 1) + "\r\n";
     for (size_t i = 1; i < words.size(); ++i) {
-      if (words[i] == "p:3x2:1") {
+      if (words[i] == "p:v2:3x2:1") {
         reply += Bulk(good);
-      } else if (words[i] == "p:3x2:-2") {
+      } else if (words[i] == "p:v2:3x2:-2") {
         reply += Bulk(Row(2, 5, old) + Row(9, 5, kNow));
-      } else if (words[i] == "p:3x2:3") {
+      } else if (words[i] == "p:v2:3x2:3") {
         reply += Bulk(good.substr(1));
-      } else if (words[i] == "p:3x2:4") {
+      } else if (words[i] == "p:v2:3x2:4") {
         reply += "-ERR no\r\n";
-      } else if (words[i] == "p:3x2:5") {
+      } else if (words[i] == "p:v2:3x2:5") {
         reply += Bulk("");
       } else {
         reply += "$-1\r\n";
@@ -301,10 +301,10 @@ void RowsArePutTaskByTask() {
     if (words[0] == "MGET") return "*1\r\n$-1\r\n";
     CHECK(words[0] == "EVAL" && words[2] == "1");
     const std::string& key = words[3];
-    if (key == "p:3x2:8") return "-OOM command not allowed\r\n";
-    if (key == "p:3x2:9") return Bulk("more than there are");
-    std::string status(words.size() - 7, '\0');
-    if (key == "p:3x2:7") status[1] = kTooOld;
+    if (key == "p:v2:3x2:8") return "-OOM command not allowed\r\n";
+    if (key == "p:v2:3x2:9") return Bulk("more than there are");
+    std::string status(words.size() - 8, '\0');
+    if (key == "p:v2:3x2:7") status[1] = kTooOld;
     return Bulk(status);
   });
   auto options = Options(redis.url());
@@ -317,12 +317,13 @@ void RowsArePutTaskByTask() {
   const auto commands = redis.Commands();
   CHECK(commands.size() == 3);
   const Words& seven = commands[0];
-  CHECK(seven.size() == 10 && seven[3] == "p:3x2:7");
+  CHECK(seven.size() == 11 && seven[3] == "p:v2:3x2:7");
   CHECK(seven[4] == std::to_string(kShape.row_bytes()) && seven[5] == "4");
-  CHECK(seven[6] == std::to_string(kNow - 10 * kSecond));
+  CHECK(seven[6] == std::to_string(10 * kSecond));
+  CHECK(seven[7] == std::to_string(kNow));
   for (size_t i = 0; i < 3; ++i) {
     RowHead head;
-    std::memcpy(&head, seven[7 + i].data(), sizeof(head));
+    std::memcpy(&head, seven[8 + i].data(), sizeof(head));
     const int64_t times[] = {5, 2, 3};  // in the order in which they came
     CHECK(head.time == times[i] && head.version == 5 && head.written == kNow);
   }
@@ -336,21 +337,43 @@ void RowsArePutTaskByTask() {
   }
 }
 
+// The system's clock is asked when the store opens, and not again.
+void AClockThatIsSetChangesNothing() {
+  FakeRedis redis([&](const Words& words) -> std::string {
+    if (words[0] == "MGET") return "*1\r\n$-1\r\n";
+    return Bulk(std::string(words.size() - 8, '\0'));
+  });
+  static std::atomic<int64_t> wall{kNow}, steady{7};
+  auto options = Options(redis.url());
+  options.clock = [] { return wall.load(); };
+  options.steady = [] { return steady.load(); };
+  const auto store = Open(options);
+  redis.Commands();
+  wall += 3600 * kSecond;
+  steady += kSecond;
+  Put(store.get(), {1}, {1});
+  const Words put = redis.Commands()[0];
+  RowHead head;
+  std::memcpy(&head, put[8].data(), sizeof(head));
+  CHECK(head.written == kNow + kSecond);
+  CHECK(put[7] == std::to_string(kNow + kSecond));
+}
+
 void ExportsAreThoseOfALocalStore() {
   const std::string rows = Row(3, 5, kNow - 1) + Row(4, 5, kNow);
-  std::string second_page = Bulk("0") + "*2\r\n" + Bulk("p:3x2:-7") +
-                            Bulk("p:3x2:8");  // the latter is gone by then
+  std::string second_page = Bulk("0") + "*2\r\n" + Bulk("p:v2:3x2:-7") +
+                            Bulk("p:v2:3x2:8");  // the latter is gone by then
   FakeRedis redis([&](const Words& words) -> std::string {
     if (words[0] == "SCAN") {
-      CHECK(words[2] == "MATCH" && words[3] == "p:3x2:*");
+      CHECK(words[2] == "MATCH" && words[3] == "p:v2:3x2:*");
       return "*2\r\n" + (words[1] == "0"
-                             ? Bulk("12") + "*1\r\n" + Bulk("p:3x2:2")
+                             ? Bulk("12") + "*1\r\n" + Bulk("p:v2:3x2:2")
                              : second_page);
     }
-    if (words[0] == "EVAL") return Bulk(std::string(words.size() - 7, '\0'));
+    if (words[0] == "EVAL") return Bulk(std::string(words.size() - 8, '\0'));
     std::string reply = "*" + std::to_string(words.size() - 1) + "\r\n";
     for (size_t i = 1; i < words.size(); ++i) {
-      reply += words[i] == "p:3x2:8" ? "$-1\r\n" : Bulk(rows);
+      reply += words[i] == "p:v2:3x2:8" ? "$-1\r\n" : Bulk(rows);
     }
     return reply;
   });
@@ -367,13 +390,14 @@ void ExportsAreThoseOfALocalStore() {
   redis.Commands();
   CHECK(store->Import(path, &error));
   const auto commands = redis.Commands();
-  CHECK(commands.size() == 2 && commands[0][3] == "p:3x2:-7");
-  CHECK(commands[1][3] == "p:3x2:2" && commands[1][6] == "-1");
-  CHECK(commands[1][7] + commands[1][8] == rows);  // times of writing too
+  CHECK(commands.size() == 2 && commands[0][3] == "p:v2:3x2:-7");
+  CHECK(commands[1][3] == "p:v2:3x2:2" && commands[1][6] == "0");
+  CHECK(commands[1][8] + commands[1][9] == rows);  // times of writing too
 
-  second_page = Bulk("0") + "*1\r\n" + Bulk("p:3x2:2x");
+  second_page = Bulk("0") + "*1\r\n" + Bulk("p:v2:3x2:2x");
   CHECK(!store->Export(path, &error));
-  CHECK(error.find("key p:3x2:2x: it is none of a task") != std::string::npos);
+  CHECK(error.find("key p:v2:3x2:2x: it is none of a task") !=
+        std::string::npos);
   second_page = "+no\r\n+list\r\n";
   CHECK(!store->Export(path, &error));
   CHECK(error.find("its list of keys cannot be read") != std::string::npos);
@@ -419,6 +443,7 @@ int main() {
   qianmo::LargeTasksAreReadFewAtATime();
   qianmo::TasksThatMoveAreAskedFor();
   qianmo::RowsArePutTaskByTask();
+  qianmo::AClockThatIsSetChangesNothing();
   qianmo::ExportsAreThoseOfALocalStore();
   qianmo::ADeadRedisIsCounted();
   qianmo::StatsAreThoseOfTheRedis();

@@ -14,8 +14,9 @@ namespace qianmo {
 namespace {
 
 constexpr size_t kWord = 8;
-constexpr char kHeader[] = "QIANMOS1", kPut[] = "QSPUTROW",
+constexpr char kHeader[] = "QIANMOS2", kPut[] = "QSPUTROW",
                kDrop[] = "QSDROPTK";
+constexpr char kOlderHeader[] = "QIANMOS1";  // of rows without event ids
 constexpr size_t kHeaderBytes = 3 * kWord, kDropBytes = 3 * kWord;
 
 template <typename T>
@@ -114,7 +115,12 @@ bool ReadLog(const std::string& path, const SupportShape& shape,
   const char* const end = begin + size;
   const size_t put_bytes = 2 * kWord + shape.row_bytes() + kWord;
   content->header_ok = IsRecord(begin, end, kHeader, kHeaderBytes);
-  bool fits = true;
+  bool fits = !IsRecord(begin, end, kOlderHeader, kHeaderBytes);
+  if (!fits) {
+    *error = "`" + path +
+             "` holds rows of format 1, which have no event ids, and format 2 "
+             "is read. Give another folder, or delete this one";
+  }
   if (content->header_ok) {
     const auto dim = Load<uint32_t>(begin + kWord);
     const auto num_labels = Load<uint32_t>(begin + kWord + sizeof(uint32_t));

@@ -2,7 +2,7 @@
 //
 // A file is a header and records; logs, snapshots and exports are alike:
 //
-//   header   "QIANMOS1", uint32 dim, uint32 num_labels, uint64 sum
+//   header   "QIANMOS2", uint32 dim, uint32 num_labels, uint64 sum
 //   put      "QSPUTROW", int64 task, row, uint64 sum
 //   drop     "QSDROPTK", int64 task, uint64 sum
 //
@@ -43,7 +43,7 @@ struct LogContent {
 
 // Calls put(task, row) and drop(task) for the records of a file, in order. A
 // record whose sum is wrong is skipped. Returns false and an error when the
-// file cannot be read, or holds rows of another shape.
+// file cannot be read, or holds rows of another shape or an older format.
 bool ReadLog(const std::string& path, const SupportShape& shape,
              const std::function<void(int64_t, const char*)>& put,
              const std::function<void(int64_t)>& drop, LogContent* content,

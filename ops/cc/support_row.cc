@@ -30,8 +30,8 @@ size_t SupportShape::row_bytes() const {
 }
 
 int32_t PackRow(const SupportShape& shape, const float* h, const float* labels,
-                const float* weights, int64_t time, int64_t version,
-                char* row) {
+                const float* weights, int64_t time, int64_t event,
+                int64_t version, char* row) {
   const size_t dim = shape.dim, num_labels = shape.num_labels;
   int32_t status = kStored;
   if (time <= 0) status |= kBadTime;
@@ -45,7 +45,7 @@ int32_t PackRow(const SupportShape& shape, const float* h, const float* labels,
   if (status != kStored) return status;
 
   std::memset(row, 0, shape.row_bytes());
-  const RowHead head = {time, version, 0};
+  const RowHead head = {time, event, version, 0};
   std::memcpy(row, &head, sizeof(head));
   char* floats = row + sizeof(head);
   std::memcpy(floats, h, dim * sizeof(float));
@@ -62,7 +62,7 @@ int32_t PackRow(const SupportShape& shape, const float* h, const float* labels,
 int32_t UnpackRows(const SupportShape& shape, const char* rows,
                    int32_t num_rows, int64_t version, int64_t until,
                    int32_t max_rows, float* h, float* labels, float* weights,
-                   int64_t* time, int64_t* refused) {
+                   int64_t* time, int64_t* event, int64_t* refused) {
   const size_t row_bytes = shape.row_bytes();
   int32_t usable = 0;
   for (int32_t i = 0; i < num_rows; ++i) {
@@ -91,7 +91,8 @@ int32_t UnpackRows(const SupportShape& shape, const char* rows,
     std::memcpy(weights + to * num_labels,
                 floats + (dim + num_labels) * sizeof(float),
                 num_labels * sizeof(float));
-    time[to++] = head.time;
+    time[to] = head.time;
+    event[to++] = head.event;
   }
   return count;
 }

@@ -23,10 +23,17 @@ struct SupportShape {
 };
 
 struct RowHead {
-  int64_t time;     // of the event; a task has one row for each
+  int64_t time;     // of the event
+  int64_t event;    // id; a task has one row for each time and id
   int64_t version;  // of the bottom that made h
   int64_t written;  // wall clock, microseconds since 1970
 };
+
+// Whether a row is of a later event than another, or of one of a greater id at
+// the same time.
+inline bool Later(const RowHead& one, const RowHead& two) {
+  return one.time != two.time ? one.time > two.time : one.event > two.event;
+}
 
 // What keeps a store small; 0 means without bound.
 struct SupportLimits {
@@ -50,7 +57,8 @@ enum SupportStatus : int32_t {
 // undefined, and may be anything. Returns a SupportStatus; of a bad row nothing
 // is written.
 int32_t PackRow(const SupportShape& shape, const float* h, const float* labels,
-                const float* weights, int64_t time, int64_t version, char* row);
+                const float* weights, int64_t time, int64_t event,
+                int64_t version, char* row);
 
 // Copies the last of a task's rows that are of `version` and were written after
 // `until`, the newest last, at most `max_rows`. Returns their number, and
@@ -58,7 +66,7 @@ int32_t PackRow(const SupportShape& shape, const float* h, const float* labels,
 int32_t UnpackRows(const SupportShape& shape, const char* rows,
                    int32_t num_rows, int64_t version, int64_t until,
                    int32_t max_rows, float* h, float* labels, float* weights,
-                   int64_t* time, int64_t* refused);
+                   int64_t* time, int64_t* event, int64_t* refused);
 
 }  // namespace qianmo
 

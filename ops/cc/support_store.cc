@@ -1,5 +1,7 @@
 #include "ops/cc/support_store.h"
 
+#include <time.h>
+
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
@@ -22,8 +24,20 @@ int64_t SystemMicros() {
       .count();
 }
 
+// Counts while the machine sleeps, too.
+int64_t SteadyMicros() {
+  timespec time;
+  clock_gettime(CLOCK_BOOTTIME, &time);
+  return int64_t{1'000'000} * time.tv_sec + time.tv_nsec / 1000;
+}
+
 SupportOptions WithClock(SupportOptions options) {
+  if (!options.steady) {
+    options.steady = options.clock ? options.clock : SteadyMicros;
+  }
   if (!options.clock) options.clock = SystemMicros;
+  const int64_t ahead = options.clock() - options.steady();
+  options.clock = [ahead, steady = options.steady] { return ahead + steady(); };
   return options;
 }
 

@@ -20,8 +20,12 @@ struct SupportOptions {
   SupportLimits limits;
   // Of the folder, or the URL of a Redis; none: in memory only.
   std::string path;
-  std::function<int64_t()>
-      clock;  // microseconds since 1970; none: the system's
+  // Microseconds since 1970; none: the system's. It is asked when the store
+  // opens, and `steady`, which never jumps, from then on: rows are dated and
+  // expire right when the system's clock is set while the store is open.
+  std::function<int64_t()> clock;
+  // Microseconds since any time; none: `clock` if given, else the system's.
+  std::function<int64_t()> steady;
 };
 
 struct SupportStats {
@@ -46,6 +50,7 @@ struct SupportBatch {
   const float* labels;   // [num_rows, num_labels]
   const float* weights;  // as labels; where one is 0 the label is undefined
   const int64_t* time;
+  const int64_t* event;
   const int64_t* version;
 };
 
@@ -56,6 +61,7 @@ struct SupportRoom {
   float* labels;     // [tasks, max_rows, num_labels]
   float* weights;    // as labels
   int64_t* time;     // [tasks, max_rows]
+  int64_t* event;    // [tasks, max_rows]
   int32_t* count;    // rows found; behind them nothing is written
 };
 
@@ -99,7 +105,7 @@ class SupportStore {
  protected:
   explicit SupportStore(const SupportOptions& options);
 
-  const SupportOptions options_;  // with a clock
+  const SupportOptions options_;  // with a clock that is steady
 };
 
 }  // namespace qianmo

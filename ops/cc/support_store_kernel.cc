@@ -130,7 +130,8 @@ class PutOp : public StoreOp {
     TF_RETURN_IF_ERROR(CheckShape(ctx, 3, "labels", {n, num_labels}));
     TF_RETURN_IF_ERROR(CheckShape(ctx, 4, "weights", {n, num_labels}));
     TF_RETURN_IF_ERROR(CheckShape(ctx, 5, "time", {n}));
-    TF_RETURN_IF_ERROR(CheckShape(ctx, 6, "version", {n}));
+    TF_RETURN_IF_ERROR(CheckShape(ctx, 6, "event_id", {n}));
+    TF_RETURN_IF_ERROR(CheckShape(ctx, 7, "version", {n}));
     Tensor* status = nullptr;
     TF_RETURN_IF_ERROR(ctx->allocate_output(0, {n}, &status));
     store->Put(
@@ -138,7 +139,8 @@ class PutOp : public StoreOp {
          ctx->input(2).flat<float>().data(), ctx->input(3).flat<float>().data(),
          ctx->input(4).flat<float>().data(),
          ctx->input(5).flat<int64_t>().data(),
-         ctx->input(6).flat<int64_t>().data()},
+         ctx->input(6).flat<int64_t>().data(),
+         ctx->input(7).flat<int64_t>().data()},
         status->flat<int32_t>().data());
     return absl::OkStatus();
   }
@@ -169,24 +171,27 @@ class GetOp : public StoreOp {
     TF_RETURN_IF_ERROR(CheckShape(ctx, 1, "task_id", {u}));
     TF_RETURN_IF_ERROR(CheckShape(ctx, 2, "version", {}));
     Tensor *h = nullptr, *labels = nullptr, *weights = nullptr, *time = nullptr,
-           *count = nullptr;
+           *event = nullptr, *count = nullptr;
     const TensorShape label_shape({u, max_rows_, num_labels_});
     TF_RETURN_IF_ERROR(ctx->allocate_output(0, {u, max_rows_, dim_}, &h));
     TF_RETURN_IF_ERROR(ctx->allocate_output(1, label_shape, &labels));
     TF_RETURN_IF_ERROR(ctx->allocate_output(2, label_shape, &weights));
     TF_RETURN_IF_ERROR(ctx->allocate_output(3, {u, max_rows_}, &time));
-    TF_RETURN_IF_ERROR(ctx->allocate_output(4, {u}, &count));
+    TF_RETURN_IF_ERROR(ctx->allocate_output(4, {u, max_rows_}, &event));
+    TF_RETURN_IF_ERROR(ctx->allocate_output(5, {u}, &count));
     const auto counts = count->flat<int32_t>();
     store->Get(ctx->input(1).flat<int64_t>().data(), static_cast<size_t>(u),
                ctx->input(2).scalar<int64_t>()(),
                {static_cast<int32_t>(max_rows_), h->flat<float>().data(),
                 labels->flat<float>().data(), weights->flat<float>().data(),
-                time->flat<int64_t>().data(), counts.data()});
+                time->flat<int64_t>().data(), event->flat<int64_t>().data(),
+                counts.data()});
     for (int64_t i = 0; i < u; ++i) {
       Clear(h->flat<float>().data(), i, counts(i), dim_);
       Clear(labels->flat<float>().data(), i, counts(i), num_labels_);
       Clear(weights->flat<float>().data(), i, counts(i), num_labels_);
       Clear(time->flat<int64_t>().data(), i, counts(i), 1);
+      Clear(event->flat<int64_t>().data(), i, counts(i), 1);
     }
     return absl::OkStatus();
   }

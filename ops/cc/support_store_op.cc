@@ -11,10 +11,10 @@ using ::tensorflow::shape_inference::InferenceContext;
 using ::tensorflow::shape_inference::ShapeHandle;
 
 absl::Status PutShape(InferenceContext* c) {
-  // Inputs 1 ... 6 share the first dimension; labels and weights the second.
-  constexpr int kRanks[] = {0, 1, 2, 2, 2, 1, 1};
+  // Inputs 1 ... 7 share the first dimension; labels and weights the second.
+  constexpr int kRanks[] = {0, 1, 2, 2, 2, 1, 1, 1};
   DimensionHandle n = c->UnknownDim();
-  for (int i = 1; i <= 6; ++i) {
+  for (int i = 1; i <= 7; ++i) {
     ShapeHandle shape;
     TF_RETURN_IF_ERROR(c->WithRank(c->input(i), kRanks[i], &shape));
     TF_RETURN_IF_ERROR(c->Merge(n, c->Dim(shape, 0), &n));
@@ -38,7 +38,8 @@ absl::Status GetShape(InferenceContext* c) {
   c->set_output(1, c->MakeShape({u, max_rows, num_labels}));
   c->set_output(2, c->MakeShape({u, max_rows, num_labels}));
   c->set_output(3, c->MakeShape({u, max_rows}));
-  c->set_output(4, c->Vector(u));
+  c->set_output(4, c->MakeShape({u, max_rows}));
+  c->set_output(5, c->Vector(u));
   return absl::OkStatus();
 }
 
@@ -103,12 +104,13 @@ REGISTER_OP("Qianmo>SupportPut")
     .Input("labels: float")
     .Input("weights: float")
     .Input("time: int64")
+    .Input("event_id: int64")
     .Input("version: int64")
     .Output("status: int32")
     .SetIsStateful()
     .SetShapeFn(PutShape)
     .Doc(R"doc(
-Stores rows; one of the same task and event time is replaced.
+Stores rows; one of the same task, event time and event id is replaced.
 
 Bits of the status: 1 the time is not positive, 2 h is not finite, 4 a label or
 weight is not finite, or a weight is negative, 8 the task is full of rows of
@@ -120,6 +122,7 @@ h: [N, dim].
 labels: [N, num_labels].
 weights: [N, num_labels]; where one is 0 the label is undefined.
 time: [N], of the event, positive.
+event_id: [N], which tells events of one time apart.
 version: [N], of the bottom that made h.
 status: [N], 0 for a row that was stored.
 )doc");
@@ -132,6 +135,7 @@ REGISTER_OP("Qianmo>SupportGet")
     .Output("labels: float")
     .Output("weights: float")
     .Output("time: int64")
+    .Output("event_id: int64")
     .Output("count: int32")
     .Attr("dim: int >= 1")
     .Attr("num_labels: int >= 1")
@@ -139,7 +143,7 @@ REGISTER_OP("Qianmo>SupportGet")
     .SetIsStateful()
     .SetShapeFn(GetShape)
     .Doc(R"doc(
-Returns the last rows of tasks, the newest last, padded with zeros. A task whose
+Returns the last rows of tasks by (time, event_id), padded with zeros. A task whose
 rows a Redis does not let read has none.
 
 task_id: [U].
@@ -148,6 +152,7 @@ h: [U, max_rows, dim].
 labels: [U, max_rows, num_labels].
 weights: [U, max_rows, num_labels].
 time: [U, max_rows].
+event_id: [U, max_rows].
 count: [U], rows found.
 )doc");
 

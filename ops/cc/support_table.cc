@@ -111,10 +111,10 @@ int32_t SupportTable::Apply(int64_t id, char* row, bool stamp) {
   // Rows stand in the order of their events; `at` is the first later one.
   char* rows = task->num_rows > 0 ? RowsOf(shard, *task) : nullptr;
   int32_t at = task->num_rows;
-  while (at > 0 && HeadOf(rows + (at - 1) * row_bytes_)->time > head->time) {
+  while (at > 0 && Later(*HeadOf(rows + (at - 1) * row_bytes_), *head)) {
     --at;
   }
-  if (at > 0 && HeadOf(rows + (at - 1) * row_bytes_)->time == head->time) {
+  if (at > 0 && !Later(*head, *HeadOf(rows + (at - 1) * row_bytes_))) {
     --at;
   } else if (task->num_rows == shape_.max_rows) {
     if (at == 0) return kTooOld;
@@ -258,7 +258,7 @@ int SupportTable::ExpireSome(size_t number) {
 
 int32_t SupportTable::Get(int64_t id, int64_t version, int32_t max_rows,
                           float* h, float* labels, float* weights,
-                          int64_t* time) {
+                          int64_t* time, int64_t* event) {
   Shard& shard = shards_[ShardOf(id)];
   const int64_t until = ExpiredUntil();
   std::lock_guard<std::mutex> lock(shard.mutex);
@@ -268,9 +268,9 @@ int32_t SupportTable::Get(int64_t id, int64_t version, int32_t max_rows,
     return 0;
   }
   const Task& task = found->second;
-  const int32_t count =
-      UnpackRows(shape_, RowsOf(shard, task), task.num_rows, version, until,
-                 max_rows, h, labels, weights, time, &shard.counters.refused);
+  const int32_t count = UnpackRows(shape_, RowsOf(shard, task), task.num_rows,
+                                   version, until, max_rows, h, labels, weights,
+                                   time, event, &shard.counters.refused);
   ++(count > 0 ? shard.counters.hits : shard.counters.misses);
   return count;
 }

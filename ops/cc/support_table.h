@@ -49,8 +49,8 @@ class SupportTable {
   void SetLimits(const SupportLimits& limits);
 
   // Stores a row, whose time of writing is set here. It replaces one of the
-  // same task and event time; a full task gives up its row of the earliest
-  // event.
+  // same task, event time and event id; a full task gives up its row of the
+  // earliest event.
   int32_t Put(int64_t task, char* row);
   // The same with the time of writing that the row has.
   void Load(int64_t task, const char* row);
@@ -59,7 +59,7 @@ class SupportTable {
   // Copies the last rows of `version`, the newest last, at most `max_rows`.
   // Returns their number.
   int32_t Get(int64_t task, int64_t version, int32_t max_rows, float* h,
-              float* labels, float* weights, int64_t* time);
+              float* labels, float* weights, int64_t* time, int64_t* event);
 
   // Evicts the task that was not written for longest, if the table is over its
   // capacity. Returns whether it was.

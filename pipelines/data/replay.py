@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qianmo.export.adapted import UNDEFINED
+from qianmo.export.adapted import without_nan
 from qianmo.layers.schema import Schema
 from qianmo.pipelines.data import readers
 
@@ -17,13 +17,7 @@ def first_rows(schema: Schema, path: str, count: int) -> dict[str, np.ndarray]:
 
 
 def columns(schema: Schema, path: str, count: int | None = None) -> dict[str, np.ndarray]:
-    """Rows of a file with the columns of task, time and labels.
-
-    A label that is not there is `UNDEFINED`, as on the wire.
-
-    Raises:
-      DataError: a rating is `UNDEFINED` itself.
-    """
+    """Rows of a file with the columns of task, time and labels, see `adapted.read_labels`."""
     blocks = []
     left = count
     for block in readers.blocks(schema, path):
@@ -33,11 +27,4 @@ def columns(schema: Schema, path: str, count: int | None = None) -> dict[str, np
             if left <= 0:
                 break
     found = {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
-    for label in schema.labels:
-        if (found[label] == UNDEFINED).any():
-            raise readers.DataError(
-                f"{path}, column `{label}`: {UNDEFINED:g} stands for no label in served support, "
-                "and a row holds it. Shift the ratings."
-            )
-        found[label] = np.where(np.isnan(found[label]), UNDEFINED, found[label])
-    return found
+    return {**found, **without_nan(schema, found)}

@@ -11,7 +11,9 @@ import grpc
 import numpy as np
 import tensorflow as tf
 
-from qianmo.export.saved_model import DEFAULT, STATUS, next_version
+from qianmo.export.publishing import next_version
+from qianmo.export.saved_model import DEFAULT, STATUS
+from qianmo.export.widths import fitted
 from qianmo.ops.library import library
 from qianmo.pipelines.serving.clients import Client
 from qianmo.pipelines.serving.tensors import Array
@@ -31,7 +33,7 @@ class FedClient:
       lookup: folder of the lookup graph's versions, `<model_base_path>_lookup`.
 
     Raises:
-      ValueError: there is no version.
+      ValueError: there is no version; from its methods: a list that is longer than the signature's.
       grpc.RpcError: from its methods, with the server's status code and details.
       tf.errors.OpError: from its methods, when vectors cannot be had.
 
@@ -95,7 +97,10 @@ class FedClient:
             return self._predict(inputs, signature_name)
 
     def _predict(self, inputs: Mapping[str, Array], signature_name: str) -> dict[str, Array]:
-        raw = {name: tf.constant(inputs[name], spec.dtype) for name, spec in self._specs.items()}
+        raw = {}
+        for name, spec in self._specs.items():
+            column = fitted(name, np.asarray(inputs[name]), spec.shape.as_list())
+            raw[name] = tf.constant(column, spec.dtype)
         found = self._lookup(**raw)
         vectors = {name: value.numpy() for name, value in found.items()}
         status = vectors.pop(STATUS)

@@ -9,20 +9,19 @@ from typing import Any
 
 import grpc
 from absl import logging
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from tensorflow_serving.apis import (
-    get_model_metadata_pb2,
-    model_service_pb2_grpc,
-    predict_pb2,
-    prediction_service_pb2_grpc,
-)
+from grpc_health.v1 import health_pb2
+from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, predict_pb2
 
 from qianmo.pipelines.serving.models import DEFAULT_SIGNATURE, Model
+from qianmo.pipelines.serving.reading import Reading
 from qianmo.pipelines.serving.signatures import ServingError, not_found, refuse
 from qianmo.pipelines.serving.tensors import MAX_MESSAGE_BYTES, to_proto
+from qianmo.pipelines.serving.wire import Request, read_request
 
 # Requests that may wait for a thread, for each thread; the next one is refused.
 QUEUED_PER_THREAD = 8
+IDLE_MS = 300_000  # of a connection; clients connect again by themselves
+HANDSHAKE_MS = 10_000
 HEALTH_SERVICES = ("", "ModelService", "PredictionService")
 
 
@@ -60,12 +59,12 @@ def _version_number(spec: Any) -> int | None:
     return spec.version.value if spec.HasField("version") else None
 
 
-class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
+class _PredictionService:
     def __init__(self, models: Mapping[str, Model]) -> None:
         self._models = models
 
     @_answered
-    def Predict(self, request: Any, context: grpc.ServicerContext) -> Any:
+    def predict(self, request: Request, context: grpc.ServicerContext) -> Any:
         spec = request.model_spec
         remaining = context.time_remaining()
         timeout = remaining if remaining is not None and remaining < 1e6 else None
@@ -82,20 +81,15 @@ class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         return response
 
     @_answered
-    def GetModelMetadata(self, request: Any, context: grpc.ServicerContext) -> Any:
+    def get_model_metadata(self, request: Any, context: grpc.ServicerContext) -> Any:
         if list(request.metadata_field) != ["signature_def"]:
-            received = list(request.metadata_field)
+            received = list(request.metadata_field)[:3]
             raise refuse(f"`metadata_field` should be signature_def. Received: {received}")
         model = find_model(self._models, request.model_spec.name)
         return metadata(model, _version_number(request.model_spec))
 
-
-class _ModelService(model_service_pb2_grpc.ModelServiceServicer):
-    def __init__(self, models: Mapping[str, Model]) -> None:
-        self._models = models
-
     @_answered
-    def GetModelStatus(self, request: Any, context: grpc.ServicerContext) -> Any:
+    def get_model_status(self, request: Any, context: grpc.ServicerContext) -> Any:
         model = find_model(self._models, request.model_spec.name)
         return model.status(_version_number(request.model_spec))
 
@@ -125,33 +119,78 @@ class GrpcServer:
     """
 
     def __init__(self, models: Mapping[str, Model], host: str, port: int, num_threads: int) -> None:
-        self._health = health.HealthServicer()
+        self._is_serving = False
+        num_places = num_threads * (1 + QUEUED_PER_THREAD)
+        self._reading = Reading(num_threads, num_places)
         self._server = grpc.server(
-            futures.ThreadPoolExecutor(num_threads, thread_name_prefix="grpc"),
-            maximum_concurrent_rpcs=num_threads * (1 + QUEUED_PER_THREAD),
+            futures.ThreadPoolExecutor(num_places, thread_name_prefix="grpc"),
+            handlers=self._handlers(_PredictionService(models)),
+            interceptors=[self._reading],
+            maximum_concurrent_rpcs=num_places,
             options=[
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_connection_idle_ms", IDLE_MS),
+                ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
                 # Otherwise a second server on the same port would take half of the requests.
                 ("grpc.so_reuseport", 0),
             ],
         )
-        prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
-            _PredictionService(models), self._server
-        )
-        model_service_pb2_grpc.add_ModelServiceServicer_to_server(
-            _ModelService(models), self._server
-        )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self.port: int = self._server.add_insecure_port(f"{host}:{port}")
+
+    def _handlers(self, service: _PredictionService) -> list[Any]:
+        """The services' methods, each with what reads its request."""
+        methods = {
+            "tensorflow.serving.PredictionService": {
+                "Predict": (service.predict, read_request),
+                "GetModelMetadata": (
+                    service.get_model_metadata,
+                    get_model_metadata_pb2.GetModelMetadataRequest.FromString,
+                ),
+            },
+            "tensorflow.serving.ModelService": {
+                "GetModelStatus": (
+                    service.get_model_status,
+                    get_model_status_pb2.GetModelStatusRequest.FromString,
+                )
+            },
+            "grpc.health.v1.Health": {
+                "Check": (self._check_health, health_pb2.HealthCheckRequest.FromString)
+            },
+        }
+        return [
+            grpc.method_handlers_generic_handler(
+                name,
+                {
+                    method: grpc.unary_unary_rpc_method_handler(
+                        answer, request_deserializer=read, response_serializer=_serialized
+                    )
+                    for method, (answer, read) in of_service.items()
+                },
+            )
+            for name, of_service in methods.items()
+        ]
+
+    @_answered
+    def _check_health(self, request: Any, context: grpc.ServicerContext) -> Any:
+        if request.service not in HEALTH_SERVICES:
+            raise not_found("service", request.service, HEALTH_SERVICES)
+        state = health_pb2.HealthCheckResponse
+        return state(status=state.SERVING if self._is_serving else state.NOT_SERVING)
 
     def start(self) -> None:
         """Begins to answer."""
-        for service in HEALTH_SERVICES:
-            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self._is_serving = True
+        self._reading.start()
         self._server.start()
 
     def stop(self, grace: float) -> None:
         """Takes no more requests, and waits up to `grace` seconds for those under way."""
-        self._health.enter_graceful_shutdown()
+        self._is_serving = False
         self._server.stop(grace).wait(grace + 1)
+        self._reading.stop()
+
+
+def _serialized(message: Any) -> bytes:
+    data: bytes = message.SerializeToString()
+    return data

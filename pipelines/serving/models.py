@@ -1,6 +1,6 @@
 """Models and their versions: loading, warming up, and switching from one to the next.
 
-It knows no wire: `serving_grpc` and `serving_rest` bring the requests.
+`grpc_api` and `rest` bring the requests.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import tensorflow as tf
 from absl import logging
 from tensorflow_serving.apis import get_model_status_pb2, prediction_log_pb2
 
-from qianmo.pipelines.serving.signatures import ServingError, Signature, not_found, refuse
-from qianmo.pipelines.serving.tensors import Array, from_proto
+from qianmo.pipelines.serving.signatures import ServingError, Signature, not_found
+from qianmo.pipelines.serving.tensors import Array
+from qianmo.pipelines.serving.wire import Tensor, read_request
 
 DEFAULT_SIGNATURE = "serving_default"
 WARM_UP_FILE = "assets.extra/tf_serving_warmup_requests"
@@ -73,7 +74,7 @@ class Version:
                 log = prediction_log_pb2.PredictionLog.FromString(record)
                 if log.WhichOneof("log_type") != "predict_log":
                     raise ValueError("it should be a predict_log.")
-                request = log.predict_log.request
+                request = read_request(log.predict_log.request.SerializeToString())
                 self.predict(request.model_spec.signature_name, request.inputs, WARM_UP_SECONDS)
             except Exception as error:
                 raise ValueError(f"warm-up record {number} failed: {error}") from error
@@ -86,18 +87,11 @@ class Version:
         return found
 
     def predict(
-        self, signature_name: str, protos: Mapping[str, Any], timeout: float | None = None
+        self, signature_name: str, tensors: Mapping[str, Tensor], timeout: float | None = None
     ) -> dict[str, Array]:
-        """Runs a signature on inputs given as TensorProto."""
+        """Runs a signature on inputs as they came over the wire."""
         signature = self.signature(signature_name)
-        signature.check_names(protos)
-        inputs = {}
-        for name, proto in protos.items():
-            try:
-                inputs[name] = from_proto(proto)
-            except ValueError as error:
-                raise refuse(f"input `{name}`: {error}") from error
-        return signature(inputs, timeout)
+        return signature(signature.read(tensors), timeout)
 
     @property
     def is_closed(self) -> bool:

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import grpc
 
+from qianmo.export.publishing import publish_path
 from qianmo.layers.schema import Schema
 from qianmo.pipelines import plugins
 from qianmo.pipelines.data import readers
@@ -135,6 +136,6 @@ def write_predictions(values: Any) -> None:
             with temporary.open("w", encoding="utf-8") as file:
                 for answer in scores:
                     write_scores(file, answer)
-            temporary.replace(values.output)
+            publish_path(temporary, pathlib.Path(values.output))
         finally:
             temporary.unlink(missing_ok=True)

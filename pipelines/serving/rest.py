@@ -6,14 +6,15 @@ import collections
 import contextlib
 import http
 import http.server
+import io
 import json
 import re
 import socket
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import grpc
 from absl import logging
@@ -29,6 +30,8 @@ MAX_BODY_BYTES = 16 << 20
 # JSON read into memory takes many times its bytes, so few bodies are read into it at a time.
 MAX_RUNNING = 8
 TIMEOUT_SECONDS = 30.0
+MOVE_SECONDS = 10.0  # in which a request should arrive, and its answer leave
+HURRIED_SECONDS = 1.0  # after it such a connection gives way to a new one, if there is no place
 
 _PATH = re.compile(
     r"/v1/models/(?P<name>[^/:]+)(?:/versions/(?P<version>[0-9]{1,18}))?(?P<verb>:predict|/metadata)?"
@@ -135,6 +138,11 @@ def _message_json(message: Any) -> Any:
     )
 
 
+# What a connection does: it waits for a request; a request arrives, or an answer leaves; a request
+# is answered.
+_IDLE, _MOVING, _ANSWERED = range(3)
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
     server: _HttpServer
     protocol_version = "HTTP/1.1"
@@ -143,6 +151,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     timeout = TIMEOUT_SECONDS
     disable_nagle_algorithm = True
     wbufsize = 1 << 16
+
+    def handle_one_request(self) -> None:
+        """Waits for a request, which the server may end; then reads and answers it."""
+        try:
+            is_there = cast(io.BufferedReader, self.rfile).peek(1)
+        except (ConnectionError, TimeoutError):
+            is_there = b""
+        if not is_there:
+            self.close_connection = True
+            return
+        self.server.note(self.connection, _MOVING)
+        super().handle_one_request()
+        self.server.note(self.connection, _IDLE)
 
     def do_GET(self) -> None:
         self._answer()
@@ -160,7 +181,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _answer(self) -> None:
         with self.server.answering():
             try:
-                status, value = 200, self._value(self._body())
+                body = self._body()
+                self.server.note(self.connection, _ANSWERED)
+                status, value = 200, self._value(body)
             except ServingError as error:
                 status, value = _HTTP_STATUS.get(error.code, 500), {"error": str(error)}
             except _BadRequest as error:
@@ -225,6 +248,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         }
 
     def _reply(self, status: int, value: Any) -> None:
+        self.server.note(self.connection, _MOVING)
         content = json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -246,7 +270,11 @@ class _BadRequest(Exception):
 
 
 class _HttpServer(http.server.ThreadingHTTPServer):
-    """One thread for each connection, up to a bound, and a stop that lets requests finish."""
+    """One thread for each connection, up to a bound, and a stop that lets requests finish.
+
+    A connection whose request is answered keeps its place. One that is idle, or whose client is
+    slow to send or to read, gives way to a new one when all places are taken.
+    """
 
     daemon_threads = True
     request_queue_size = 128
@@ -259,8 +287,42 @@ class _HttpServer(http.server.ThreadingHTTPServer):
         self._places = threading.BoundedSemaphore(MAX_RUNNING)
         self._refused: collections.deque[socket.socket] = collections.deque(maxlen=64)
         self._changed = threading.Condition()
-        self._connections: set[socket.socket] = set()
+        self._connections: dict[socket.socket, tuple[int, float]] = {}  # what, and since when
         self._num_answering = 0
+
+    def note(self, connection: socket.socket, what: int) -> None:
+        """Notes what a connection does from now on."""
+        with self._changed:
+            if connection in self._connections:
+                self._connections[connection] = (what, time.monotonic())
+
+    def service_actions(self) -> None:
+        """Ends connections whose clients are too slow; runs ten times a second."""
+        self._end(lambda what, seconds: what == _MOVING and seconds > MOVE_SECONDS)
+
+    def _end(self, chosen: Callable[[int, float], bool], most: int | None = None) -> int:
+        """Ends connections, those that have waited for longest first; returns how many."""
+        with self._changed:
+            now = time.monotonic()
+            waits = sorted(self._connections.items(), key=lambda item: item[1][1])
+            ended = [one for one, (what, since) in waits if chosen(what, now - since)][:most]
+            for connection in ended:
+                del self._connections[connection]
+        for connection in ended:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        return len(ended)
+
+    def _make_room(self) -> bool:
+        """Takes a place for a new connection; whether there was one."""
+        if self._free.acquire(blocking=False):
+            return True
+        ended = self._end(
+            lambda what, seconds: what == _IDLE or (what == _MOVING and seconds > HURRIED_SECONDS),
+            most=1,
+        )
+        # The one that ended leaves its place at once.
+        return bool(ended) and self._free.acquire(timeout=1.0)
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[None]:
@@ -289,7 +351,7 @@ class _HttpServer(http.server.ThreadingHTTPServer):
             self._places.release()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._free.acquire(blocking=False):
+        if not self._make_room():
             with contextlib.suppress(OSError):
                 request.setblocking(False)
                 request.sendall(
@@ -301,7 +363,7 @@ class _HttpServer(http.server.ThreadingHTTPServer):
             self._refused.append(request)
             return
         with self._changed:
-            self._connections.add(request)
+            self._connections[request] = (_IDLE, time.monotonic())
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -309,7 +371,7 @@ class _HttpServer(http.server.ThreadingHTTPServer):
             super().process_request_thread(request, client_address)
         finally:
             with self._changed:
-                self._connections.discard(request)
+                self._connections.pop(request, None)
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -323,9 +385,7 @@ class _HttpServer(http.server.ThreadingHTTPServer):
         with self._changed:
             while self._num_answering and time.monotonic() < end:
                 self._changed.wait(end - time.monotonic())
-            for connection in self._connections:  # those kept alive would wait for their time-out
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
+        self._end(lambda what, seconds: True)  # those kept alive would wait for their time-out
 
 
 class RestServer:

@@ -5,15 +5,20 @@ Every refusal is a `ServingError` with the status code that TF Serving gives.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import grpc
+import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import config_pb2
 from tensorflow.python.client import pywrap_tf_session
 
-from qianmo.pipelines.serving.tensors import STRING, Array, numpy_dtype
+from qianmo.export.publishing import MAX_BATCH_SIZE
+from qianmo.export.widths import shown
+from qianmo.pipelines.serving.tensors import STRING, Array, from_fields, numpy_dtype
+from qianmo.pipelines.serving.wire import Tensor
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -41,6 +46,15 @@ def not_found(kind: str, name: object, known: Collection[object]) -> ServingErro
     return ServingError(grpc.StatusCode.NOT_FOUND, message)
 
 
+@contextlib.contextmanager
+def _of_input(name: str) -> Iterator[None]:
+    """Names the input in the refusal of a tensor."""
+    try:
+        yield
+    except ValueError as error:
+        raise refuse(f"input `{name}`: {error}") from error
+
+
 class TensorSpec:
     """Type and shape of one input or output of a signature."""
 
@@ -49,20 +63,19 @@ class TensorSpec:
         dims = [dim.size if dim.size >= 0 else None for dim in info.tensor_shape.dim]
         self.shape = None if info.tensor_shape.unknown_rank else dims
 
-    def check(self, name: str, array: Array) -> None:
-        """Refuses an array of another type or shape."""
-        if array.dtype != self.dtype:
+    def check(self, name: str, dtype: np.dtype[Any], shape: Sequence[int]) -> None:
+        """Refuses another type or shape."""
+        if dtype != self.dtype:
             wanted, received = (
-                "string" if dtype == STRING else str(dtype) for dtype in (self.dtype, array.dtype)
+                "string" if each == STRING else str(each) for each in (self.dtype, dtype)
             )
             raise refuse(f"input `{name}` should be {wanted}. Received: {received}")
         if self.shape is not None and (
-            len(self.shape) != array.ndim
-            or any(n not in (None, m) for n, m in zip(self.shape, array.shape, strict=True))
+            len(self.shape) != len(shape)
+            or any(n not in (None, m) for n, m in zip(self.shape, shape, strict=True))
         ):
-            wanted = str(["?" if n is None else n for n in self.shape]).replace("'", "")
             raise refuse(
-                f"input `{name}` should have shape {wanted}. Received: {list(array.shape)}"
+                f"input `{name}` should have shape {shown(self.shape)}. Received: {list(shape)}"
             )
 
     @property
@@ -103,6 +116,41 @@ class Signature:
                     f"output `{name}` is not in the signature. Its outputs: {_listed(self.outputs)}"
                 )
 
+    def _check(self, inputs: Mapping[str, tuple[np.dtype[Any], Sequence[int]]]) -> None:
+        """Refuses inputs whose names, types, shapes or numbers of rows do not fit."""
+        self.check_names(inputs)
+        num_rows: dict[str, int] = {}
+        for name, spec in self.inputs.items():
+            dtype, shape = inputs[name]
+            spec.check(name, dtype, shape)
+            if spec.is_batched and len(shape):
+                num_rows[name] = shape[0]
+        if len(set(num_rows.values())) > 1:
+            raise refuse(f"all inputs should have the same number of rows. Received: {num_rows}")
+        most = max(num_rows.values(), default=0)
+        if most > MAX_BATCH_SIZE:
+            raise refuse(
+                f"a request should have <= {MAX_BATCH_SIZE} rows. Received: {most}. Split it, as "
+                "the clients of this package do."
+            )
+
+    def read(self, tensors: Mapping[str, Tensor]) -> dict[str, Array]:
+        """Arrays of tensors that came over the wire, none of which is made before all fit.
+
+        Raises:
+          ServingError: inputs that do not fit.
+        """
+        types = {}
+        for name, tensor in tensors.items():
+            with _of_input(name):
+                types[name] = (numpy_dtype(tensor.dtype), tensor.shape)
+        self._check(types)
+        arrays = {}
+        for name, tensor in tensors.items():
+            with _of_input(name):
+                arrays[name] = from_fields(tensor.values, *types[name])
+        return arrays
+
     def __call__(
         self, inputs: Mapping[str, Array], timeout: float | None = None
     ) -> dict[str, Array]:
@@ -115,14 +163,7 @@ class Signature:
         Raises:
           ServingError: inputs that do not fit, the time is over, or the graph refused.
         """
-        self.check_names(inputs)
-        num_rows: dict[str, int] = {}
-        for name, spec in self.inputs.items():
-            spec.check(name, inputs[name])
-            if spec.is_batched and inputs[name].ndim:
-                num_rows[name] = inputs[name].shape[0]
-        if len(set(num_rows.values())) > 1:
-            raise refuse(f"all inputs should have the same number of rows. Received: {num_rows}")
+        self._check({name: (array.dtype, array.shape) for name, array in inputs.items()})
         arrays = [inputs[name] for name in self.inputs]
         return dict(zip(self.outputs, self._run(arrays, timeout), strict=True))
 

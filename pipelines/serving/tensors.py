@@ -11,6 +11,7 @@ import binascii
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,18 @@ from tensorflow.core.framework import tensor_pb2
 
 MAX_MESSAGE_BYTES = 64 << 20
 STRING: np.dtype[Any] = np.dtype(object)
+# Where a TensorProto holds values one by one.
+_FIELDS = {
+    STRING: "string_val",
+    np.dtype(np.bool_): "bool_val",
+    np.dtype(np.float32): "float_val",
+    np.dtype(np.float64): "double_val",
+    np.dtype(np.int64): "int64_val",
+    np.dtype(np.uint32): "uint32_val",
+    np.dtype(np.uint64): "uint64_val",
+    **{np.dtype(kind): "int_val" for kind in (np.int8, np.int16, np.int32, np.uint8, np.uint16)},
+}
+_HALVES = (np.dtype(np.float16), np.dtype(tf.bfloat16.as_numpy_dtype))
 
 Array = npt.NDArray[Any]
 
@@ -47,47 +60,73 @@ def _enum(dtype: np.dtype[Any]) -> int:
 def from_proto(proto: Any) -> Array:
     """The array a TensorProto holds.
 
-    A proto may state a large shape and give one value to fill it with, so the size is bounded by
-    what the shape says, not by the bytes that came.
-
     Raises:
       ValueError: shape, type and values do not agree, or it is larger than a message may be.
     """
     shape = [dim.size for dim in proto.tensor_shape.dim]
     if proto.tensor_shape.unknown_rank or any(size < 0 for size in shape):
         raise ValueError(f"its shape should be fully known. Received: {shape}")
-    dtype, size = numpy_dtype(proto.dtype), math.prod(shape)
+    return from_fields(proto, numpy_dtype(proto.dtype), shape)
+
+
+def from_fields(proto: Any, dtype: np.dtype[Any], shape: Sequence[int]) -> Array:
+    """The array that the value fields of a TensorProto make, of a type and shape known otherwise.
+
+    A proto may state a large shape and give one value to fill it with, so the size is bounded by
+    what the shape says, not by the bytes that came.
+
+    Raises:
+      ValueError: the values do not fit, or it is larger than a message may be.
+    """
+    size = math.prod(shape)
     if size * dtype.itemsize > MAX_MESSAGE_BYTES:
         raise ValueError(f"it should hold <= {MAX_MESSAGE_BYTES} bytes. Received: shape {shape}")
-    if dtype == STRING:
-        if len(proto.string_val) == size:
-            return string_array(proto.string_val).reshape(shape)
-    elif proto.tensor_content:
+    if proto.tensor_content and dtype != STRING:
         if len(proto.tensor_content) != size * dtype.itemsize:
             raise ValueError(
                 f"`tensor_content` should hold {size * dtype.itemsize} bytes for shape {shape}. "
                 f"Received: {len(proto.tensor_content)}"
             )
         return np.frombuffer(proto.tensor_content, dtype).reshape(shape)
+    field = "half_val" if dtype in _HALVES else _FIELDS.get(dtype)
+    given = getattr(proto, field) if field else ()
+    if len(given) > size or (size and not given):
+        raise ValueError(f"its {len(given)} values do not fit its type and shape {shape}.")
+    if not size:
+        return np.zeros(shape, dtype)
+    values: Any = list(given)
     try:
-        return np.asarray(tf.make_ndarray(proto)).reshape(shape)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"its values do not fit its type and shape {shape}.") from error
+        if dtype in _HALVES:
+            values = np.array(values, np.uint16).view(dtype)
+        array = np.full(size, values[-1], dtype)  # which stands for all that follow
+        array[: len(values)] = values
+    except OverflowError as error:
+        raise ValueError(f"a value is out of the range of {dtype}.") from error
+    return array.reshape(shape)
 
 
-def to_proto(array: Array) -> Any:
-    """The TensorProto of an array; numbers travel as raw bytes, the fastest form."""
+def to_proto(array: Array, rows: int | None = None) -> Any:
+    """The TensorProto of an array; numbers travel as raw bytes, the fastest form.
+
+    With `rows`, of an array of so many rows; those that it lacks are 0 or b"" and do not travel.
+    """
     if array.dtype.kind in "SU":
         array = array.astype(object)
+    shape = array.shape if rows is None else (rows, *array.shape[1:])
     proto = tensor_pb2.TensorProto(dtype=_enum(array.dtype))
-    for size in array.shape:
+    for size in shape:
         proto.tensor_shape.dim.add(size=size)
-    if array.dtype == STRING:
-        proto.string_val.extend(
-            v.encode() if isinstance(v, str) else v for v in array.ravel().tolist()
-        )
-    else:
+    is_whole = shape == array.shape
+    if is_whole and array.dtype != STRING:
         proto.tensor_content = array.tobytes()
+        return proto
+    values = array.ravel().tolist()
+    if array.dtype == STRING and any(type(v) is str for v in values):
+        values = [v.encode() if isinstance(v, str) else v for v in values]
+    if not is_whole:
+        # The last value of a field stands for all that follow.
+        values.append(b"" if array.dtype == STRING else 0)
+    getattr(proto, _FIELDS[array.dtype]).extend(values)
     return proto
 
 

@@ -1,5 +1,6 @@
 """Adaptation inside the served graph: right scores, in any company, whatever the rows hold."""
 
+import dataclasses
 import time
 
 import numpy as np
@@ -7,17 +8,23 @@ import pytest
 import redis_servers
 import tensorflow as tf
 import tf_keras
+from served import ROUNDING, close
 from tensorflow_serving.apis import prediction_log_pb2
 
 from qianmo.export.adapted import (
     ADAPT,
     BAD_SUPPORT,
     COUNT,
+    REQUEST_ID,
+    by_request_specs,
     export_adapted,
+    put_specs,
+    rows_by_task,
     support_name,
 )
 from qianmo.export.saved_model import STATUS, ExportError, export_in_graph, op_types, session
-from qianmo.export.support_rows import ID_BASE, FeatureRows
+from qianmo.export.shared_support import MIXED_SUPPORT, brought
+from qianmo.export.support_rows import ID_BASE, FeatureRows, HiddenRows
 from qianmo.layers.features import Categorical, Dense
 from qianmo.layers.inner_loop import Support
 from qianmo.layers.meta import DIVERGED, NO_SUPPORT
@@ -30,6 +37,8 @@ from qianmo.ops.support_store import (
     UNREACHABLE,
     SupportStore,
 )
+from qianmo.pipelines.serving.clients import Client
+from qianmo.pipelines.serving.server import ModelServer
 
 SCHEMA = Schema(
     features=(
@@ -67,22 +76,22 @@ SUPPORT["user"] %= USERS - 2  # two users without support
 ROWS = columns(80, 4)
 
 
+CONFIG = {
+    "name": "mlp",
+    "units": (16,),
+    "tower_units": (6,),
+    "embedding_stddev": 0.5,
+    "meta": {
+        "inner": {"steps": 2, "step_size": 0.3, "shrinkage": 1.0, "max_support": MOST},
+        "min_support": 2,
+    },
+}
+
+
 @pytest.fixture(scope="module")
 def model():
     tf_keras.utils.set_random_seed(3)
-    made = zoo.build(
-        SCHEMA,
-        {
-            "name": "mlp",
-            "units": (16,),
-            "tower_units": (6,),
-            "embedding_stddev": 0.5,
-            "meta": {
-                "inner": {"steps": 2, "step_size": 0.3, "shrinkage": 1.0, "max_support": MOST},
-                "min_support": 2,
-            },
-        },
-    )
+    made = zoo.build(SCHEMA, CONFIG)
     made.build()
     return made
 
@@ -141,12 +150,11 @@ def switched(on=True):
     return {**ROWS, ADAPT: np.full(len(ROWS["user"]), on)}
 
 
-def by_request(width=MOST, rows=ROWS):
-    """Inputs of `adapted_by_request` that hold what the table holds."""
+def by_request(rows=ROWS):
+    """Inputs of `adapted_by_request` in which every row brings what the table holds."""
     size = len(rows["user"])
-    found = {k: v for k, v in rows.items() if k != "user"}
-    found[ADAPT] = np.ones(size, bool)
-    index = np.zeros((size, width), np.int64)
+    found = {**rows, ADAPT: np.ones(size, bool), REQUEST_ID: np.full(size, 5)}
+    index = np.zeros((size, MOST), np.int64)
     count = np.zeros(size, np.int64)
     for i, user in enumerate(rows["user"]):
         own = newest(user)
@@ -156,44 +164,114 @@ def by_request(width=MOST, rows=ROWS):
     return {**found, COUNT: count}
 
 
+def rows_to_put():
+    """Three support rows, as a client puts them."""
+    rows = {name: column[:3].copy() for name, column in SUPPORT.items()}
+    return {**rows, "event_id": np.zeros(3, np.int64)}
+
+
 def test_scores_are_those_of_the_layers(model, run):
     answer = run("adapted", switched())
     reference = expected(model)
-    np.testing.assert_allclose(probabilities(answer), reference, atol=1e-6)
+    close(probabilities(answer), reference)
     known = np.array([len(newest(user)) >= 2 for user in ROWS["user"]])
     np.testing.assert_array_equal(answer[STATUS], np.where(known, 0, NO_SUPPORT))
     plain = run("serving_default", {k: v for k, v in ROWS.items() if k != "user"})
     moved = np.abs(probabilities(plain) - probabilities(answer)).max(1)
     assert (moved[known] > 1e-4).all()
-    assert (moved[~known] == 0).all()
+    assert (moved[~known] <= ROUNDING).all()
     assert known.any()
     assert not known.all()
 
 
 def test_support_in_the_request_gives_the_same(model, run):
-    answer = run("adapted_by_request", by_request())
-    np.testing.assert_allclose(probabilities(answer), expected(model), atol=1e-6)
-    # More rows than are used: the newest count.
-    wide = by_request(9)
-    for i, user in enumerate(ROWS["user"]):
-        every = np.flatnonzero(SUPPORT["user"] == user)[-9:]
-        for name in (*SCHEMA.input_names, *SCHEMA.labels):
-            wide[support_name(name)][i, : len(every)] = SUPPORT[name][every]
-        wide[COUNT][i] = len(every)
-    assert wide[COUNT].max() > MOST
-    answer = run("adapted_by_request", wide)
-    np.testing.assert_allclose(probabilities(answer), expected(model), atol=1e-6)
+    every = by_request()
+    close(probabilities(run("adapted_by_request", every)), expected(model))
+    # One row of each user brings what all of its rows share.
+    specs = by_request_specs(SCHEMA, MOST)
+    once = {**switched(), **brought(specs, ROWS["user"], rows_by_task(SCHEMA, SUPPORT))}
+    known = np.intersect1d(ROWS["user"], SUPPORT["user"])
+    assert (once[COUNT] > 0).sum() == len(known) < len(ROWS["user"])
+    answer = run("adapted_by_request", once)
+    close(probabilities(answer), expected(model))
+    has_enough = np.array([len(newest(user)) >= 2 for user in ROWS["user"]])
+    np.testing.assert_array_equal(answer[STATUS], np.where(has_enough, 0, NO_SUPPORT))
+
+
+def test_a_client_sends_the_support_of_each_task_once(model, served, run):
+    support = rows_by_task(SCHEMA, SUPPORT)
+    assert max(len(rows["item"]) for rows in support.values()) > MOST  # the newest are sent
+    plain = probabilities(run("serving_default", {k: ROWS[k] for k in SCHEMA.input_names}))
+    with ModelServer({"ranker": served.parent}, port=0, rest_api_port=0) as server:
+        target = f"127.0.0.1:{server.port}"
+        for most in (1024, 30):  # in parts each of which brings what its rows need
+            client = Client(target, "ranker", max_batch_size=most)
+            answer = client.predict_adapted(ROWS, "user", support)
+            close(probabilities(answer), expected(model))
+            off = client.predict_adapted(switched(False), "user", support)
+            close(probabilities(off), plain)
+            assert not off[STATUS].any()
+            none = client.predict_adapted(ROWS, "user", {})
+            close(probabilities(none), plain)
+            assert (none[STATUS] == NO_SUPPORT).all()
+            with pytest.raises(ValueError, match=r"support of task 3 should have columns of one"):
+                client.predict_adapted(ROWS, "user", {3: {"item": np.arange(3)}})
+            client.close()
+
+
+def test_rows_of_another_request_share_nothing(model, run):
+    specs = by_request_specs(SCHEMA, MOST)
+    support = rows_by_task(SCHEMA, SUPPORT)
+    one, other = (brought(specs, ROWS["user"], held) for held in (support, {}))
+    assert one[REQUEST_ID][0] != other[REQUEST_ID][0]
+    merged = {k: np.concatenate([v, v]) for k, v in switched().items()}
+    merged |= {k: np.concatenate([one[k], other[k]]) for k in one}
+    answer = run("adapted_by_request", merged)
+    close(probabilities(answer)[:80], expected(model))
+    plain = run("serving_default", {k: v for k, v in ROWS.items() if k != "user"})
+    close(probabilities(answer)[80:], probabilities(plain))
+    assert (answer[STATUS][80:] == NO_SUPPORT).all()
+
+
+def test_rows_that_bring_different_support_are_told_and_scored_alike_in_any_order(run):
+    inputs = by_request()
+    alone = probabilities(run("adapted_by_request", inputs))
+    user = next(user for user in range(USERS) if (ROWS["user"] == user).sum() > 3)
+    mine = np.flatnonzero(ROWS["user"] == user)
+    mixed = {k: v.copy() for k, v in inputs.items()}
+    mixed[support_name("click")][mine[0]] = 1 - mixed[support_name("click")][mine[0]]
+    answer = run("adapted_by_request", mixed)
+    is_mine = ROWS["user"] == user
+    np.testing.assert_array_equal(answer[STATUS] & MIXED_SUPPORT > 0, is_mine)
+    close(probabilities(answer)[~is_mine], alone[~is_mine])
+    # All rows of the user have one support: that of the first row, or that of the others.
+    ways = []
+    for source in (mine[0], mine[1]):
+        same = {k: v.copy() for k, v in mixed.items()}
+        for name in mixed:
+            if name.startswith("support_"):
+                same[name][mine] = mixed[name][source]
+        ways.append(probabilities(run("adapted_by_request", same))[mine])
+    found = probabilities(answer)[mine]
+    assert np.abs(ways[0] - ways[1]).max() > 1e-4
+    assert min(np.abs(found - way).max() for way in ways) <= ROUNDING
+    order = np.random.default_rng(0).permutation(80)
+    shuffled = run("adapted_by_request", {k: v[order] for k, v in mixed.items()})
+    close(probabilities(shuffled), probabilities(answer)[order])
+    np.testing.assert_array_equal(shuffled[STATUS], answer[STATUS][order])
 
 
 def test_the_switch_turns_adaptation_off_row_by_row(model, run, tmp_path):
     plain = run("serving_default", {k: v for k, v in ROWS.items() if k != "user"})
     off = run("adapted", switched(False))
-    np.testing.assert_array_equal(probabilities(off), probabilities(plain))
+    close(probabilities(off), probabilities(plain))
     assert not off[STATUS].any()
     on = probabilities(run("adapted", switched()))
     mixed = {**ROWS, ADAPT: np.arange(len(ROWS["user"])) % 2 == 0}
     found = probabilities(run("adapted", mixed))
-    np.testing.assert_array_equal(found, np.where(mixed[ADAPT][:, None], on, probabilities(plain)))
+    # One kernel and equal shapes: to the bit.
+    expected = np.where(mixed[ADAPT][:, None], on, probabilities(off))
+    np.testing.assert_array_equal(found, expected)
     folder, _ = export_in_graph(model, tmp_path / "plain", ROWS)
     with session(folder) as other:
         features = {k: v for k, v in ROWS.items() if k != "user"}
@@ -208,19 +286,14 @@ def test_a_row_is_the_same_in_any_company(run, signature):
     together = probabilities(run(signature, inputs))
     for i in (0, 7, 79):
         alone = probabilities(run(signature, {k: v[i : i + 1] for k, v in inputs.items()}))
-        np.testing.assert_allclose(alone[0], together[i], atol=1e-6)
+        close(alone[0], together[i])
     order = np.random.default_rng(0).permutation(80)
     shuffled = probabilities(run(signature, {k: v[order] for k, v in inputs.items()}))
-    np.testing.assert_allclose(shuffled, together[order], atol=1e-6)
-    # Batching fills a batch up with its first row, and pads lists with their tensor's first value.
+    close(shuffled, together[order])
+    # Batching fills a batch up with its first row.
     filled = np.r_[np.arange(5), 0, 0, 0]
     repeated = probabilities(run(signature, {k: v[filled] for k, v in inputs.items()}))
-    np.testing.assert_allclose(repeated, together[filled], atol=1e-6)
-    padded = {}
-    for name, value in inputs.items():
-        widths = [(0, 0), *[(0, 2)] * (value.ndim - 1)]
-        padded[name] = np.pad(value, widths, constant_values=value.flat[0])
-    np.testing.assert_allclose(probabilities(run(signature, padded)), together, atol=1e-6)
+    close(repeated, together[filled])
 
 
 def test_what_cannot_be_read_touches_no_neighbour(run):
@@ -228,6 +301,7 @@ def test_what_cannot_be_read_touches_no_neighbour(run):
     together = probabilities(run("adapted_by_request", inputs))
     mine = np.flatnonzero((inputs[COUNT] >= 3) & (np.arange(80) > 3))[:4]
     bad = {k: v.copy() for k, v in inputs.items()}
+    bad[REQUEST_ID][mine] = np.arange(4)  # of requests of their own
     bad[support_name("price")][mine[0], 0] = np.nan
     bad[support_name("click")][mine[1], 1] = 7.0
     bad[COUNT][mine[2]] = 99
@@ -235,10 +309,10 @@ def test_what_cannot_be_read_touches_no_neighbour(run):
     answer = run("adapted_by_request", bad)
     assert answer[STATUS][mine].tolist() == [BAD_SUPPORT, BAD_SUPPORT, BAD_SUPPORT, DIVERGED]
     others = np.setdiff1d(np.arange(80), mine)
-    np.testing.assert_allclose(probabilities(answer)[others], together[others], atol=1e-6)
+    close(probabilities(answer)[others], together[others])
     assert np.isfinite(probabilities(answer)).all()
     plain = run("serving_default", {k: v for k, v in ROWS.items() if k != "user"})
-    np.testing.assert_array_equal(probabilities(answer)[mine[3]], probabilities(plain)[mine[3]])
+    close(probabilities(answer)[mine[3]], probabilities(plain)[mine[3]])
 
 
 def test_one_class_in_the_support_and_no_rows_at_all(run):
@@ -249,18 +323,14 @@ def test_one_class_in_the_support_and_no_rows_at_all(run):
     inputs[COUNT][:] = 0
     answer = run("adapted_by_request", inputs)
     plain = run("serving_default", {k: v for k, v in ROWS.items() if k != "user"})
-    np.testing.assert_array_equal(probabilities(answer), probabilities(plain))
+    close(probabilities(answer), probabilities(plain))
     assert (answer[STATUS] == NO_SUPPORT).all()
-    columns = [k for k in inputs if k.startswith("support_") and k != COUNT]
-    none = run("adapted_by_request", {**inputs, **{k: inputs[k][:, :0] for k in columns}})
-    np.testing.assert_array_equal(probabilities(none), probabilities(plain))
-    assert (none[STATUS] == NO_SUPPORT).all()
 
 
 def test_rows_that_are_put_count_at_once_and_only_once(served):
     user = USERS - 1  # had no support
     mine = {k: v[:1] for k, v in switched().items()} | {"user": np.array([user])}
-    put = {k: v[:3].copy() for k, v in SUPPORT.items()} | {"user": np.full(3, user)}
+    put = {**rows_to_put(), "user": np.full(3, user)}
     put["like"][:] = 1
     with session(served) as run:
         before = run("stats", {"user": np.array([user])})["stats"]
@@ -272,7 +342,7 @@ def test_rows_that_are_put_count_at_once_and_only_once(served):
         twice = {k: np.concatenate([v, v[:1], v[:1]]) for k, v in put.items()}
         run("put_support", twice)  # as batching repeats rows; of five rows, a last bit may differ
         stored = probabilities(run("adapted", mine))
-        np.testing.assert_allclose(stored, probabilities(first), atol=1e-6)
+        close(stored, probabilities(first))
         # One task more, asked for once before it was there, and twice since.
         after = run("stats", {"user": np.array([user])})["stats"]
         assert (after - before).tolist() == [[1, 2, 1]]
@@ -280,6 +350,47 @@ def test_rows_that_are_put_count_at_once_and_only_once(served):
         bad["time"][0], bad["price"][1], bad["click"][2] = 0, np.nan, np.nan
         assert run("put_support", bad)[STATUS].tolist() == [BAD_TIME, BAD_VECTOR, BAD_LABEL]
         np.testing.assert_array_equal(probabilities(run("adapted", mine)), stored)
+
+
+@pytest.mark.parametrize("where", ["table", "store"])
+@pytest.mark.parametrize("column", ["", "impression"])
+def test_support_rows_of_one_time_are_all_kept(model, tmp_path, where, column, monkeypatch):
+    # As in a log of whole seconds, where a user sees many items in one.
+    ties = {**SUPPORT, "time": 1 + np.arange(60) // 7}
+    if column:
+        ties[column] = np.random.default_rng(1).permutation(60) - 30
+        monkeypatch.setattr(model, "schema", dataclasses.replace(SCHEMA, event_id=column))
+    store = None
+    if where == "store":
+        store = SupportStore(f"test_adapted_ties{column}", 16, 2, MOST)
+    folder, _ = export_adapted(model, tmp_path / "ranker", ROWS, ties, store=store)
+    order = np.lexsort((ties.get(column, np.arange(60)), ties["time"]))
+    in_order = {name: values[order] for name, values in ties.items()}
+    tied = [len(set(in_order["time"][in_order["user"] == u])) < 5 for u in range(USERS - 2)]
+    assert any(tied)
+    specs = by_request_specs(SCHEMA, MOST)
+    own = brought(specs, ROWS["user"], rows_by_task(SCHEMA, in_order))
+    with session(folder) as run:
+        by_store = run("adapted", switched())
+        by_request = run("adapted_by_request", {**switched(), **own})
+    close(probabilities(by_store), probabilities(by_request))
+    np.testing.assert_array_equal(by_store[STATUS], by_request[STATUS])
+    if store is not None:  # the same file again is the same rows
+        version = HiddenRows(model).version
+        before = store.get(np.arange(USERS), version)
+        assert before.count.numpy().sum() > 40
+        export_adapted(model, tmp_path / "ranker", ROWS, ties, store=store)
+        for part, again in zip(before, store.get(np.arange(USERS), version), strict=True):
+            np.testing.assert_array_equal(part, again)
+        store.close()
+
+
+def test_an_event_id_needs_a_name_of_its_own():
+    named = Categorical(name="event_id", num_ids=3, dim=2)
+    schema = SCHEMA.with_features([*SCHEMA.features, named])
+    with pytest.raises(ExportError, match="`event_id` is a column and the input for the id"):
+        put_specs(schema)
+    assert put_specs(dataclasses.replace(schema, event_id="event_id"))["event_id"].dtype == tf.int64
 
 
 def test_support_that_is_too_old_is_not_used(model, tmp_path):
@@ -293,6 +404,23 @@ def test_it_is_made_of_stock_ops_and_warms_up_every_signature(served):
     assert not [op for op in op_types(served) if ">" in op]
     path = served / "assets.extra" / "tf_serving_warmup_requests"
     assert sum(1 for _ in tf.data.TFRecordDataset(str(path))) == 5
+
+
+def test_a_model_of_mixed_precision_adapts_in_that_of_its_weights(model, tmp_path):
+    tf_keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        mixed = zoo.build(SCHEMA, CONFIG)
+        mixed.build()
+    finally:
+        tf_keras.mixed_precision.set_global_policy("float32")
+    for variable, value in zip(mixed.weights, model.weights, strict=True):
+        variable.assign(value)
+    folder, _ = export_adapted(mixed, tmp_path / "ranker", ROWS, SUPPORT)
+    reference = expected(model)
+    with session(folder) as run:
+        close(probabilities(run("adapted", switched())), reference)
+        close(probabilities(run("adapted_by_request", by_request())), reference)
+    assert mixed.tower.compute_dtype == "bfloat16"
 
 
 def test_a_model_without_meta_is_refused(tmp_path):
@@ -311,14 +439,14 @@ def test_a_store_outlives_a_version_and_knows_its_bottom(model, tmp_path):
     nothing = {k: v[:1] for k, v in SUPPORT.items()}
     second, _ = export_adapted(model, base, ROWS, nothing, store=store)
     mine = {k: v[:1] for k, v in switched().items()} | {"user": np.array([USERS - 1])}
-    put = {k: v[:3].copy() for k, v in SUPPORT.items()} | {"user": np.full(3, USERS - 1)}
+    put = {**rows_to_put(), "user": np.full(3, USERS - 1)}
     reference = expected(model)
     with session(first) as run:
-        np.testing.assert_allclose(probabilities(run("adapted", switched())), reference, atol=1e-6)
+        close(probabilities(run("adapted", switched())), reference)
         assert not run("put_support", put)[STATUS].any()
         before = run("adapted", mine)
     with session(second) as run:  # what one version wrote, the next one reads
-        np.testing.assert_array_equal(probabilities(run("adapted", mine)), probabilities(before))
+        close(probabilities(run("adapted", mine)), probabilities(before))
         assert run("adapted", mine)[STATUS].tolist() == [0]
     kernel = model.bottom.trainable_variables[0]
     was = kernel.numpy()
@@ -357,15 +485,15 @@ def test_a_redis_that_dies_leaves_the_plain_score(model, tmp_path):
         folder, worst = export_adapted(model, tmp_path / "ranker", ROWS, SUPPORT, store=store)
         store.close()
         assert worst <= 1e-6
-        put = {k: v[:3].copy() for k, v in SUPPORT.items()} | {"user": np.full(3, USERS - 1)}
+        put = {**rows_to_put(), "user": np.full(3, USERS - 1)}
         reference = expected(model)
         with session(folder) as run:
             before = run("adapted", switched())
-            np.testing.assert_allclose(probabilities(before), reference, atol=1e-6)
+            close(probabilities(before), reference)
             redis.kill()
             answer = run("adapted", switched())
             plain = run("serving_default", {k: v for k, v in ROWS.items() if k != "user"})
-            np.testing.assert_array_equal(probabilities(answer), probabilities(plain))
+            close(probabilities(answer), probabilities(plain))
             assert (answer[STATUS] == NO_SUPPORT).all()
             put["click"][1] = np.nan
             bad = run("put_support", put)[STATUS]
@@ -409,7 +537,7 @@ def test_rows_of_features_outlive_the_weights_that_were_there(model, tmp_path):
     kernel.assign(was)
     with session(second) as run:
         answer = run("adapted", switched())
-    np.testing.assert_allclose(probabilities(answer), reference, atol=1e-6)
+    close(probabilities(answer), reference)
     store.close()
 
 

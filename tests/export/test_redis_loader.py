@@ -123,11 +123,40 @@ def test_another_version_of_the_same_number(server: Server, tmp_path: pathlib.Pa
     assert redis_loader.versions(Redis(url)) == {2: 2, 1: 1}
 
 
+@pytest.mark.parametrize("key", ["1:CONTENT", "1:MANIFEST", "VERSIONS", "CURRENT"])
+def test_a_key_that_is_lost_is_made_good_by_loading_again(
+    server: Server, tmp_path: pathlib.Path, key: str
+) -> None:
+    prefix = f"lost-{key.replace(':', '-')}"
+    url, client = server.url(prefix), server.client()
+    rows = write(tmp_path / "a", 1, 100)
+    redis_loader.load(tmp_path / "a", 1, url)
+    before = {name: client.get(name) for name in client.keys(f"{prefix}:*")}
+    assert client.delete(f"{prefix}:{key}") == 1
+    # Another version of this number is refused still, with what can be done.
+    write(tmp_path / "b", 1, 100, seed=1)
+    if key != "VERSIONS":
+        with pytest.raises(StoreError, match=r"differ from those of .*or load and publish another"):
+            redis_loader.load(tmp_path / "b", 1, url)
+    redis_loader.load(tmp_path / "a", 1, url)
+    assert {name: client.get(name) for name in client.keys(f"{prefix}:*")} == before
+    assert redis_loader.holds(url, tmp_path / "a", 1)
+    np.testing.assert_array_equal(stored(server, prefix, 100), rows)
+    shards.write(tmp_path / "a", 2, [(shards.Table(name="t", dim=4, num_rows=1), [rows[:1]])])
+    redis_loader.load(tmp_path / "a", 2, url)
+    redis_loader.delete(url, 1)  # once another one is published
+    assert not client.keys(f"{prefix}:1:*")
+
+
 def test_a_cluster_of_one_node(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "store", 1, 1000)
     (tmp_path / "nodes").mkdir()
     with redis_servers.cluster(tmp_path / "nodes", nodes=1) as cluster:
         assert redis_loader.load(tmp_path / "store", 1, cluster.url()) == 1000
+        redis = Redis(cluster.url())
+        redis.client.delete(redis.key(1, "CONTENT"))
+        assert redis_loader.load(tmp_path / "store", 1, cluster.url()) == 0
+        assert redis_loader.holds(cluster.url(), tmp_path / "store", 1)
 
 
 def test_refusals(server: Server, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +262,11 @@ def test_the_client_of_fed(server: Server, tmp_path: pathlib.Path, where: str) -
         assert answers["status"].tolist() == [0] * 100
         written = predicted(tmp_path, f"127.0.0.1:{serving.port}")
         np.testing.assert_allclose([row["click"] for row in written], scores(old), atol=1e-6)
+        none = rows() | {"seen": np.zeros((100, 3), np.int64), "seen_length": np.zeros(100, int)}
+        narrow = client.predict(none | {"seen": none["seen"][:, :0]})["click"]
+        np.testing.assert_allclose(narrow, client.predict(none)["click"], atol=1e-6)
+        with pytest.raises(ValueError, match=r"`seen` should have shape \[\?, 3\]"):
+            client.predict(none | {"seen": np.zeros((100, 4), np.int64)})
         bad = rows() | {"price": np.full(100, np.nan, np.float32), "seen_length": np.full(100, 9)}
         assert client.predict(bad)["status"].tolist() == [3] * 100
         # New embeddings and their graph take over together.

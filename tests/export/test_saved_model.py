@@ -6,11 +6,19 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+from served import close
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import prediction_log_pb2
 
 from qianmo.export import saved_model
-from qianmo.export.saved_model import ExportError, export_fed, export_in_graph, op_types, session
+from qianmo.export.saved_model import (
+    BAD_SCORE,
+    ExportError,
+    export_fed,
+    export_in_graph,
+    op_types,
+    session,
+)
 from qianmo.layers.encode import BAD_DENSE, BAD_LENGTH
 from qianmo.layers.features import Categorical, Dense
 from qianmo.layers.schema import Schema
@@ -159,6 +167,45 @@ def test_every_model_is_served_as_keras_scores_it_by_stock_ops(name, export, tmp
         assert op_types(each) <= STOCK_OPS
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("export", [export_in_graph, export_fed], ids=["in_graph", "fed"])
+def test_a_model_of_mixed_precision_is_served_in_that_of_its_weights(name, export, tmp_path):
+    wide = model(name)
+    features = {k: tf.constant(v) for k, v in rows().items()}
+    expected = tf.sigmoid(wide(features)[wide.serving_head]).numpy()
+    tf_keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        mixed = model(name)
+        for variable, value in zip(mixed.weights, wide.weights, strict=True):
+            variable.assign(value)
+        before = mixed(features)[mixed.serving_head].numpy()
+        folder, worst = export(mixed, tmp_path / "m", rows())
+        after = mixed(features)[mixed.serving_head].numpy()
+    finally:
+        tf_keras.mixed_precision.set_global_policy("float32")
+    assert worst <= 1e-6
+    np.testing.assert_array_equal(after, before)  # training goes on as it was
+    assert np.abs(1 / (1 + np.exp(-before)) - expected).max() > 1e-5
+    inputs = rows()
+    if export is export_fed:
+        ids = {name: column for name, column in inputs.items() if name != "price"}
+        with session(tmp_path / "m_lookup" / "1") as run:
+            vectors = dict(run("serving_default", ids))
+        del vectors["status"]
+        inputs = {**vectors, "price": inputs["price"]}
+    with session(folder) as run:
+        answer = run("serving_default", inputs)
+    close(np.stack([answer["click"], answer["like"]], 1), expected)
+    assert {tf.bfloat16.as_datatype_enum} & dtypes(folder) == set()
+
+
+def dtypes(folder):
+    proto = saved_model_pb2.SavedModel.FromString((folder / "saved_model.pb").read_bytes())
+    graph = proto.meta_graphs[0].graph_def
+    nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
+    return {value.type for node in nodes for value in node.attr.values()}
+
+
 def test_served_scores_and_signatures(tmp_path):
     made = model("dual_dnn")
     folder, _ = export_in_graph(made, tmp_path / "m", rows(), heads=("student", "teacher"))
@@ -188,20 +235,41 @@ def test_a_bad_row_gets_a_status_and_its_neighbours_their_scores(tmp_path):
     assert np.isfinite(after["click"]).all()
 
 
+def test_a_score_that_is_not_finite_is_answered_as_0_with_a_status():
+    nan = float("nan")
+    logits = tf.constant([[0.0, 1.0], [nan, 1.0], [0.0, nan], [nan, nan], [1e30, -1e30]])
+    answer = saved_model.answer(SCHEMA, logits, tf.constant([0, 0, BAD_DENSE, 0, 0]))
+    high = 1 / (1 + np.exp(-1))
+    close(answer["click"], [0.5, 0, 0.5, 0, 1])
+    close(answer["like"], [high, high, 0, 0, 0])
+    bad = BAD_SCORE
+    assert answer["status"].numpy().tolist() == [0, bad, bad | BAD_DENSE, bad, 0]
+
+
 def test_rows_do_not_depend_on_their_batch(tmp_path):
     folder, _ = export_in_graph(model("dual_dnn"), tmp_path / "m", rows())
     batch = rows(64)
-    wide = {**batch, "seen": np.concatenate([batch["seen"], batch["seen"][:, :1]] * 2, 1)}
-    wide["seen_length"] = np.minimum(batch["seen_length"], 3)
     with session(folder) as run:
         together = run("serving_default", batch)["click"]
-        padded = run("serving_default", wide)["click"]
         alone = [
             run("serving_default", {k: v[i : i + 1] for k, v in batch.items()})["click"][0]
             for i in range(64)
         ]
-    np.testing.assert_allclose(alone, together, atol=1e-6)
-    np.testing.assert_allclose(padded, together, atol=1e-6)
+    close(alone, together)
+
+
+def test_lists_are_as_wide_as_the_schema_says(tmp_path):
+    narrow = rows()
+    narrow["seen"], narrow["seen_length"] = narrow["seen"][:, :2], narrow["seen_length"] % 3
+    folder, worst = export_in_graph(model("deepfm"), tmp_path / "m", narrow)  # it pads
+    assert worst <= 1e-6
+    wide = {**rows(), "seen": np.zeros((200, 4), np.int64)}
+    with session(folder) as run, pytest.raises(ValueError, match=r"\(200, 4\).*seen"):
+        run("serving_default", wide)
+    with pytest.raises(
+        ExportError, match=r"input `seen` should have shape \[\?, 3\]. Received: \["
+    ):
+        export_in_graph(model("deepfm"), tmp_path / "m", wide)
 
 
 def variables(folder):

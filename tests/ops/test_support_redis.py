@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -17,8 +18,9 @@ import pytest
 import redis_servers
 import tensorflow as tf
 from redis_servers import Cluster, Server
-from support_rows import DIM, LABELS, MAX_ROWS, get, put, stats
+from support_rows import DIM, LABELS, MAX_ROWS, get, get_events, put, stats
 
+from qianmo.ops import support_store
 from qianmo.ops.support_store import (
     BAD_TIME,
     BAD_VECTOR,
@@ -70,14 +72,14 @@ def test_a_random_walk_beside_a_local_store(
     for step in range(120):
         version = int(random.integers(1, 3))
         events = [
-            (int(task), int(when), int(random.integers(0, 8)))
+            (int(task), int(when), int(random.integers(0, 8)), int(random.integers(-1, 2)))
             for task, when in random.integers([-8, 0], [8, 15], [random.integers(1, 9), 2])
         ]
         expected = put(local, events, version)
         assert put(redis[step % 2], events, version) == expected
         counts += expected
         task, version = (int(x) for x in random.integers([-8, 1], [8, 3]))
-        assert get(redis[1], task, version) == get(local, task, version)
+        assert get_events(redis[1], task, version) == get_events(local, task, version)
     assert {STORED, BAD_TIME, TOO_OLD} == set(counts)
     for name in ("hits", "misses", "refused"):
         assert stats(redis[1])[name] == stats(local)[name] > 0
@@ -90,15 +92,23 @@ def test_any_task_id_and_time_will_do(server: Server, opened: Open) -> None:
     store = opened(server.url("any"))
     ids = [0, -1, 2**63 - 1, -(2**63), 5, 5, 5]
     when = [9, 9, 9, 9, 2**60 + 2, 2**60, 2**60 + 1]  # as floats, the last three are equal
+    event = [0, 0, 0, 0, 2**62 + 1, -(2**63), -1]
     h = np.arange(7, dtype="f4")[:, None] * np.ones([7, DIM], "f4")
     ones = np.ones([7, LABELS], "f4")
-    assert not store.put(ids, h, ones, ones, when, [1] * 7).numpy().any()
+    assert not store.put(ids, h, ones, ones, when, event, [1] * 7).numpy().any()
     found = store.get(ids[:5], 1)
     np.testing.assert_array_equal(found.h[:4, 0], h[:4])
     assert found.time[4].numpy().tolist() == [2**60, 2**60 + 1, 2**60 + 2, 0]
     assert found.h[4, :3, 0].numpy().tolist() == [5, 6, 4]
+    assert found.event_id[4].numpy().tolist() == [-(2**63), -1, 2**62 + 1, 0]
+    same = [2**60] * 3
+    events = [2**62 + 1, 2**62, -(2**62)]
+    assert not store.put([9] * 3, h[:3], ones[:3], ones[:3], same, events, [1] * 3).numpy().any()
+    found = store.get([9], 1)
+    assert found.event_id.numpy().tolist() == [[-(2**62), 2**62, 2**62 + 1, 0]]
+    assert found.h[0, :3, 0].numpy().tolist() == [2, 1, 0]
     none, labels = tf.zeros([0], tf.int64), tf.zeros([0, LABELS])
-    assert store.put(none, tf.zeros([0, DIM]), labels, labels, none, none).shape == [0]
+    assert store.put(none, tf.zeros([0, DIM]), labels, labels, none, none, none).shape == [0]
     assert store.get(none, 1).h.shape == [0, MAX_ROWS, DIM]
 
 
@@ -138,36 +148,71 @@ def test_writers_of_two_processes_lose_nothing(server: Server, opened: Open) -> 
     found = store.get(range(5), 1)
     assert found.count.numpy().tolist() == [120] * 5
     assert found.time[:, :120].numpy().tolist() == [list(range(1, 121))] * 5
-    before = server.client().get("writers:3x2:0")
+    before = server.client().get("writers:v2:3x2:0")
     put(store, [(0, when) for when in (7, 120, 7)])  # as a client that tries again
-    assert len(server.client().get("writers:3x2:0")) == len(before)
+    assert len(server.client().get("writers:v2:3x2:0")) == len(before)
 
 
 def test_rows_outlive_their_time_by_nothing(server: Server, opened: Open) -> None:
     store = opened(server.url("ttl"), ttl_seconds=1.0)
     client = server.client()
     put(store, [(1, 5), (2, 5)])
-    assert 0 < client.pttl("ttl:3x2:1") <= 1000
+    assert 0 < client.pttl("ttl:v2:3x2:1") <= 1000
     time.sleep(0.6)
     put(store, [(1, 6)])
     time.sleep(0.6)
     assert get(store, 1) == {6: 0}
     assert get(store, 2) == {}
-    two_rows = client.strlen("ttl:3x2:1")
+    two_rows = client.strlen("ttl:v2:3x2:1")
     put(store, [(1, 7)])  # lets go of what is past its time
-    assert client.strlen("ttl:3x2:1") == two_rows
+    assert client.strlen("ttl:v2:3x2:1") == two_rows
     evicted = stats(store)["evicted"]
-    assert soon(lambda: client.exists("ttl:3x2:1", "ttl:3x2:2") == 0)
+    assert soon(lambda: client.exists("ttl:v2:3x2:1", "ttl:v2:3x2:2") == 0)
     assert stats(store)["evicted"] == evicted + 1
     lasting = opened(server.url("ttl"), ttl_seconds=60.0)
     put(lasting, [(3, when) for when in range(5, 5 + MAX_ROWS)])
     time.sleep(0.1)
-    left = client.pttl("ttl:3x2:3")
+    left = client.pttl("ttl:v2:3x2:3")
     assert put(lasting, [(3, 4)]) == [TOO_OLD]
-    assert client.pttl("ttl:3x2:3") <= left
+    assert client.pttl("ttl:v2:3x2:3") <= left
     for_ever = opened(server.url("ttl"))
     put(for_ever, [(1, 5)])
-    assert client.pttl("ttl:3x2:1") == -1
+    assert client.pttl("ttl:v2:3x2:1") == -1
+
+
+def test_a_writer_s_clock_that_is_wrong_keeps_no_row_for_longer(server: Server) -> None:
+    """The store's own script, given the clocks of writers; Redis tells the time itself."""
+    source = pathlib.Path(support_store.__file__).with_name("cc") / "redis_support.cc"
+    script = source.read_text().split('R"lua(')[1].split(')lua"')[0]
+    client, size, hour, ttl = server.client(), 48, 3_600_000_000, 60_000_000
+
+    def now() -> int:
+        seconds, micros = client.time()
+        return seconds * 1_000_000 + micros
+
+    def put(when: int, clock: int, written: int | None = None) -> bytes:
+        row = struct.pack("<qqqq", when, 0, 1, clock if written is None else written)
+        return client.eval(script, 1, "clock", size, 4, ttl, clock, row.ljust(size, b"\0"))
+
+    def rows() -> dict[int, int]:
+        value = client.get("clock") or b""
+        heads = (struct.unpack("<qqqq", value[at : at + 32]) for at in range(0, len(value), size))
+        return {head[0]: head[3] for head in heads}
+
+    begin = now()
+    for number, ahead in enumerate((hour, 0, -hour, 1000 * hour), start=1):
+        clock = now() + ahead
+        assert put(number, clock) == b"\0"
+        if ahead < 0:  # the writer's own rows are past their time sooner, which harms nobody
+            assert rows()[number] == clock
+        else:
+            assert begin <= rows()[number] <= now()
+        assert 0 < client.pttl("clock") <= ttl // 1000
+    assert set(rows()) == {1, 2, 4}  # the third was past its time when the fourth came
+    put(5, now() + hour, written=begin - ttl // 2)  # as imported
+    assert rows()[5] == begin - ttl // 2
+    assert put(6, now() - ttl - hour, written=0) == b"\0"
+    client.delete("clock")
 
 
 def test_a_redis_that_is_full(tmp_path: pathlib.Path, opened: Open) -> None:
@@ -235,16 +280,16 @@ def test_rows_whose_time_ends_during_the_import(
 def test_a_value_that_holds_no_rows(server: Server, opened: Open, tmp_path: pathlib.Path) -> None:
     store = opened(server.url("bad"))
     put(store, [(1, 5)])
-    server.client().set("bad:3x2:2", b"short")
-    server.client().lpush("bad:3x2:3", b"a list")  # no string, hence no value to read
+    server.client().set("bad:v2:3x2:2", b"short")
+    server.client().lpush("bad:v2:3x2:3", b"a list")  # no string, hence no value to read
     assert store.get([1, 2, 3, 4], 1).count.numpy().tolist() == [1, 0, 0, 0]
     assert (stats(store)["read_errors"], stats(store)["misses"]) == (1, 2)
     assert put(store, [(3, 1), (2, 1), (4, 1), (2, 0)]) == [
         UNREACHABLE, UNREACHABLE, STORED, BAD_TIME,
     ]  # fmt: skip
     assert stats(store)["write_errors"] == 2
-    server.client().delete("bad:3x2:3")
-    with pytest.raises(tf.errors.FailedPreconditionError, match="key bad:3x2:2: it is none of a"):
+    server.client().delete("bad:v2:3x2:3")
+    with pytest.raises(tf.errors.FailedPreconditionError, match="key bad:v2:3x2:2: it is none"):
         store.export_rows(tmp_path / "rows")
     assert not list(tmp_path.iterdir())
 
@@ -281,7 +326,7 @@ def test_a_redis_that_hangs_dies_and_comes_back(tmp_path: pathlib.Path, opened: 
         mine.kill()
         h = np.full([2, DIM], [[1], [np.nan]], "f4")
         ones = np.ones([2, LABELS], "f4")
-        status = store.put([1, 2], h, ones, ones, [8, 8], [1, 1])
+        status = store.put([1, 2], h, ones, ones, [8, 8], [0, 0], [1, 1])
         assert status.numpy().tolist() == [UNREACHABLE, BAD_VECTOR]
         assert store.get([1, 2], 1).count.numpy().tolist() == [0, 0]
         found = stats(store)
@@ -298,7 +343,7 @@ def test_slots_that_move_between_nodes(cluster: Cluster, opened: Open) -> None:
     store = opened(cluster.url("move"))
     clients = [node.client(decode_responses=True) for node in cluster.servers]
     ids = [client.execute_command("CLUSTER MYID") for client in clients]
-    slots = [clients[0].execute_command("CLUSTER KEYSLOT", f"move:3x2:{i}") for i in TASKS]
+    slots = [clients[0].execute_command("CLUSTER KEYSLOT", f"move:v2:3x2:{i}") for i in TASKS]
     slot = next(slot for slot in slots if slot < 5462)
     times = []
 

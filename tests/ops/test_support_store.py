@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
 import pathlib
@@ -14,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from support_rows import DIM, LABELS, MAX_ROWS, get, put, stats
+from support_rows import DIM, LABELS, MAX_ROWS, get, get_events, put, stats
 
 from qianmo.ops import support_store
 from qianmo.ops.support_store import METRICS, SupportStore
 
 HEADER = 24
-RECORD = 2 * 8 + 24 + 4 * (DIM + 2 * LABELS) + 4 + 8  # 4: padding to words of 8 bytes
+RECORD = 2 * 8 + 32 + 4 * (DIM + 2 * LABELS) + 4 + 8  # 4: padding to words of 8 bytes
 Open = Callable[..., SupportStore]
 
 
@@ -45,16 +46,17 @@ class Model:
 
     def __init__(self, max_tasks: int) -> None:
         self.max_tasks = max_tasks
-        self.tasks: dict[int, dict[int, tuple[int, int]]] = {}  # the last written at the end
+        # Task -> (time, event id) -> version and salt; the last written at the end.
+        self.tasks: dict[int, dict[tuple[int, int], tuple[int, int]]] = {}
         self.counts = dict.fromkeys(("hits", "misses", "refused", "evicted"), 0)
 
-    def put(self, task: int, when: int, version: int, salt: int) -> int:
+    def put(self, task: int, when: int, version: int, salt: int, event: int) -> int:
         if when <= 0:
             return support_store.BAD_TIME
         rows = self.tasks.get(task, {})
-        if len(rows) == MAX_ROWS and when < min(rows):
+        if len(rows) == MAX_ROWS and (when, event) < min(rows):
             return support_store.TOO_OLD
-        rows[when] = version, salt
+        rows[when, event] = version, salt
         if len(rows) > MAX_ROWS:
             del rows[min(rows)]
         self.tasks.pop(task, None)
@@ -64,9 +66,9 @@ class Model:
             self.counts["evicted"] += 1
         return support_store.STORED
 
-    def get(self, task: int, version: int) -> dict[int, int]:
+    def get(self, task: int, version: int) -> dict[tuple[int, int], int]:
         rows = self.tasks.get(task, {})
-        found = {when: salt for when, (v, salt) in sorted(rows.items()) if v == version}
+        found = {event: salt for event, (v, salt) in sorted(rows.items()) if v == version}
         self.counts["refused"] += len(rows) - len(found)
         self.counts["hits" if found else "misses"] += 1
         return found
@@ -77,26 +79,30 @@ def test_a_random_walk_beside_a_model(opened: Open, tmp_path: pathlib.Path, on_d
     options: dict[str, Any] = {"max_tasks": 12, "path": tmp_path / "s" if on_disk else ""}
     store, model = opened(**options), Model(12)
     random = np.random.default_rng(3)
+    seen = collections.Counter(model.counts)
     for step in range(300):
         if on_disk and step % 60 == 59:
             store.close()
             store = opened(**options)
+            seen.update(model.counts)
             model.counts = dict.fromkeys(model.counts, 0)
         version = int(random.integers(1, 3))
         events = [
-            (int(task), int(when), int(random.integers(0, 8)))
+            (int(task), int(when), int(random.integers(0, 8)), int(random.integers(-1, 2)))
             for task, when in random.integers([-8, 0], [8, 15], [random.integers(1, 6), 2])
         ]
-        expected = [model.put(task, when, version, salt) for task, when, salt in events]
+        expected = [
+            model.put(task, when, version, salt, event) for task, when, salt, event in events
+        ]
         assert put(store, events, version) == expected
         task, version = (int(x) for x in random.integers([-8, 1], [8, 3]))
-        assert get(store, task, version) == model.get(task, version)
+        assert get_events(store, task, version) == model.get(task, version)
         found = stats(store)
         assert found["tasks"] == len(model.tasks)
         assert found["rows"] == sum(map(len, model.tasks.values()))
         assert {key: found[key] for key in model.counts} == model.counts
-    assert model.counts["evicted"] > 0
-    assert model.counts["refused"] > 0
+    seen.update(model.counts)
+    assert min(seen.values()) > 0
 
 
 def test_the_last_rows_are_returned_when_fewer_are_asked_for(opened: Open) -> None:
@@ -117,7 +123,7 @@ def test_a_bad_row_leaves_its_neighbours_alone(opened: Open) -> None:
     h[1, 2], labels[2, 0], weights[3, 1], weights[4, 0] = np.nan, np.inf, np.nan, -1
     labels[5, 1], weights[5, 1] = np.nan, 0  # undefined, hence good
     when = [10, 11, 12, 13, -14, 15, 16]
-    status = store.put([1] * 7, h, labels, weights, when, [1] * 7).numpy()
+    status = store.put([1] * 7, h, labels, weights, when, [0] * 7, [1] * 7).numpy()
     bad = support_store
     assert status.tolist() == [
         0, bad.BAD_VECTOR, bad.BAD_LABEL, bad.BAD_LABEL, bad.BAD_LABEL | bad.BAD_TIME, 0, 0,
@@ -128,19 +134,62 @@ def test_a_bad_row_leaves_its_neighbours_alone(opened: Open) -> None:
     assert found.weights.numpy()[0, 1].tolist() == [1, 0]
 
 
+def test_events_of_one_time_are_told_apart_by_their_id(
+    opened: Open, tmp_path: pathlib.Path
+) -> None:
+    low, high = -(2**63), 2**63 - 1
+    store = opened(path=tmp_path / "s")
+    events = [(1, 20, salt, event) for salt, event in enumerate((5, high, low, -1))]
+    assert put(store, events) == [support_store.STORED] * 4
+    assert get_events(store, 1) == {(20, low): 2, (20, -1): 3, (20, 5): 0, (20, high): 1}
+    assert put(store, [(1, 20, 7, -1)] * 2) == [support_store.STORED] * 2  # twice is once
+    assert put(store, [(1, 19, 0, high)]) == [support_store.TOO_OLD]
+    assert put(store, [(1, 20, 0, low + 1)]) == [support_store.STORED]  # pushes out the lowest
+    assert put(store, [(1, 20, 0, low)]) == [support_store.TOO_OLD]
+    expected = {(20, low + 1): 0, (20, -1): 7, (20, 5): 0, (20, high): 1}
+    assert get_events(store, 1) == expected
+    store.export_rows(tmp_path / "rows")
+    store.close()
+    assert get_events(opened(path=tmp_path / "s"), 1) == expected
+    other = opened("other")
+    other.import_rows(tmp_path / "rows")
+    assert get_events(other, 1) == expected
+
+
+def test_files_of_an_older_format_are_refused_in_one_line(
+    opened: Open, tmp_path: pathlib.Path
+) -> None:
+    store = opened(path=tmp_path / "s")
+    put(store, [(1, 5)])
+    store.export_rows(tmp_path / "rows")
+    store.close()
+    for path in (log_of(tmp_path / "s"), tmp_path / "rows"):
+        data = path.read_bytes()
+        old = b"QIANMOS1" + data[8:16]
+        total = 16
+        for word in (old[:8], old[8:]):  # the sum of support_log.h
+            total = (total ^ int.from_bytes(word, "little")) * 0x9E3779B97F4A7C15 % 2**64
+            total ^= total >> 32
+        path.write_bytes(old + total.to_bytes(8, "little") + data[HEADER:])
+    with pytest.raises(tf.errors.FailedPreconditionError, match="holds rows of format 1, which"):
+        opened(path=tmp_path / "s")
+    with pytest.raises(tf.errors.FailedPreconditionError, match="holds rows of format 1, which"):
+        opened("other").import_rows(tmp_path / "rows")
+
+
 def test_any_task_id_will_do(opened: Open) -> None:
     store = opened()
     ids = [0, -1, -2, 2**63 - 1, -(2**63)]
     h = np.arange(5, dtype="f4")[:, None] * np.ones([5, DIM], "f4")
     ones = np.ones([5, LABELS], "f4")
-    store.put(ids, h, ones, ones, [9] * 5, [1] * 5)
+    store.put(ids, h, ones, ones, [9] * 5, [0] * 5, [1] * 5)
     np.testing.assert_array_equal(store.get(ids, 1).h[:, 0], h)
 
 
 def test_no_rows(opened: Open) -> None:
     store = opened()
     none, labels = tf.zeros([0], tf.int64), tf.zeros([0, LABELS])
-    assert store.put(none, tf.zeros([0, DIM]), labels, labels, none, none).shape == [0]
+    assert store.put(none, tf.zeros([0, DIM]), labels, labels, none, none, none).shape == [0]
     assert store.get(none, 1).h.shape == [0, MAX_ROWS, DIM]
     assert store.stats(none).shape == [0, len(METRICS)]
 
@@ -204,7 +253,7 @@ store = SupportStore("s", 3, 2, 4, path=sys.argv[1])
 ones = np.ones([64, 2], "f4")
 for n in range(1, 10**9):
     tasks = np.arange(64) + 64 * n
-    status = store.put(tasks, np.full([64, 3], n, "f4"), ones, ones, [n] * 64, [1] * 64)
+    status = store.put(tasks, np.full([64, 3], n, "f4"), ones, ones, [n] * 64, [0] * 64, [1] * 64)
     assert not status.numpy().any()
     print(n, time.monotonic(), flush=True)
 """
@@ -345,7 +394,7 @@ def test_refusals(opened: Open, tmp_path: pathlib.Path) -> None:
     store = opened(path=tmp_path / "s")
     one = [1]
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"`h` .* shape \[1,3\], .*\[1,4\]"):
-        store.put(one, tf.ones([1, 4]), tf.ones([1, 2]), tf.ones([1, 2]), one, one)
+        store.put(one, tf.ones([1, 4]), tf.ones([1, 2]), tf.ones([1, 2]), one, one, one)
     store.close()
     with pytest.raises(tf.errors.FailedPreconditionError, match=r"dim 3 with 2 .* for: 4 with 2"):
         SupportStore("other", 4, LABELS, MAX_ROWS, path=tmp_path / "s")
@@ -361,14 +410,14 @@ def test_shapes_in_a_graph(opened: Open) -> None:
     rows, counts = get_and_count.get_concrete_function().structured_outputs
     assert [part.shape.as_list() for part in rows] == [
         [None, MAX_ROWS, DIM], [None, MAX_ROWS, LABELS], [None, MAX_ROWS, LABELS],
-        [None, MAX_ROWS], [None],
+        [None, MAX_ROWS], [None, MAX_ROWS], [None],
     ]  # fmt: skip
     assert counts.shape.as_list() == [None, len(METRICS)]
 
     @tf.function
     def wrong() -> Any:
         ones = tf.ones([2, LABELS])
-        return store.put([1, 2], tf.ones([2, DIM]), ones, ones, [1, 2, 3], [1, 1])
+        return store.put([1, 2], tf.ones([2, DIM]), ones, ones, [1, 2, 3], [0, 0], [1, 1])
 
     with pytest.raises(ValueError, match="Dimension"):
         wrong.get_concrete_function()
@@ -386,7 +435,7 @@ def saved(folder: pathlib.Path, version: int, **options: Any) -> pathlib.Path:
             tf.ones_like(h[:, :LABELS]),
             tf.fill(tf.shape(task), tf.cast(version, tf.int64)),
         )
-        return {"status": module.store.put(task, h, ones, ones, when, same)}
+        return {"status": module.store.put(task, h, ones, ones, when, task, same)}
 
     @tf.function(input_signature=[ids])
     def get_rows(task: tf.Tensor) -> dict[str, tf.Tensor]:

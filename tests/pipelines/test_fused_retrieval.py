@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
+from served import close
 
 from qianmo.configs import amazon_fused
 from qianmo.export.retrieval import export_retrieval
@@ -124,7 +125,10 @@ def test_the_export_recommends_items_of_the_user_s_domain(
     np.testing.assert_allclose(
         found["score"], np.take_along_axis(scores, order, 1), rtol=1e-5, atol=1e-6
     )
-    np.testing.assert_array_equal(found["item_id"][:, 0], items["item_id"][order[:, 0]])
+    # Items whose scores differ by rounding alone may change places.
+    place = {item: i for i, item in enumerate(items["item_id"].tolist())}
+    first = [scores[i, place[item]] for i, item in enumerate(found["item_id"][:, 0].tolist())]
+    close(first, scores.max(1))
 
 
 def test_an_unknown_domain_has_the_shared_parts_alone(

@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -69,7 +70,7 @@ class Ranker(tf.Module):
             {
                 "user": tf.TensorSpec([None], tf.int64, name="user"),
                 "name": tf.TensorSpec([None], tf.string, name="name"),
-                "history": tf.TensorSpec([None, None], tf.int64, name="history"),
+                "history": tf.TensorSpec([None, 4], tf.int64, name="history"),
                 "history_length": tf.TensorSpec([None], tf.int64, name="history_length"),
                 "age": tf.TensorSpec([None], tf.float32, name="age"),
             }
@@ -266,20 +267,117 @@ BAD_INPUTS = {
     "extra": (changed(height=np.zeros(3)), "input `height` of"),
     "dtype": (changed(age=np.zeros(3, np.int32)), "input `age` should be float32"),
     "string for int": (changed(user=rows()["name"]), "input `user` should be int64"),
-    "rank": (changed(history=np.zeros(3, np.int64)), "input `history` should have shape [?, ?]"),
+    "rank": (changed(history=np.zeros(3, np.int64)), "input `history` should have shape [?, 4]"),
+    "one axis more": (changed(age=np.zeros((3, 1), np.float32)), "`age` should have shape [?]"),
+    "wider": (changed(history=np.zeros((3, 5), np.int64)), "`history` should have shape [?, 4]"),
+    "narrower": (changed(history=np.zeros((3, 1), np.int64)), "`history` should have shape [?, 4]"),
+    "empty lists": (changed(history=np.zeros((3, 0), np.int64)), "should have shape [?, 4]"),
     "dim 0": (changed(user=np.zeros(4, np.int64)), "same number of rows"),
 }
 
 
+def predict_raw(channel: Any, inputs: Arrays) -> None:
+    """Asks for what no client of this package would send."""
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name = "ranker"
+    for name, array in inputs.items():
+        request.inputs[name].CopyFrom(to_proto(array))
+    prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict(request, timeout=30)
+
+
 @pytest.mark.parametrize(("inputs", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS)
 def test_grpc_refuses_bad_input_by_name_and_serves_on(
-    client: Client, expected: Expected, inputs: Arrays, message: str
+    channel: Any, client: Client, expected: Expected, inputs: Arrays, message: str
 ) -> None:
     with pytest.raises(grpc.RpcError) as caught:
-        client.predict(inputs)
+        predict_raw(channel, inputs)
     assert caught.value.code() == Code.INVALID_ARGUMENT
     assert message in caught.value.details()
     same(client.predict(rows()), expected[1])
+
+
+def test_clients_pad_lists_and_refuse_what_would_fail_others(
+    client: Client, rest: RestClient, expected: Expected
+) -> None:
+    """A server that merges requests finds other types and widths when it has merged them."""
+    for asking in (client, rest):
+        none = changed(history=np.zeros((3, 0), np.int64), history_length=np.zeros(3, np.int64))
+        zeros = changed(history=np.zeros((3, 4), np.int64), history_length=np.zeros(3, np.int64))
+        same(asking.predict(none), asking.predict(zeros))
+        short = changed(history=rows()["history"][:, :2], history_length=np.full(3, 2))
+        full = changed(history_length=np.full(3, 2))
+        same(asking.predict(short), asking.predict(full))
+        for name in ("dtype", "string for int", "rank", "one axis more", "wider"):
+            inputs, message = BAD_INPUTS[name]
+            with pytest.raises(ValueError, match=re.escape(message)):
+                asking.predict(inputs)
+        with pytest.raises(ValueError, match="Cut what is longer: a list at the end that its"):
+            asking.predict(BAD_INPUTS["wider"][0])
+        text = changed(name=np.array(["näme 0", "näme 1", "näme 2"]))
+        same(asking.predict(text), expected[1])
+
+
+def test_a_request_of_many_rows_is_split_and_its_answers_joined(server: ModelServer) -> None:
+    sizes = []
+    with server.models["ranker"].use() as version:
+        signature = version.signature("")
+        run = signature._run
+        many = rows(2500)
+        parts = [{k: v[i : i + 500] for k, v in many.items()} for i in range(0, 2500, 500)]
+        answers = [signature(part) for part in parts]
+        whole = {name: np.concatenate([a[name] for a in answers]) for name in answers[0]}
+
+        def counted(arrays: list[Array], timeout: float | None) -> list[Array]:
+            sizes.append(len(arrays[0]))
+            return run(arrays, timeout)
+
+        signature._run = counted  # type: ignore[method-assign]
+        try:
+            for asking in (
+                Client(f"127.0.0.1:{server.port}", "ranker"),
+                RestClient(f"127.0.0.1:{server.rest_port}", "ranker"),
+                Client(f"127.0.0.1:{server.port}", "ranker", max_batch_size=1000),
+            ):
+                found = asking.predict(many)
+                np.testing.assert_allclose(found["score"], whole["score"], rtol=1e-6)
+                np.testing.assert_array_equal(found["status"], whole["status"])
+                asking.close()
+        finally:
+            signature._run = run  # type: ignore[method-assign]
+    assert sizes == [1024, 1024, 452] * 2 + [1000, 1000, 500]
+
+
+def test_a_client_follows_a_version_of_other_widths(
+    saved: Saved, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wider(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None, 6], tf.int64, name="history")])
+        def width(self, history: Any) -> Any:
+            return {"width": tf.fill([tf.shape(history)[0]], history.shape[1])}
+
+    class Narrower(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None, 2], tf.int64, name="history")])
+        def width(self, history: Any) -> Any:
+            return {"width": tf.fill([tf.shape(history)[0]], history.shape[1])}
+
+    base = tmp_path / "widths"
+    for number, module in ((1, Narrower()), (2, Wider()), (3, Narrower())):
+        made = tmp_path / str(number)
+        tf.saved_model.save(module, str(made), signatures=module.width)
+    publish(tmp_path / "1", base, 1)
+    with ModelServer({"widths": base}, port=0, rest_api_port=0) as server:
+        asking = (
+            Client(f"127.0.0.1:{server.port}", "widths"),
+            RestClient(f"127.0.0.1:{server.rest_port}", "widths"),
+        )
+        for number, width in ((1, 2), (2, 6), (3, 2)):
+            if number > 1:
+                publish(tmp_path / str(number), base, number)
+                server.models["widths"].poll()
+            for client in asking:
+                assert client.predict({"history": np.array([[7]])})["width"].tolist() == [width]
+        for client in asking:
+            client.close()
 
 
 def test_grpc_refuses_protos_that_contradict_themselves(channel: Any) -> None:
@@ -299,9 +397,6 @@ def test_grpc_refuses_protos_that_contradict_themselves(channel: Any) -> None:
     short = to_proto(np.arange(3))
     short.tensor_content = short.tensor_content[:-1]
     assert "should hold 24 bytes" in refusal(short)
-    huge = tf.make_tensor_proto(1, tf.int64)
-    huge.tensor_shape.dim.add(size=2**40)
-    assert "should hold <= 67108864 bytes" in refusal(huge)
     unknown = to_proto(np.arange(3))
     unknown.tensor_shape.dim[0].size = -1
     assert "fully known" in refusal(unknown)
@@ -311,6 +406,12 @@ def test_grpc_refuses_protos_that_contradict_themselves(channel: Any) -> None:
     unknown = to_proto(np.arange(3))
     unknown.dtype = 99
     assert "data type 99" in refusal(unknown)
+    deep = to_proto(np.zeros([1] * 17, np.int64))
+    assert "should have <= 16 axes" in refusal(deep)
+    huge = tf.make_tensor_proto(1, tf.int64)
+    huge.tensor_shape.dim.add(size=2**40)
+    with pytest.raises(ValueError, match="should hold <= 67108864 bytes"):
+        serving_tensors.from_proto(huge)
 
 
 def test_typed_fields_and_a_repeated_value_are_read() -> None:
@@ -349,7 +450,7 @@ def test_names_not_served_are_not_found_with_the_known_ones(
 
 
 def with_row(**changes: Any) -> dict[str, Any]:
-    row = {"user": 1, "name": "a", "history": [1, 2], "history_length": 2, "age": 0.5}
+    row = {"user": 1, "name": "a", "history": [1, 2, 0, 0], "history_length": 2, "age": 0.5}
     made = {**row, **changes}
     return {name: value for name, value in made.items() if value is not None}
 
@@ -379,7 +480,8 @@ BAD_BODIES = {
     "null": ({"instances": [with_row(age=[None])]}, "input `age`: it should hold float32"),
     "int for text": ({"instances": [with_row(name=3)]}, "input `name`: it should hold strings"),
     "bad base64": ({"instances": [with_row(name={"b64": "?"})]}, "input `name`: `b64`"),
-    "rank": ({"instances": [with_row(history=3)]}, "input `history` should have shape [?, ?]"),
+    "rank": ({"instances": [with_row(history=3)]}, "input `history` should have shape [?, 4]"),
+    "narrower": ({"instances": [with_row(history=[3])]}, "`history` should have shape [?, 4]"),
 }
 
 
@@ -482,27 +584,6 @@ def client_answers(client: Client) -> bool:
         return bool(client.predict(rows()))
     except grpc.RpcError:
         return False
-
-
-def test_connections_beyond_the_bound_are_refused(saved: Saved, tmp_path: pathlib.Path) -> None:
-    publish(saved[1], tmp_path, 1)
-    with (
-        ModelServer(
-            {"ranker": tmp_path}, port=0, rest_api_port=0, rest_api_num_threads=2
-        ) as server,
-        contextlib.ExitStack() as stack,
-    ):
-        for _ in range(2):
-            held = stack.enter_context(socket.create_connection(("127.0.0.1", server.rest_port)))
-            held.sendall(b"GET /v1/models/ranker HTTP/1.1\r\n\r\n")
-            assert held.recv(15) == b"HTTP/1.1 200 OK"
-        for _ in range(100):
-            assert ask(server, "GET", "/v1/models/ranker") == (
-                429,
-                {"error": "too many connections"},
-            )
-        held.shutdown(socket.SHUT_RDWR)
-        wait_for(lambda: ask(server, "GET", "/v1/models/ranker")[0] == 200, "a free connection")
 
 
 def test_stop_gives_up_what_does_not_end(saved: Saved, tmp_path: pathlib.Path) -> None:
@@ -839,36 +920,93 @@ def test_the_command_line_for_the_genuine_server(
         return (tmp_path / "arguments").read_text().splitlines()
 
     base_path = tmp_path / "ranker"
-    base_path.mkdir()
+    (base_path / "1").mkdir(parents=True)
+    (base_path / "1" / "saved_model.pb").write_bytes(b"a graph")
+    for name in ("m.config", "b"):
+        (tmp_path / name).touch()
+    grpc_port, rest_port = free_port(), free_port()
+    ports = [f"--port={grpc_port}", f"--rest_api_port={rest_port}"]
     common = [
         "--rest_api_num_threads=64",
         "--grpc_max_threads=256",
+        "--max_num_load_retries=1",
         "--tensorflow_intra_op_parallelism=0",
         "--tensorflow_inter_op_parallelism=0",
         "--enable_grpc_healthcheck_service=true",
     ]
     relative = os.path.relpath(base_path)
-    assert arguments(f"--model_base_path={relative}", "--model_name=ranker") == [
-        "--port=8500",
-        "--rest_api_port=8501",
+    assert arguments(f"--model_base_path={relative}", "--model_name=ranker", *ports) == [
+        *ports,
         *common,
         "--model_name=ranker",
         f"--model_base_path={base_path}",
     ]
     batching = base_path / "batching_parameters.txt"
     batching.write_text("max_batch_size { value: 8 }\n")
-    assert arguments(f"--model_base_path={base_path}")[-2:] == [
+    assert arguments(f"--model_base_path={base_path}", *ports)[-2:] == [
         "--enable_batching=true",
         f"--batching_parameters_file={batching}",
     ]
-    found = arguments("--model_config_file=m.config", "--port=0", "--batching_parameters_file=b")
+    config, batches = (tmp_path / name for name in ("m.config", "b"))
+    given = [f"--model_config_file={config}", f"--batching_parameters_file={batches}"]
+    found = arguments(*given, "--port=0", "--rest_api_port=0")
     assert found[0].startswith("--port=")
     assert found[0] != "--port=0"  # which would turn gRPC off there
-    assert found[7:] == [
-        "--model_config_file=m.config",
+    assert found[8:] == [
+        f"--model_config_file={config}",
         "--enable_batching=true",
-        "--batching_parameters_file=b",
+        f"--batching_parameters_file={batches}",
     ]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.mark.parametrize("linked_in", [False, True])
+def test_a_model_that_needs_our_ops_is_refused_for_a_server_without_them(
+    tmp_path: pathlib.Path, linked_in: bool
+) -> None:
+    program = tmp_path / "server"
+    compiled = pathlib.Path(shutil.which("true") or "").read_bytes()
+    program.write_bytes(compiled + b"Qianmo>EmbeddingLookup" * linked_in)
+    program.chmod(0o755)
+    for number, text in ((1, b"stock ops"), (2, b"op: Qianmo>EmbeddingLookup")):
+        (tmp_path / "m" / str(number)).mkdir(parents=True)
+        (tmp_path / "m" / str(number) / "saved_model.pb").write_bytes(text)
+    words = (f"--model_base_path={tmp_path / 'm'}", "--port=0", "--rest_api_port=0")
+    process = start(*words, environment={"QIANMO_MODEL_SERVER": str(program)})
+    errors = process.communicate(timeout=60)[1]
+    assert (process.returncode == 0) == linked_in  # the program is `true`
+    refusal = f"error: {tmp_path / 'm' / '2'} holds ops of this package, which {program} has not"
+    assert (refusal in errors) != linked_in
+    shutil.rmtree(tmp_path / "m" / "2")  # version 1 needs none
+    process = start(*words, environment={"QIANMO_MODEL_SERVER": str(program)})
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("flag", ["port", "rest_api_port"])
+@pytest.mark.parametrize("genuine", [False, True])
+def test_a_port_in_use_is_told_before_anything_is_loaded(
+    stand_in: pathlib.Path, tmp_path: pathlib.Path, flag: str, genuine: bool
+) -> None:
+    (tmp_path / "m" / "1").mkdir(parents=True)
+    (tmp_path / "m" / "1" / "saved_model.pb").write_bytes(b"which nobody can load")
+    words = [f"--model_base_path={tmp_path / 'm'}", *(() if genuine else ["--embedded"])]
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = held.getsockname()[1]
+        ports = {"port": 0, "rest_api_port": 0, flag: port}
+        words += [f"--{name}={value}" for name, value in ports.items()]
+        process = start(*words, environment={"QIANMO_MODEL_SERVER": str(stand_in)})
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
+    assert "Address already in use" in line
+    assert f"{'*' if genuine else '127.0.0.1'}:{port} (--{flag})" in line
+    assert not (tmp_path / "arguments").exists()
 
 
 @pytest.mark.parametrize(
@@ -876,10 +1014,25 @@ def test_the_command_line_for_the_genuine_server(
     [
         ([], "give either --model_base_path or --model_config_file"),
         (["--model_base_path=a"], "QIANMO_MODEL_SERVER should name a program"),
-        (["--embedded", "--model_config_file=missing"], "missing should be a ModelServerConfig"),
+        (
+            ["--embedded", "--model_config_file=missing"],
+            "=missing should name a file. There is none",
+        ),
+        (
+            ["--embedded", f"--model_config_file={__file__}"],
+            "should be a ModelServerConfig as text",
+        ),
+        (
+            ["--embedded", "--model_base_path=m"],
+            "=m should hold a folder named by a version number",
+        ),
+        (
+            ["--embedded", "--port=7", "--rest_api_port=7", "--model_base_path=gs://m"],
+            "(--rest_api_port)",
+        ),
         (
             ["--embedded", "--model_base_path=m", "--custom_op_path=missing.so"],
-            "--custom_op_path should name libraries of ops",
+            "--custom_op_path=missing.so should name a file. There is none",
         ),
     ],
 )
@@ -946,10 +1099,11 @@ def test_the_genuine_server_gives_what_the_embedded_one_gives(
                 same(rest.predict(rows()), expected[1])
                 text = string_array([b"a\0", b""])
                 assert client.predict({"text": text}, "text")["plain"].tolist() == text.tolist()
-                for name in ("missing", "extra", "dtype"):
-                    with pytest.raises(grpc.RpcError) as caught:
-                        client.predict(BAD_INPUTS[name][0])
-                    assert caught.value.code() == Code.INVALID_ARGUMENT
+                with grpc.insecure_channel(target) as channel:
+                    for name in ("missing", "extra", "dtype"):
+                        with pytest.raises(grpc.RpcError) as caught:
+                            predict_raw(channel, BAD_INPUTS[name][0])
+                        assert caught.value.code() == Code.INVALID_ARGUMENT
                 publish(saved[2], tmp_path, 2)
                 wait_for(
                     lambda: np.array_equal(client.predict(rows())["score"], expected[2]["score"]),
