@@ -55,6 +55,12 @@ def define_flags() -> None:
         "Default: starts with the first.",
     )
     flags.DEFINE_bool(
+        "allow_gaps",
+        False,
+        "Go on when entries of --redis were removed before they were read, and count them in "
+        "report.json. Default: end with an error.",
+    )
+    flags.DEFINE_bool(
         "stop_at_end", False, "End when the rows that are there do not make another step."
     )
     program.heading("What is published")
@@ -144,6 +150,8 @@ def run(_: list[str]) -> None:
     values = flags.FLAGS
     if bool(values.folder) == bool(values.redis):
         raise app.UsageError("give either --folder or --redis.")
+    if values.allow_gaps and not values.redis:
+        raise app.UsageError("--allow_gaps is for --redis; no file of a --folder is passed over.")
     folder = pathlib.Path(values.online_dir or pathlib.Path(values.model_dir) / "online")
     for output in (folder, values.model_base_path):
         paths.check_folder(output)
@@ -168,7 +176,15 @@ def run(_: list[str]) -> None:
         if values.folder:
             return FolderStream(recipe.schema, values.folder, position, start_after=after)
         key, group = values.redis_stream, values.redis_group
-        return RedisStream(recipe.schema, values.redis, key, group, position, start_after=after)
+        return RedisStream(
+            recipe.schema,
+            values.redis,
+            key,
+            group,
+            position,
+            start_after=after,
+            allow_gaps=values.allow_gaps,
+        )
 
     with locks.alone(folder, "updates its student"):
         publish = _publisher(values)

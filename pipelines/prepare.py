@@ -74,8 +74,10 @@ def run(_: list[str]) -> None:
     from qianmo.pipelines.datasets.amazon_cdr import amazon_cdr
     from qianmo.pipelines.datasets.kuairand import kuairand, kuairand_sample
     from qianmo.pipelines.datasets.movielens_1m import movielens_1m
+    from qianmo.pipelines.datasets.tables import check_new
 
     source, output, overwrite = values.source, values.output, values.overwrite
+    check_new(output, overwrite)
     if values.dataset == "kuairand":
         about = kuairand(
             source,

@@ -211,7 +211,8 @@ def table(found: Summary, drifts: Mapping[str, float] | None = None) -> str:
         numbers = f"{c.mean:>11.4g}{c.deviation:>11.4g}" if c.kind != "categorical" else " " * 22
         line = f"  {c.name:<{width}}  {c.kind:<11}{c.distinct:>9,}{c.missing:>9.1%}"
         line += f"{c.unknown:>9.1%}" if c.kind != "dense" else f"{'':>9}"
-        lines.append(line + numbers + (f"{drifts.get(c.name, np.nan):>7.3f}" if drifts else ""))
+        drifted = f"{drifts.get(c.name, np.nan):>7.3f}" if drifts else ""
+        lines.append(f"{line}{numbers}{drifted}".rstrip())
     lines += [f"  {line}" for line in found.left_out]
     lines += [f"warning: {warning}" for warning in found.warnings]
     return "\n".join(lines)

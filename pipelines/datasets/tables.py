@@ -93,15 +93,24 @@ def rows_of(table: pa.Table, key: str, wanted: pa.ChunkedArray) -> pa.Table:
     return table.take(rows)
 
 
+def check_new(output: readers.PathLike, overwrite: bool) -> None:
+    """Asks whether an output may be made.
+
+    Raises:
+      ValueError: it exists and is not to be replaced.
+    """
+    if os.path.lexists(output) and not overwrite:
+        raise ValueError(f"{output} exists. Give another output, or --overwrite to replace it.")
+
+
 @contextlib.contextmanager
 def new_folder(output: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
     """A folder beside `output` that takes its name when it is whole.
 
     Raises:
-      ValueError: the output exists and is not to be replaced.
+      ValueError: see `check_new`.
     """
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output} exists. Give another output, or --overwrite to replace it.")
+    check_new(output, overwrite)
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.{os.getpid()}")
     unfinished.mkdir()
