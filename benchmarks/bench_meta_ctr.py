@@ -55,8 +55,6 @@ def unit(protocol: str, method: str, seed: int, *, quick: bool) -> dict[str, Any
     recipes = kuairand_meta if protocol.startswith("kuairand") else movielens_1m_meta
     config = recipes.get_config(f"{protocol}-{method}")
     common.point(config, data, valid=True)
-    if config.data.valid_support:
-        config.data.valid_support = str(data / "valid_support.parquet")
     config.train.seed = seed
     if quick:
         config.train.epochs = 1

@@ -14,6 +14,7 @@ import numpy as np
 import tf_keras
 from ml_collections import ConfigDict
 
+from qianmo.configs import base
 from qianmo.layers import metrics
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines import run_dir
@@ -90,10 +91,10 @@ def model_dir() -> Iterator[pathlib.Path]:
 def point(config: ConfigDict, folder: pathlib.Path, *, valid: bool) -> ConfigDict:
     """Points a recipe to prepared data."""
     for part in ("train", "valid", "test"):
-        config.data[part] = str(folder / f"{part}.parquet")
+        config.data[part] = f"{part}.parquet"
     if not valid:
-        config.data.valid = ""
-    return config
+        config.data.valid = config.data.valid_support = ""
+    return base.point(config, folder)
 
 
 def trained_model(config: ConfigDict) -> Ranker:

@@ -1,6 +1,10 @@
 """What every recipe starts from: all keys and their defaults, in one place."""
 
+import pathlib
+
 from ml_collections import ConfigDict
+
+PARTS = ("train", "valid", "test", "valid_support", "test_support", "catalogue")
 
 
 def base_config() -> ConfigDict:
@@ -48,3 +52,16 @@ def base_config() -> ConfigDict:
             },
         }
     )
+
+
+def point(config: ConfigDict, folder: str | pathlib.Path) -> ConfigDict:
+    """Lets a recipe read the data sets that it names from another folder.
+
+    Args:
+      config: of the recipe; changed.
+      folder: holds files of the same names.
+    """
+    for part in PARTS:
+        if config.data[part]:
+            config.data[part] = str(pathlib.Path(folder) / pathlib.Path(config.data[part]).name)
+    return config

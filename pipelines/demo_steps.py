@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from qianmo.configs import kuairand_domains, kuairand_dual_dnn, kuairand_meta
+from qianmo.configs.base import point
 from qianmo.export import paths
 from qianmo.export.adapted import ADAPT, adapted_specs, export_adapted
 from qianmo.export.saved_model import cast, export_in_graph, session
@@ -48,8 +49,7 @@ def step(number: int, text: str) -> None:
 def recipe(variant: str, data: pathlib.Path, epochs: int) -> Recipe:
     """The KuaiRand recipe on the prepared rows."""
     config = kuairand_dual_dnn.get_config(variant)
-    for part in ("train", "valid", "test"):
-        config.data[part] = str(data / f"{part}.parquet")
+    point(config, data)
     config.train.epochs = epochs
     return Recipe.from_config(config.to_dict())
 
@@ -155,8 +155,7 @@ def run(output: pathlib.Path, epochs: int) -> None:
 def adapt(output: pathlib.Path, data: pathlib.Path, epochs: int) -> None:
     """Trains a meta tower on the same clicks, serves it, and says what adaptation brings."""
     config = kuairand_meta.get_config("kuairand_no_id-meta")
-    for part in ("train", "valid", "test", "test_support"):
-        config.data[part] = str(data / f"{part}.parquet")
+    point(config, data)
     config.train.epochs = epochs
     found = train(Recipe.from_config(config.to_dict()), output / "meta")
     model, _ = run_dir.load(output / "meta")
@@ -181,8 +180,8 @@ def fuse(output: pathlib.Path, data: pathlib.Path) -> None:
     """Trains a model of five tabs and one of each, and says what fusing costs and brings."""
     for name, passes in PASSES.items():
         config = kuairand_domains.get_config(name)
-        config.data.train, config.data.valid = str(data / "train.parquet"), ""
-        config.data.test = ""  # they are compared below
+        config.data.valid = config.data.test = ""  # they are compared below
+        point(config, data)
         config.train.epochs = passes
         config.train.steps_per_call = 1  # whose graph is made in half the time
         said = io.StringIO()

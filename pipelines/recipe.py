@@ -172,6 +172,11 @@ class Recipe:
                 raise ValueError(
                     f"`data.{part}_support` needs `model.meta`, which says how to adapt."
                 )
+        if recipe.data.catalogue and recipe.data.valid_support:
+            raise ValueError(
+                "`data.valid_support` is for rankers, whose steps and least support are chosen on "
+                "it; a retrieval model adapts as it was trained. Leave it empty."
+            )
         by_time = (recipe.model.get("meta") or {}).get("split", "time") == "time"
         roles = ("task_id", "timestamp") if by_time else ("task_id",)
         for role in roles if recipe.data.chunk_rows else ():

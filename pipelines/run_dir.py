@@ -26,6 +26,7 @@ import tensorflow as tf
 import tf_keras
 
 from qianmo.export import paths
+from qianmo.export.publishing import publish_path
 from qianmo.models import zoo
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines.data.identity import Identity
@@ -159,8 +160,20 @@ def _newest(model_dir: str | pathlib.Path) -> str:
     return found
 
 
-def write(model_dir: str | pathlib.Path, model: Ranker, recipe: Recipe) -> None:
-    """Writes a model that was not trained there, with its recipe, whole or not at all."""
+def write(
+    model_dir: str | pathlib.Path,
+    model: Ranker,
+    recipe: Recipe,
+    like: str | pathlib.Path | None = None,
+) -> None:
+    """Writes a model that was not trained there, with its recipe, whole or not at all.
+
+    Args:
+      model_dir: to be made.
+      model: what is written.
+      recipe: builds it.
+      like: the run that it was made of, whose data and way of serving are its own.
+    """
     folder = pathlib.Path(model_dir)
     temporary = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
@@ -168,7 +181,10 @@ def write(model_dir: str | pathlib.Path, model: Ranker, recipe: Recipe) -> None:
         weights = tf.train.Checkpoint(model=model)
         tf.train.CheckpointManager(weights, str(temporary / WEIGHTS), max_to_keep=1).save()
         write_json(temporary / RECIPE, recipe.to_config())
-        os.rename(temporary, folder)
+        for name in (DATA, LOOK, SERVING) if like else ():
+            if (source := pathlib.Path(like or "", name)).exists():
+                shutil.copyfile(source, temporary / name)
+        publish_path(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -16,10 +16,6 @@ from qianmo.pipelines.data.convert import is_of
 def batch(schema: Schema, block: Block, gauc: bool = False) -> tuple[Block, Block]:
     """The features and targets of a block, as `dataset` gives them."""
     labels, label_weights = labels_and_weights(schema, block)
-    weight = block[schema.weight] if schema.weight else np.ones(len(labels), np.float32)
-    for domain, factor in schema.domain_weights:
-        own = is_of(block[schema.domain], (domain,))
-        weight = np.where(own, np.float32(factor) * weight, weight)
     targets = {role: block[name] for role, name in _roles(schema).items()}
     if schema.task_id:
         targets["task_id"] = keys.task_ids(schema, block)
@@ -28,7 +24,17 @@ def batch(schema: Schema, block: Block, gauc: bool = False) -> tuple[Block, Bloc
     if gauc and schema.gauc_by:
         targets["gauc"] = keys.groups(schema, block)
     features = {name: block[name] for name in schema.input_names}
-    return features, {"labels": labels, "weight": weight, **targets}
+    return features, {"labels": labels, "weight": row_weights(schema, block), **targets}
+
+
+def row_weights(schema: Schema, block: Block) -> Any:
+    """What a block's rows weigh in the loss, float32 [n]: their own weight times their domain's."""
+    size = len(block[schema.labels[0]])
+    weight = block[schema.weight] if schema.weight else np.ones(size, np.float32)
+    for domain, factor in schema.domain_weights:
+        own = is_of(block[schema.domain], (domain,))
+        weight = np.where(own, np.float32(factor) * weight, weight)
+    return weight
 
 
 def labels_and_weights(schema: Schema, block: Block) -> tuple[Any, Any]:

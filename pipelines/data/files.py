@@ -151,7 +151,7 @@ def contents(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Pat
             own += [path] if has_format(path) else []
         elif _PARTITION.fullmatch(entry.name):
             partitions.append(path)
-        elif any(map(_is_of_rows, path.iterdir())):
+        elif _holds_rows(path):
             others.append(path)
     if own and (partitions or others):
         raise DataError(
@@ -167,10 +167,15 @@ def contents(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Pat
     return own, partitions
 
 
-def _is_of_rows(entry: pathlib.Path) -> bool:
-    """Whether what a folder holds is a file of rows, or a partition folder."""
-    is_partition = entry.is_dir() and _PARTITION.fullmatch(entry.name)
-    return bool(has_format(entry) or is_partition)
+def _holds_rows(folder: pathlib.Path) -> bool:
+    """Whether files of rows lie in a folder, at any depth."""
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith((".", "_"))]
+    return any(map(has_format, entries)) or any(map(_holds_rows, filter(os.path.isdir, entries)))
+
+
+def is_partition(folder: pathlib.Path) -> bool:
+    """Whether a folder's name is a column's value in the rows below it."""
+    return _PARTITION.fullmatch(folder.absolute().name) is not None
 
 
 def _with_partitions(paths: list[pathlib.Path]) -> list[DataFile]:

@@ -27,7 +27,8 @@ class File:
     """One file of a data set.
 
     Attributes:
-      name: its path within the data set's folder; of a single file its own name.
+      name: its path within the data set's folder, partition folders above it included; of a single
+        file its own name.
       bytes: its size.
       sha256: of its bytes.
     """
@@ -82,6 +83,15 @@ class Identity:
         return cls(config["path"], files, config["rows"])
 
 
+def _name(path: str, file: pathlib.Path) -> str:
+    """A file's path within its data set, from the partition folders on that name values of its."""
+    top = pathlib.Path(path) if os.path.isdir(path) else file.parent
+    top = top.absolute()
+    while files.is_partition(top):
+        top = top.parent
+    return str(file.absolute().relative_to(top))
+
+
 def _stamp(file: pathlib.Path) -> tuple[int, int]:
     stat = file.stat()
     return stat.st_size, stat.st_mtime_ns
@@ -117,8 +127,7 @@ class Taking:
         self._files = [file.path for file in files.files(path)]
         self._stamps = [_stamp(file) for file in self._files]
         self._rows = readers.count_rows(schema, path, targets=targets)
-        top = pathlib.Path(self._path) if os.path.isdir(self._path) else None
-        names = [str(f.relative_to(top)) if top else f.name for f in self._files]
+        names = [_name(self._path, file) for file in self._files]
         self._pool = futures.ThreadPoolExecutor(1, thread_name_prefix="identity")
         self._hashes = [
             self._pool.submit(_hashed, *pair) for pair in zip(self._files, names, strict=True)

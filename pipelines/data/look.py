@@ -14,7 +14,7 @@ import numpy.typing as npt
 from qianmo.layers import metrics
 from qianmo.layers.features import Categorical, Dense, Feature
 from qianmo.layers.schema import Schema
-from qianmo.pipelines.data import readers
+from qianmo.pipelines.data import batches, readers
 from qianmo.pipelines.data.readers import Block, num_rows
 from qianmo.pipelines.data.summaries import Column, Summary, warnings
 
@@ -44,10 +44,9 @@ class Look:
         self._random = np.random.default_rng(seed)
         self.rows = 0
         self.tally = readers.Tally()
-        self._labels = {
-            label: {"rows": 0.0, "sum": 0.0, "low": np.inf, "high": -np.inf}
-            for label in schema.labels
-        }
+        nothing = {"rows": 0.0, "counted": 0.0, "sum": 0.0, "classes": 1.0}
+        nothing |= {"low": np.inf, "high": -np.inf}
+        self._labels = {label: dict(nothing) for label in schema.labels}
         self._weight = {"sum": 0.0, "low": np.inf, "high": -np.inf, "zeros": 0.0}
         self._missing = dict.fromkeys((f.name for f in schema.features), 0)
         self._kept: list[Block] = []
@@ -60,14 +59,7 @@ class Look:
         """Counts a block's rows, and samples some."""
         rows = num_rows(block)
         self.rows += rows
-        for label, seen in self._labels.items():
-            if label in block:
-                values = block[label][~np.isnan(block[label])].astype(np.float64)
-                seen["rows"] += len(values)
-                seen["sum"] += float(values.sum())
-                if len(values):
-                    seen["low"] = min(seen["low"], float(values.min()))
-                    seen["high"] = max(seen["high"], float(values.max()))
+        self._observe_labels(block)
         if self._schema.weight in block:
             weight = block[self._schema.weight].astype(np.float64)
             self._weight["sum"] += float(weight.sum())
@@ -83,6 +75,20 @@ class Look:
                 self._missing[feature.name] += int((block[feature.name] == _raw(feature)).sum())
         self._sample(block, rows)
         self._watch_events(block)
+
+    def _observe_labels(self, block: Block) -> None:
+        labels, weights = batches.labels_and_weights(self._schema, block)
+        weights = weights * batches.row_weights(self._schema, block)[:, None]
+        for k, seen in enumerate(self._labels.values()):
+            values = labels[:, k].astype(np.float64)
+            counted = values[weights[:, k] > 0]
+            values = values[~np.isnan(values)]
+            seen["rows"] += len(values)
+            seen["counted"] += len(counted)
+            seen["sum"] += float(values.sum())
+            seen["low"] = min(seen["low"], float(counted.min(initial=np.inf)))
+            seen["high"] = max(seen["high"], float(counted.max(initial=-np.inf)))
+            seen["classes"] *= float(np.isin(values, (0, 1)).all())
 
     def _sample(self, block: Block, rows: int) -> None:
         keys = self._random.random(rows)
@@ -134,10 +140,8 @@ class Look:
         sampled = num_rows(sample)
         labels = {
             label: {
-                "rows": seen["rows"],
+                **seen,
                 "mean": seen["sum"] / seen["rows"] if seen["rows"] else float("nan"),
-                "low": seen["low"],
-                "high": seen["high"],
             }
             for label, seen in self._labels.items()
         }

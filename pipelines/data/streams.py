@@ -14,7 +14,7 @@ import numpy as np
 
 from qianmo.layers.schema import Schema
 from qianmo.pipelines.data import readers
-from qianmo.pipelines.data.files import contents
+from qianmo.pipelines.data.files import contents, sha256
 from qianmo.pipelines.data.readers import Block, DataError
 
 Position = dict[str, Any]
@@ -125,6 +125,7 @@ class FolderStream:
         first = {
             "file": start_after,  # the one of the row that was taken last
             "bytes": 0,  # its size
+            "sha256": "",  # of its bytes
             "rows": 0,  # how many of its rows were taken
             "ended": True,  # whether that is known to be all
             "passed": [],  # the names up to it that are in the folder
@@ -139,9 +140,11 @@ class FolderStream:
         self._blocks: Iterator[Block] = iter(())
         self._start_after: str = begin["start_after"]
         self._known: set[str] = set(begin["passed"])
-        self._taken: tuple[str, int, int] = (begin["file"], begin["bytes"], begin["rows"])
+        self._taken: tuple[str, int, str, int]
+        self._taken = (begin["file"], begin["bytes"], begin["sha256"], begin["rows"])
         self._file: str = begin["file"]  # the one being read, or that was read last
         self._size = self._row = 0
+        self._sha256 = ""
         self._skip = 0  # rows of it that an earlier run took
         self._at_end = True
         self._bytes_read = self._rows_read = 0  # of whole files
@@ -152,12 +155,13 @@ class FolderStream:
     @property
     def position(self) -> Position:
         """Where what was taken ends."""
-        file, size, rows = self._taken
+        file, size, sha256, rows = self._taken
         waiting = self._buffer.first_end
         ended = waiting[0] != file if waiting else self._at_end or self._file != file
         return {
             "file": file,
             "bytes": size,
+            "sha256": sha256,
             "rows": rows,
             "ended": ended,
             "passed": sorted(name for name in self._known if name <= file),
@@ -167,7 +171,7 @@ class FolderStream:
     @property
     def place(self) -> str:
         """Where what was taken ends, for messages."""
-        file, _, rows = self._taken
+        file, _, _, rows = self._taken
         return f"row {rows} of {file}"
 
     def _resume(self, begin: Position) -> None:
@@ -189,10 +193,16 @@ class FolderStream:
                 f"{path}: it had {begin['bytes']:,} bytes when {self._skip} of its rows were "
                 f"taken, and has {self._size:,} now. A file should stay as it appeared."
             )
+        if self._sha256 != begin["sha256"]:
+            raise DataError(
+                f"{path}: it holds other bytes than when {self._skip} of its rows were taken. A "
+                "file should stay as it appeared."
+            )
 
     def _begin(self, file: str) -> None:
         path = self._folder / file
         self._file, self._size, self._row = file, path.stat().st_size, 0
+        self._sha256 = sha256(path)
         self._skip, self._at_end = 0, False
         try:
             self._blocks = readers.blocks(self._schema, path)
@@ -234,11 +244,6 @@ class FolderStream:
         """Reads on; tells whether there was anything to read."""
         block = self._next_block()
         if block is None:
-            if self._row < self._skip:
-                raise DataError(
-                    f"{self._folder / self._file}: {self._skip} rows of it were taken, and it "
-                    f"has {self._row}. A file should stay as it appeared."
-                )
             if self._row and not self._at_end:
                 self._bytes_read += self._size
                 self._rows_read += self._row
@@ -251,7 +256,10 @@ class FolderStream:
         start = min(max(self._skip - first, 0), readers.num_rows(block))
         self._buffer.add(
             {name: values[start:] for name, values in block.items()},
-            [(self._file, self._size, row + 1) for row in range(first + start, self._row)],
+            [
+                (self._file, self._size, self._sha256, row + 1)
+                for row in range(first + start, self._row)
+            ],
         )
         return True
 

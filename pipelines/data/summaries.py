@@ -62,7 +62,8 @@ class Summary:
     Attributes:
       rows: how many there are.
       sampled: rows of the sample.
-      labels: label -> rows that have it, its mean, least and greatest value.
+      labels: label -> `rows` that have it and their `sum` and `mean`, `classes`, 1 if all are 0 or
+        1; rows `counted`, whose loss has a weight above 0, and their `low`est and `high`est value.
       weight: mean, least and greatest weight, and the share of weights 0; empty without weights.
       columns: of the features.
       left_out: what the reader left out and why, a sentence each.
@@ -140,22 +141,27 @@ def check_learnable(
       positives_alone: whether rows of positives are enough, as their negatives are drawn.
 
     Raises:
-      DataError: a label has one value in all rows, all weights are 0, or no feature tells rows
-        apart.
+      DataError: a label has one value in all rows that count, or none counts; or no feature tells
+        rows apart.
     """
     for label, seen in found.labels.items():
         if not seen["rows"]:
-            raise DataError(f"{path}, column `{label}`: no row has this label. Take it out.")
+            weight = schema.label_weights.get(label, "")
+            why = f", or `{weight}` is 0" if isinstance(weight, str) and weight else ""
+            raise DataError(f"{path}, column `{label}`: no row has this label{why}. Take it out.")
+        is_off = schema.label_weights.get(label) == 0 and len(schema.labels) > 1
+        if not seen["counted"] and not is_off:
+            raise DataError(
+                f"{path}, column `{label}`: all {int(seen['rows']):,} rows have weight 0 in its "
+                "loss, so nothing can be learned of it. Check `weight`, `label_weights` and "
+                "`domain_weights`, or take the label out of the schema."
+            )
         if seen["low"] == seen["high"] and not (positives_alone and seen["high"] > 0):
             raise DataError(
-                f"{path}, column `{label}`: it is {seen['low']:g} in all {int(seen['rows']):,} "
-                "rows, so nothing can be learned of it. Check how the column is made, or take the "
-                "label out of the schema."
+                f"{path}, column `{label}`: it is {seen['low']:g} in all {int(seen['counted']):,} "
+                "rows that count, so nothing can be learned of it. Check how the column is made, "
+                "or take the label out of the schema."
             )
-    if found.weight and not found.weight["high"] > 0:
-        raise DataError(
-            f"{path}, column `{schema.weight}`: all weights are 0, so no row is learned from."
-        )
     useless = [c for c in found.columns if c.distinct <= 1 or c.unknown == 1]
     if len(useless) == len(found.columns):
         told = ", ".join(

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from qianmo.export.publishing import publish_path
 from qianmo.pipelines.data import readers
 
 _ROW_GROUP = 2**16  # rows; the unit in which readers shuffle and share files
@@ -119,10 +120,10 @@ def new_folder(output: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
         if output.exists():
             old = output.with_name(f".{output.name}.{os.getpid()}.old")
             output.rename(old)
-            unfinished.rename(output)
+            publish_path(unfinished, output)
             shutil.rmtree(old)
         else:
-            unfinished.rename(output)
+            publish_path(unfinished, output)
     except OSError as error:
         error.filename = str(output)  # what pyarrow cannot write it does not name
         raise

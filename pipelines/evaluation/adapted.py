@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,10 +18,8 @@ from qianmo.pipelines.evaluation.scores import LOWER_IS_BETTER, Scored, evaluate
 from qianmo.pipelines.evaluation.task_rows import TaskRows, support_rows
 
 SIZES = (1, 2, 5, 10, 20)
-
-
-# Bounds of the groups of tasks by their support rows.
 STEP_FACTORS = (1, 2, 4)
+# Bounds of the groups of tasks by their support rows.
 GROUPS = ((0, 0), (1, 2), (3, 5), (6, 10), (11, 20), (21, None))
 
 
@@ -88,12 +87,14 @@ def _named(counts: npt.NDArray[np.floating]) -> npt.NDArray[Any]:
 
 def curve_table(curve: Mapping[str, Any], label: str) -> str:
     """The curve as text: plain and adapted metrics by support rows used."""
-    lines = [f"{'support rows used':<20}{'AUC':>9}{'GAUC':>9}"]
     first = next(iter(curve.values()))["plain"][label]
+    names = ("rmse", "mae") if "rmse" in first else ("auc", "gauc")
+    lines = [f"{'support rows used':<20}" + "".join(f"{name.upper():>9}" for name in names)]
     rows = [("none (plain tower)", first)]
     rows += [(f"newest {k}", heads["adapted"][label]) for k, heads in curve.items()]
     for name, found in rows:
-        lines.append(f"{name:<20}{found['auc']:>9.4f}{found.get('gauc', float('nan')):>9.4f}")
+        values = (f"{found.get(metric, math.nan):>9.4f}" for metric in names)
+        lines.append(f"{name:<20}" + "".join(values))
     return "\n".join(lines)
 
 
@@ -134,18 +135,25 @@ def measure(model: Ranker, path: str, support_path: str) -> dict[str, Any]:
 
 
 def least_support(curve: Mapping[str, Any]) -> int | None:
-    """The least k from which on adapting on the newest k support rows loses no AUC, label by label.
+    """The least k from which on adapting on the newest k support rows loses nothing on any label.
 
-    None if it loses however many are used. What `measure` calls `curve` should be of rows that are
-    neither in training nor in the test.
+    What counts is the AUC, and of a rating the RMSE; a label of rows that do not define it does not
+    count. None if adapting loses however many rows are used. What `measure` calls `curve` should be
+    of rows that are neither in training nor in the test.
     """
     least = None
     for k in sorted(map(int, curve), reverse=True):
         plain, found = curve[str(k)]["plain"], curve[str(k)]["adapted"]
-        if any(found[label]["auc"] < plain[label]["auc"] for label in plain):
+        if any(_loses(plain[label], found[label]) for label in plain):
             break
         least = k
     return least
+
+
+def _loses(plain: Mapping[str, float], adapted: Mapping[str, float]) -> bool:
+    if "rmse" in plain:
+        return adapted["rmse"] > plain["rmse"]
+    return adapted.get("auc", math.nan) < plain.get("auc", math.nan)
 
 
 class Serving(NamedTuple):
@@ -166,8 +174,8 @@ def choose(model: Ranker, path: str, support_path: str, monitor: str = "auc") ->
     """Chooses steps and least support on rows that training has not seen.
 
     Steps are the recipe's and 1, 2 and 4 times as many; those with the best mean of the metric over
-    labels win, the fewest of equals. From the least support on, adapting loses no AUC on any label;
-    if it loses however many rows a task has, no task ever has enough.
+    labels win, the fewest of equals. From the least support on, adapting loses nothing on any label
+    (`least_support`); if it loses however many rows a task has, no task ever has enough.
 
     Args:
       model: with `meta`; it is left as chosen.

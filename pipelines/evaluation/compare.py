@@ -17,7 +17,7 @@ from qianmo.export.saved_model import export_in_graph
 from qianmo.layers.schema import Domain
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines import run_dir
-from qianmo.pipelines.data import readers
+from qianmo.pipelines.data import identity, readers
 from qianmo.pipelines.data.replay import columns, first_rows
 from qianmo.pipelines.evaluation import cost, paired, pictures, report
 from qianmo.pipelines.evaluation.paired import Floats, Place
@@ -111,7 +111,7 @@ def same_rows(fused: Recipe, scored: Scored, single: Single, alone: Scored) -> A
     Raises:
       ValueError: they are not the same rows.
     """
-    rows = np.flatnonzero(scored.columns["domain"] == single.domain)
+    rows = np.flatnonzero(readers.is_of(scored.columns["domain"], (single.domain,)))
     count = len(alone.labels)
     fault = f"{count} rows, and the fused model {len(rows)}" if count != len(rows) else ""
     if not fault:
@@ -122,7 +122,8 @@ def same_rows(fused: Recipe, scored: Scored, single: Single, alone: Scored) -> A
         if "task_id" in scored.columns and "task_id" in alone.columns:
             pairs["task_id"] = scored.columns["task_id"][rows], alone.columns["task_id"]
         for name, (one, other) in pairs.items():
-            if len(wrong := np.flatnonzero(one != other)):
+            differs = (one != other) & ((one == one) | (other == other))  # NaN is no label in both
+            if len(wrong := np.flatnonzero(differs)):
                 fault = f"{name} {other[wrong[0]]} in its row {wrong[0]}, and not {one[wrong[0]]}"
     if fault:
         raise ValueError(
@@ -132,11 +133,17 @@ def same_rows(fused: Recipe, scored: Scored, single: Single, alone: Scored) -> A
     return rows
 
 
+def names(domain: Any) -> Any:
+    """Domains as schemas name them: text where rows hold UTF-8."""
+    is_text = len(domain) and isinstance(domain[0], bytes)
+    return np.array([d.decode() for d in domain], object) if is_text else domain
+
+
 def places(
     fused: Recipe, scored: Scored, head: str, alone: Sequence[tuple[Single, Scored, str]]
 ) -> list[Place]:
     """Brings together both models' scores of the same rows; with each model's scores, its head."""
-    domain = scored.columns["domain"]
+    domain = names(scored.columns["domain"])
     task_id = scored.columns.get("task_id", np.arange(len(domain)))
     user = np.unique(task_id, return_inverse=True)[1]
     by: dict[tuple[Domain, str], tuple[str, Floats]] = {}
@@ -178,7 +185,7 @@ def keys_of_batches(fused: Member, singles: Sequence[Member]) -> list[dict[str, 
       Table -> rows of the fused model, and then of each single one.
     """
     pool = columns(fused.model.schema, fused.test, _POOL)
-    domain = pool[fused.model.schema.domain]
+    domain = names(pool[fused.model.schema.domain])
     size = min(fused.recipe.train.batch_size, len(domain))
     count = min(len(domain) // size, _BATCHES)
     batch = np.full(len(domain), -1)
@@ -258,7 +265,10 @@ def compare(model_dir: str, folders: Sequence[str], test: str = "") -> dict[str,
         Member(run_dir.load(single.folder)[0], single.recipe, own, single.domain)
         for single, own in zip(singles, own_paths, strict=True)
     ]
-    scored = score(fused.model, path, progress=True)
+    with identity.taking(fused.model.schema, path) as taken:
+        scored = score(fused.model, path, progress=True)
+        own_rows = taken.result()
+        taken.check_unchanged()
     each = [
         (single, score(one.model, one.test), one.model.serving_head)
         for single, one in zip(singles, alone, strict=True)
@@ -270,7 +280,7 @@ def compare(model_dir: str, folders: Sequence[str], test: str = "") -> dict[str,
     return {
         "model_dir": str(model_dir),
         "test": path,
-        "test_sha256": readers.sha256(path),
+        "test_sha256": own_rows.sha256,
         "resamples": paired.RESAMPLES,
         "domains": domains,
         "costs": {

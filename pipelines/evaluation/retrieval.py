@@ -10,6 +10,7 @@ the recall at k too. Where items belong to domains, those of the row's own domai
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -113,15 +114,23 @@ def known(model: TwoTower, items: Catalogue, paths: Sequence[str]) -> Known:
     schema = model.schema
     if not schema.task_id:
         raise ValueError("Retrieval needs `schema.task_id`, whose known items are left out.")
-    label = schema.labels[0]
+    label, item = schema.labels[0], model.item
+    of_domains = [schema.domain_feature] if item.domains and schema.domain_feature else []
     alone = Schema(
-        features=(model.item,),
+        features=tuple(dict.fromkeys([item, *of_domains])),
         labels=(label,),
+        optional_labels=tuple({label} & {*schema.optional_labels}),
         task_id=schema.task_id,
         task_dtype=schema.task_dtype,
+        domain=schema.domain if item.domains else "",
     )
+
+    def is_had(block: readers.Block) -> Any:
+        own = readers.is_of(block[schema.domain], item.domains) if item.domains else True
+        return own & (block[label] > 0)
+
     blocks = [
-        readers.taken(block, np.flatnonzero(block[label] > 0))
+        readers.taken(block, np.flatnonzero(is_had(block)))
         for path in paths
         for block in readers.blocks(alone, path)
     ]
@@ -253,7 +262,7 @@ def measure(
 def of_recipe(model: TwoTower, data: Data, path: str) -> dict[str, Any]:
     """Measures a file's rows as a recipe says; what the test rows' tasks had since is known."""
     others, support = [data.train], ""
-    if path == data.test:
+    if os.path.realpath(path) == os.path.realpath(data.test):
         support = data.test_support
         others += [other for other in (data.valid, support) if other]
     return measure(model, path, data.catalogue, others, support)

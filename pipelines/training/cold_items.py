@@ -29,7 +29,8 @@ def learn(
     Returns:
       The mean loss of each epoch.
     """
-    schema = dataclasses.replace(cold.base.schema, task_id=cold.item.name)
+    item = cold.item
+    schema = dataclasses.replace(cold.base.schema, task_id=item.name, task_dtype=item.dtype)
     reader = chunks.ChunkReader(schema, path, rows=2 * cold.rows, tasks=items)
     means = []
     for epoch in range(epochs):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -275,6 +275,37 @@ def compare(recipe: Recipe, model: Ranker, plan: Plan) -> tuple[str, float] | No
     return what, difference
 
 
+def check_meaning(model: Ranker, plan: Plan) -> None:
+    """Looks whether weights that no scores could check mean the same in both models.
+
+    Raises:
+      ValueError: a tower that writes other labels, or in another order; a bottom that reads other
+        features, or in another order.
+    """
+    other, where = plan.model, f"`migrate.{plan.name}`"
+    taken = {source.variable.ref() for _, _, _, source in plan.weights}
+    tower = {v.ref() for v in cast(Any, other.tower_of(other.serving_head)).variables}
+    if taken & tower and model.schema.labels != other.schema.labels:
+        raise ValueError(
+            f"{where}: the tower of {plan.migration.model_dir} writes "
+            f"{list(other.schema.labels)}, and this schema has {list(model.schema.labels)}. Give "
+            "the labels in that order, or leave the tower out of `weights`."
+        )
+    tables = {v.ref() for v in other.embed.variables}
+    if taken - tower - tables:
+        ours, theirs = (
+            [(f.name, f.dim if isinstance(f, Categorical) else f.indicator) for f in s.features]
+            for s in (model.schema, other.schema)
+        )
+        known = {name for name, _ in theirs}
+        if [read for read in ours if read[0] in known] != theirs:
+            raise ValueError(
+                f"{where}: {plan.migration.model_dir} reads {[name for name, _ in theirs]}, and "
+                f"this schema {[name for name, _ in ours]}. Give the other's features first, in "
+                "its order and with its sizes."
+            )
+
+
 def start(recipe: Recipe, model: Ranker) -> list[tuple[Weight, float]]:
     """Takes what the recipe's `migrate` says; prints and checks it.
 
@@ -288,9 +319,8 @@ def start(recipe: Recipe, model: Ranker) -> list[tuple[Weight, float]]:
         print("\n".join(plan.lines()))
         compared = compare(recipe, model, plan)
         if compared is None:
-            print(
-                "  warning: nothing could be compared, as not all that a score comes from was taken"
-            )
+            check_meaning(model, plan)
+            print("  no scores to compare, as not all that a score comes from was taken")
         else:
             what, difference = compared
             print(f"  largest difference of {what} before the first step: {difference:.1e}")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from qianmo.layers import metrics
 from qianmo.layers.schema import Schema
@@ -74,7 +72,7 @@ def looked(recipe: Recipe) -> tuple[Recipe, dict[str, summaries.Summary]]:
         for block in rows:
             watched.observe(block)
         found["valid"] = watched.summary(done.schema, found["train"])
-        _check_monitor(done, watched.sample())
+        _check_monitor(done, found["valid"], watched.sample())
     for role, summary in found.items():
         drifts = summaries.drift(found["train"], summary) if role != "train" else None
         print(f"data.{role}: {getattr(recipe.data, role)}: {summaries.table(summary, drifts)}")
@@ -91,20 +89,27 @@ def check_learnable(recipe: Recipe, model: Ranker, found: Looks) -> None:
     summaries.check_learnable(recipe.schema, found["train"], path, positives_alone=alone)
 
 
-def _check_monitor(recipe: Recipe, sample: readers.Block) -> None:
+def _check_monitor(recipe: Recipe, found: summaries.Summary, sample: readers.Block) -> None:
     """Refuses a metric to stop by that is defined for no label of the validation rows.
+
+    Args:
+      recipe: names the metric.
+      found: what the validation rows are.
+      sample: some of them, or all. By some alone, no group is called one of a single class.
 
     Raises:
       DataError: there is none.
     """
     monitor, schema = recipe.train.monitor, recipe.schema
     groups = None
-    if monitor == "gauc":
+    if monitor == "gauc" and found.sampled == found.rows:
         groups = keys.groups(schema, sample) if schema.gauc_by else keys.task_ids(schema, sample)
-    for label in schema.labels:
+    for label, seen in found.labels.items():
+        if not _is_defined(monitor, schema.kind(label), seen):
+            continue
         is_there = ~np.isnan(sample[label])
-        of_groups = None if groups is None else groups[is_there]
-        if _is_defined(monitor, schema.kind(label), sample[label][is_there], of_groups):
+        labels = sample[label][is_there]
+        if groups is None or np.isfinite(metrics.gauc(labels, labels, groups[is_there])):
             return
     raise readers.DataError(
         f"{recipe.data.valid}: `train.monitor` {monitor} is defined for no label of these rows, so "
@@ -113,16 +118,12 @@ def _check_monitor(recipe: Recipe, sample: readers.Block) -> None:
     )
 
 
-def _is_defined(
-    monitor: str, kind: str, labels: npt.NDArray[np.floating], groups: npt.NDArray[Any] | None
-) -> bool:
-    """Whether a metric is defined on labels that are there."""
+def _is_defined(monitor: str, kind: str, seen: Mapping[str, float]) -> bool:
+    """Whether a metric is defined on the rows that have a label."""
     if kind == "rating" or monitor in ("rmse", "mae"):
-        return kind == "rating" and monitor in ("rmse", "mae") and len(labels) > 0
+        return kind == "rating" and monitor in ("rmse", "mae") and seen["rows"] > 0
     if monitor == "log_loss":
-        return len(labels) > 0
+        return seen["rows"] > 0
     if monitor == "ndcg_10":
-        return bool((labels > 0).any())
-    if not np.isin(labels, (0, 1)).all() or not 0 < labels.sum() < len(labels):
-        return False
-    return groups is None or bool(np.isfinite(metrics.gauc(labels, labels, groups)))
+        return seen["sum"] > 0
+    return seen["classes"] == 1 and 0 < seen["sum"] < seen["rows"]

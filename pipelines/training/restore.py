@@ -81,9 +81,20 @@ def _reads(schema: Schema) -> list[Any]:
     return [
         (f.name, f.table, f.dim, f.max_length, f.pooling, f.domains)
         if isinstance(f, Categorical)
-        else (f.name, f.indicator, f.domains)
+        else (f.name, f.indicator, f.domains, f.mean, f.variance)
         for f in schema.features
     ]
+
+
+def _label_differences(here: Schema, there: Schema) -> list[str]:
+    """Labels that are not the same, or mean something else."""
+    others = sorted(set(here.labels) ^ set(there.labels))
+    differs = [f"other labels: {others}"] if others else []
+    for label in sorted(set(here.labels) & set(there.labels)):
+        ours, theirs = ((s.kind(label), s.label_moments.get(label)) for s in (here, there))
+        if ours != theirs:
+            differs.append(f"label `{label}`: {ours} and there {theirs}")
+    return differs
 
 
 def _input_differences(here: Schema, there: Schema) -> list[str]:
@@ -153,7 +164,7 @@ def match(here: Ranker, there: Ranker, source: str, allowed: Collection[str] = (
             f"{', '.join(ours)}, that of {source} {', '.join(theirs)}."
         )
     inputs = _input_differences(here.schema, there.schema)
-    labels = set(here.schema.labels) ^ set(there.schema.labels)
+    labels = _label_differences(here.schema, there.schema)
     pairs: dict[str, list[tuple[tf.Variable, tf.Variable]]] = {}
     new: dict[str, str] = {}
     left: dict[str, str] = {name: "not here" for name in theirs if name not in ours}
@@ -167,11 +178,11 @@ def match(here: Ranker, there: Ranker, source: str, allowed: Collection[str] = (
             if widths[0] != widths[1]:
                 differs.append(f"first-order columns: {widths[0]} and there {widths[1]}")
             if widths[0] and labels:
-                differs.append(f"first-order columns are those of other labels: {sorted(labels)}")
+                differs += [f"first-order columns: {each}" for each in labels]
         else:
             differs = [*inputs, *_differences(_config(part), _config(theirs[name]))]
             if labels and name != "bottom":
-                differs.append(f"other labels: {sorted(labels)}")
+                differs += labels
         a, b = variables(part), variables(theirs[name])
         if not differs:
             differs += [f"`{path}` is only here" for path in _weights(a) - b.keys()]
@@ -203,3 +214,26 @@ def take(found: Match) -> None:
     for pairs in found.pairs.values():
         for here, there in pairs:
             here.assign(there)
+
+
+def go_on(checkpoints: tf.train.CheckpointManager) -> bool:
+    """Restores the newest checkpoint that can be read; tells whether there was one.
+
+    Raises:
+      ValueError: there are checkpoints, and none can be read.
+    """
+    paths = checkpoints.checkpoints
+    for path in reversed(paths):
+        try:
+            checkpoints.checkpoint.restore(path).assert_existing_objects_matched()
+        except (tf.errors.OpError, AssertionError, IndexError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            print(f"warning: {path} cannot be read: {reason} The one before it is tried.")
+            continue
+        return True
+    if paths:
+        raise ValueError(
+            f"{checkpoints.directory}: none of {len(paths)} checkpoints can be read. Start afresh "
+            "in another directory."
+        )
+    return False

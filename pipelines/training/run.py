@@ -27,6 +27,7 @@ from qianmo.pipelines.training.preparing import check_learnable, looked
 from qianmo.pipelines.training.watch import Curve, NotFiniteError, Watch
 
 ASKED = "asked.json"  # the recipe as given, before anything was counted
+CHECKPOINTS = "checkpoints"
 HISTORY = "history.json"
 CURVE = "curve.json"
 REPORT = "report.json"
@@ -95,8 +96,15 @@ class Run:
                 f"Received: {train.monitor_head!r}"
             )
         self._read_batches()
-        slowed = self._start(fresh=known is None)
+        begun = tf.train.get_checkpoint_state(str(self.dir / CHECKPOINTS)) is not None
+        slowed = self._start(fresh=not begun)
         steps = self.batches * train.epochs
+        warmup = getattr(self.model, "kd_warmup_steps", 0)
+        if warmup > steps:
+            print(
+                f"note: model.kd_warmup_steps = {warmup:,}, and the run has {steps:,} steps: "
+                "distillation never reaches its weight."
+            )
         self.model.compile(
             optimizer(train.optimizer, "train.optimizer", steps),
             optimizer(train.table_optimizer, "train.table_optimizer", steps),
@@ -115,7 +123,7 @@ class Run:
                 meta_optimizer=self.model.meta_optimizer,
                 position=self.position,
             ),
-            str(self.dir / "checkpoints"),
+            str(self.dir / CHECKPOINTS),
             max_to_keep=2,
         )
         self.best = tf.train.CheckpointManager(
@@ -123,7 +131,7 @@ class Run:
         )
         self.history: list[dict[str, Any]] = []
         self.curve = Curve(run_dir.read_json(self.dir / CURVE, []), steps)
-        if self._go_on():
+        if restore.go_on(self.checkpoints):
             self.history = run_dir.read_json(self.dir / HISTORY, [])
             # An epoch may have been written down just before the kill, and its checkpoint not.
             self.history = self.history[: int(self.position.epoch)]
@@ -188,29 +196,6 @@ class Run:
         elif self.model.starts_trained:
             raise ValueError("`model.teacher_frozen` needs `train.start_from`, a trained teacher.")
         return migrate.start(self.recipe, self.model)
-
-    def _go_on(self) -> bool:
-        """Restores the newest checkpoint that can be read; tells whether there was one.
-
-        Raises:
-          ValueError: there are checkpoints, and none can be read.
-        """
-        paths = self.checkpoints.checkpoints
-        for path in reversed(paths):
-            try:
-                status = self.checkpoints.checkpoint.restore(path)
-                status.assert_existing_objects_matched()
-            except (tf.errors.OpError, AssertionError, IndexError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0]
-                print(f"warning: {path} cannot be read: {reason} The one before it is tried.")
-                continue
-            return True
-        if paths:
-            raise ValueError(
-                f"{self.dir / 'checkpoints'}: none of {len(paths)} checkpoints can be read. Train "
-                "afresh in another --model_dir."
-            )
-        return False
 
     def _read_batches(self) -> None:
         """Finds how many batches an epoch has, and reads the rows of chunks."""

@@ -269,3 +269,14 @@ def test_an_empty_path_is_no_folder(
     monkeypatch.chdir(tmp_path)
     assert ids(".") == ids("a.parquet") == ids("*.parquet") == [1]
     assert refusal("") == "the path of the data is empty; give a file, a folder or a glob."
+
+
+def test_rows_in_folders_below_are_not_passed_over(tmp_path: pathlib.Path) -> None:
+    ids_file(tmp_path / "top.parquet", [1])
+    ids_file(tmp_path / "2024" / "05" / "x.parquet", [2])
+    with pytest.raises(readers.DataError, match="it should hold files or folders of rows"):
+        ids(tmp_path)
+    (tmp_path / "top.parquet").unlink()
+    with pytest.raises(readers.DataError, match="rows are in folders of it that are no partitions"):
+        ids(tmp_path)
+    assert ids(tmp_path / "2024" / "05") == [2]

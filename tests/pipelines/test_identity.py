@@ -101,6 +101,19 @@ def test_it_is_what_sha256sum_says(tmp_path: pathlib.Path) -> None:
     assert "3 files, 30 rows" in str(found)
 
 
+def test_values_in_the_names_of_folders_belong_to_it(tmp_path: pathlib.Path) -> None:
+    schema = Schema.from_config({**SCHEMA, "group": "dt"})
+    file = tmp_path / "dt=1" / "part.parquet"
+    file.parent.mkdir()
+    pq.write_table(rows(10, 1), file)
+    ways = ["dt=*/*.parquet", "dt=*", "", "dt={}", "dt={}/part.parquet"]
+    before = [identity.of(schema, tmp_path / way.format(1)) for way in ways]
+    assert {found.sha256 for found in before} == {before[0].sha256}
+    file.parent.rename(tmp_path / "dt=2")
+    for way, found in zip(ways, before, strict=True):
+        assert not identity.of(schema, tmp_path / way.format(2)).is_same(found), way
+
+
 def test_the_same_rows_elsewhere_are_the_same_data(tmp_path: pathlib.Path) -> None:
     schema = Schema.from_config(SCHEMA)
     pq.write_table(rows(100, 1), tmp_path / "a.parquet")
@@ -225,6 +238,19 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="none of 2 checkpoints can be read"):
         Run(recipe(data), data / "model")
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_from_the_same_weights(
+    data: pathlib.Path,
+) -> None:
+    train(recipe(data), data / "day1")
+    again = recipe(data, start_from=str(data / "day1"), seed=2)
+    Run(again, data / "day2")  # stopped here
+    assert (data / "day2" / "recipe.json").exists()
+    taken = Run(again, data / "day2").model
+    known, _ = run_dir.load(data / "day1")
+    for here, there in zip(taken.trainable_variables, known.trainable_variables, strict=True):
+        np.testing.assert_array_equal(here, there)
 
 
 @pytest.mark.parametrize("file", ["recipe.json", "asked.json", "data.json"])

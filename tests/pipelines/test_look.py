@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -160,10 +161,10 @@ def test_duplicates_are_counted_by_task_time_and_event(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"click": np.zeros(ROWS, np.float32)}, "column `click`: it is 0 in all 4,000 rows"),
-        ({"click": np.ones(ROWS, np.float32)}, "column `click`: it is 1 in all 4,000 rows"),
+        ({"click": np.zeros(ROWS, np.float32)}, "`click`: it is 0 in all 4,000 rows that count"),
+        ({"click": np.ones(ROWS, np.float32)}, "`click`: it is 1 in all 4,000 rows that count"),
         ({"buy": np.full(ROWS, np.nan, np.float32)}, "column `buy`: no row has this label"),
-        ({"w": np.zeros(ROWS, np.float32)}, "column `w`: all weights are 0"),
+        ({"w": np.zeros(ROWS, np.float32)}, "column `click`: all 4,000 rows have weight 0"),
         (
             {
                 "item": np.full(ROWS, 99),
@@ -180,6 +181,38 @@ def test_what_cannot_be_learned_of_is_refused(changes: dict[str, Any], message: 
     with pytest.raises(DataError, match=message):
         summaries.check_learnable(SCHEMA, found, "rows.parquet")
     summaries.check_learnable(SCHEMA, summary(block()), "rows.parquet")
+
+
+@pytest.mark.parametrize(
+    ("roles", "changes", "message"),
+    [
+        (
+            {"label_weights": {"click": "lw"}},
+            {"lw": np.zeros(ROWS, np.float32)},
+            "`click`: no row has this label, or `lw` is 0",
+        ),
+        (
+            {"domain": "tab", "domain_weights": ((1, 0.0),)},
+            {"tab": np.ones(ROWS, np.int64)},
+            "`click`: all 4,000 rows have weight 0 in its loss",
+        ),
+    ],
+)
+def test_rows_that_all_weigh_nothing_are_refused(
+    roles: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    schema = dataclasses.replace(SCHEMA, **roles)
+    found = summary(block(**changes), schema=schema)
+    with pytest.raises(DataError, match=message):
+        summaries.check_learnable(schema, found, "rows.parquet")
+    half = {name: np.where(np.arange(ROWS) % 2, 1 - v, v) for name, v in changes.items()}
+    half = {name: v.astype(changes[name].dtype) for name, v in half.items()}
+    summaries.check_learnable(schema, summary(block(**half), schema=schema), "rows.parquet")
+
+
+def test_a_label_may_be_switched_off() -> None:
+    schema = dataclasses.replace(SCHEMA, label_weights={"buy": 0.0})
+    summaries.check_learnable(schema, summary(block(), schema=schema), "rows.parquet")
 
 
 def test_rows_of_positives_are_enough_where_negatives_are_drawn() -> None:

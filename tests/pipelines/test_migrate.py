@@ -213,6 +213,26 @@ def test_refusals(case: Any, changes: dict[str, Any], message: str) -> None:
         begin(changed(case[2], **changes))  # a wrong entry, or one that does not fit
 
 
+@pytest.mark.parametrize("case", [False], ids=["stacked"], indirect=True)
+def test_where_no_scores_can_be_compared_labels_and_features_are(case: Any) -> None:
+    config = case[2]
+    begin(changed(config, tables=()))
+    schema = config["schema"]
+    others = {
+        r"writes \['click', 'like'\], and this schema has \['like', 'click'\]": {
+            **schema,
+            "labels": schema["labels"][::-1],
+        },
+        r"reads \['user', 'seen', 'age'\], and this schema \['age', 'seen', 'user', 'scene'\]": {
+            **schema,
+            "features": schema["features"][::-1],
+        },
+    }
+    for message, other in others.items():
+        with pytest.raises(ValueError, match=message):
+            begin(changed({**config, "schema": other}, tables=()))
+
+
 def test_scores_that_differ_are_refused(case: Any, data: pathlib.Path) -> None:
     owned, _, config = case
     whole = completed(Recipe.from_config(config))

@@ -107,6 +107,22 @@ def test_a_recipe_in_another_order_scores_as_before(
             ),
             "`embed`: table `user`, `num_ids`: 8 and there 7",
         ),
+        (
+            dataclasses.replace(
+                SCHEMA,
+                features=(
+                    *SCHEMA.features[:-1],
+                    dataclasses.replace(SCHEMA.features[-1], mean=9.0),
+                ),
+            ),
+            r"`bottom`: feature `\w+`: .* 9\.0, .* and there",
+        ),
+        (
+            dataclasses.replace(
+                SCHEMA, label_kinds={"z": "rating"}, label_moments={"z": (3.0, 1.0)}
+            ),
+            r"`tower`: label `z`: \('rating', \(3\.0, 1\.0\)\) and there \('binary', None\)",
+        ),
         (dataclasses.replace(SCHEMA, labels=("y", "w")), "`tower`: other labels: .*'w', 'z'"),
     ],
 )

@@ -103,6 +103,21 @@ def test_what_the_recipe_says_stays(tmp_path: pathlib.Path) -> None:
     assert (model.meta.min_support, model.meta.serving_steps) == (3, None)
 
 
+def test_towers_of_ratings_choose_by_their_error(tmp_path: pathlib.Path) -> None:
+    given = config(tmp_path, taste=2.0)
+    given.schema = {**given.schema.to_dict(), "label_kinds": {"label": "rating"}}
+    given.train.monitor = "rmse"
+    found = train(Recipe.from_config(given.to_dict()), tmp_path / "model")
+    test = found["adapted"]["test"]
+    assert test["adapted"]["label"]["all"]["rmse"] < test["plain"]["label"]["all"]["rmse"]
+    chosen = json.loads((tmp_path / "model" / run_dir.SERVING).read_text())
+    assert chosen["tried"][str(chosen["inner_steps"])] == min(chosen["tried"].values())
+    assert chosen["min_support"] <= ROWS // 2
+    table = adapted.curve_table(found["adapted"]["curve"], "label").splitlines()
+    assert table[0].split()[-2:] == ["RMSE", "MAE"]
+    assert "nan" not in "".join(table)
+
+
 @pytest.mark.parametrize("part", ["valid", "test"])
 def test_support_needs_rows_and_a_tower_that_adapts(tmp_path: pathlib.Path, part: str) -> None:
     given = config(tmp_path, taste=0.0)
