@@ -46,13 +46,15 @@ def episodes(
 ) -> Episodes:
     """Groups rows by task id and splits each task's rows in two.
 
-    A task with n >= 2 rows, in rising `order`, gives its first s rows as support and the next
-    min(n - s, max_query) as query, with
+    A task with n >= 2 rows, in rising `order`, gives its first s rows as support, and as query the
+    first max_query of the rows whose order is above that of all support rows, with
 
         s = min(max_support, n - 1, max(1, floor(support_share * n)))
         s = min(max_support, n - 1, a size drawn from support_sizes)      where sizes are given
 
-    A task with one row gives nothing: it takes part in the original loss alone.
+    So no row is judged by a tower that has seen a label of the same time. A task without query
+    rows, such as one of a single row or time, gives nothing: it takes part in the original loss
+    alone.
 
     Args:
       task_id: [B], integers; equal ids are one task.
@@ -85,8 +87,6 @@ def episodes(
     rows = tf.argsort(order, stable=True)
     rows = tf.gather(rows, tf.argsort(tf.gather(task, rows), stable=True))
     start = tf.cumsum(size, exclusive=True)
-    several = size >= 2
-    size, start = tf.boolean_mask(size, several), tf.boolean_mask(start, several)
     if support_sizes:
         drawn = tf.random.stateless_uniform(
             tf.shape(size), seed, 0, len(support_sizes), tf.int32, alg="philox"
@@ -95,7 +95,16 @@ def episodes(
     else:
         count = tf.maximum(1, tf.cast(support_share * tf.cast(size, tf.float32), tf.int32))
     support_count = tf.minimum(tf.minimum(count, max_support), size - 1)
-    query_count = tf.minimum(size - support_count, max_query)
+    ordered, of_rows = tf.gather(order, rows), tf.gather(task, rows)
+    last = tf.gather(ordered, start + tf.maximum(support_count, 1) - 1)
+    is_later = tf.cast(ordered > tf.gather(last, of_rows), tf.int32)
+    later = tf.math.unsorted_segment_sum(is_later, of_rows, tf.size(size))
+    has_query = later > 0
+    first_query = start + size - later
+    start, support_count, first_query, later = (
+        tf.boolean_mask(part, has_query) for part in (start, support_count, first_query, later)
+    )
+    query_count = tf.minimum(later, max_query)
 
     def pick(first: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
         places = tf.range(tf.reduce_max(tf.concat([count, [0]], 0)))[None]
@@ -105,6 +114,6 @@ def episodes(
     return Episodes(
         pick(start, support_count),
         support_count,
-        pick(start + support_count, query_count),
+        pick(first_query, query_count),
         query_count,
     )

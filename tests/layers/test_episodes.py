@@ -29,7 +29,9 @@ def expected(task_id, order, share, max_support, max_query):
         n = len(rows)
         if n >= 2:
             s = min(max_support, n - 1, max(1, int(share * n)))
-            result[task] = rows[:s], rows[s : s + max_query]
+            later = [i for i in rows if order[i] > order[rows[s - 1]]]
+            if later:
+                result[task] = rows[:s], later[:max_query]
     return result
 
 
@@ -39,7 +41,7 @@ def expected(task_id, order, share, max_support, max_query):
 def test_rows_are_split_as_defined(share, max_support, max_query):
     rng = np.random.default_rng(1)
     task_id = rng.integers(-3, 12, 60).tolist()
-    order = rng.integers(0, 5, 60).tolist()  # with ties, which keep the batch's order
+    order = rng.integers(0, 5, 60).tolist()  # with ties, of which none is on both sides
     found = by_task(
         task_id, order, support_share=share, max_support=max_support, max_query=max_query
     )
@@ -47,7 +49,8 @@ def test_rows_are_split_as_defined(share, max_support, max_query):
 
 
 def test_lonely_tasks_give_nothing():
-    found = episodes(tf.constant([3, 1, 2]), tf.constant([0, 0, 0]))
+    # Nor do those whose rows are all of one time.
+    found = episodes(tf.constant([3, 1, 2, 4, 4]), tf.constant([0, 0, 0, 7, 7]))
     assert [x.shape for x in found] == [(0, 0), (0,), (0, 0), (0,)]
 
 
