@@ -454,6 +454,17 @@ def set_current(store: str | os.PathLike[str], version: int) -> None:
 
 
 def published(store: str | os.PathLike[str]) -> int | None:
-    """The version that is read, if any was published."""
+    """The version that is read, if any was published.
+
+    Raises:
+      StoreError: the file that names it is damaged.
+    """
     path = pathlib.Path(store) / CURRENT
-    return int(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    text = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not (text.isascii() and text.isdigit()):
+        raise StoreError(
+            f"{path} should hold the number of a version. Received: {text!r}. Publish one again."
+        )
+    return int(text)

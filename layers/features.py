@@ -97,7 +97,7 @@ def check_choice(where: str, key: str, value: object, choices: object) -> None:
 
 
 # Inputs of served signatures that no column may be named like.
-RESERVED_NAMES = ("adapt", "request_id", "self", "status", "support_count")
+RESERVED_NAMES = ("adapt", "request_id", "self", "status", "support_count", "weights")
 
 
 def check_name(name: Any) -> None:
@@ -163,6 +163,11 @@ class Categorical:
         where = f"feature `{self.name}`"
         if not self.table:
             object.__setattr__(self, "table", self.name)
+        if not re.fullmatch("[A-Za-z0-9_]{1,63}", self.table):
+            raise ValueError(
+                f"{where}: a table's name should be 1 to 63 letters, digits and underscores, as "
+                f"files are named by it. Received: {self.table!r}"
+            )
         check_choice(where, "dtype", self.dtype, Literal["int64", "string"])
         check_choice(where, "side", self.side, Side)
         check_choice(where, "pooling", self.pooling, Pooling)

@@ -94,6 +94,11 @@ class TwoTower(Ranker):
                 f"`{schema.labels[0]}`, a rating; make a binary label of it."
             )
         self.item = item_feature(schema, item_id)
+        if item_id.lower() == "score":
+            raise ValueError(
+                f"`item_id`: the answer holds scores by the name `score`. Received: {item_id!r}. "
+                "Rename the feature."
+            )
         users, items = sides(schema)
         self.items_have_domains = schema.domain in items
         self.support_feature = support_feature

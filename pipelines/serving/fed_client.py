@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import numpy as np
 import tensorflow as tf
+from tensorflow.core.framework import types_pb2
 
 from qianmo.export.publishing import next_version
 from qianmo.export.saved_model import DEFAULT, STATUS
@@ -83,7 +84,10 @@ class FedClient:
     def _domain(self, name: str) -> str | None:
         """The raw feature behind the server's input `<domain>_id`."""
         feature = name.removesuffix("_id")
-        return feature if feature != name and feature in self._lookup.structured_outputs else None
+        if feature == name or feature not in self._lookup.structured_outputs:
+            return None
+        kinds = {s.inputs[name].dtype for s in self._signatures.values() if name in s.inputs}
+        return None if types_pb2.DT_FLOAT in kinds else feature  # a dense feature of that name
 
     def predict(
         self, inputs: Mapping[str, Array], signature_name: str = DEFAULT

@@ -40,6 +40,7 @@ SCHEMA = Schema(
         Categorical(name="city", dim=4, dtype="string", vocabulary=("Rome", "Oslo")),
         Categorical(name="seen", num_ids=40, dim=4, max_length=3, pooling="mean"),
         Dense(name="price", mean=1.0, variance=2.0),
+        Dense(name="city_id", mean=0.0, variance=1.0),  # no raw domain, for all its name
     ),
     labels=("click",),
 )
@@ -199,6 +200,7 @@ def rows(count: int = 100) -> dict[str, np.ndarray]:
         "seen": rng.integers(-2, 45, (count, 3)),
         "seen_length": rng.integers(0, 4, count),
         "price": rng.normal(size=count).astype(np.float32),
+        "city_id": rng.normal(size=count).astype(np.float32),
     }
 
 

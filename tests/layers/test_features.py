@@ -159,6 +159,11 @@ LIST = Categorical(name="seen", num_ids=3, max_length=2)
         ([Dense(name="a")], {"timestamp": "y"}, "`y` is a label and `y` is a column that"),
         ([TAB, Dense(name="tab_id")], {"domain": "tab"}, "`tab_id` is a feature and the input"),
         (
+            [Dense(name="Event_Id")],
+            {"task_id": "t", "timestamp": "at"},
+            "`Event_Id` is a feature and `event_id` is the input for an event's number",
+        ),
+        (
             [LIST, Categorical(name="b", num_ids=3, table="Seen")],
             {},
             "tables `seen` and `Seen` differ by case alone",
@@ -168,6 +173,12 @@ LIST = Categorical(name="seen", num_ids=3, max_length=2)
 def test_names_that_would_meet_in_a_served_graph_are_refused(features, arguments, message):
     with pytest.raises(ValueError, match=message):
         schema(*features, **arguments)
+
+
+@pytest.mark.parametrize("table", ["a/b", "..", "x" * 64])
+def test_a_table_that_no_file_can_be_named_by_is_refused(table):
+    with pytest.raises(ValueError, match="1 to 63 letters, digits and underscores"):
+        Categorical(name="a", num_ids=3, table=table)
 
 
 def test_a_column_may_have_several_roles():

@@ -42,6 +42,10 @@ OF_DOMAINS = Schema(
     task_id="user",
     domain="scene",
 )
+SCORED = SCHEMA.with_features(
+    Categorical(name="score", num_ids=ITEMS, dim=6, side="item") if f.name == "item" else f
+    for f in SCHEMA.features
+)
 META = {"inner": {"steps": 2, "step_size": 0.3}}
 CONFIG = {
     "name": "two_tower",
@@ -378,6 +382,7 @@ def test_the_meta_loss_moves_no_item(schema: Schema, changes: Any) -> None:
     ("schema", "changes", "message"),
     [
         (SCHEMA, {"item_id": "user"}, 'of the side "item"'),
+        (SCORED, {"item_id": "score"}, "the answer holds scores by the name `score`"),
         (SCHEMA, {"support_feature": "item", "meta": META}, "a user's list in the table"),
         (LISTED, {"support_feature": "seen"}, "needs `meta`"),
         (SCHEMA, {"temperature": 0.0}, "`temperature` should be > 0"),
