@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import numpy as np
 import pytest
 import tensorflow as tf
+import tf_keras
+from served import ROUNDING, close
 
-from qianmo.export.calibration import MIN_SLOPE, PRIOR_ROWS, Scaling, fit
-from qianmo.layers.features import Categorical
+from qianmo.export.adapted import ADAPT, by_request_specs, export_adapted
+from qianmo.export.calibration import MIN_SLOPE, PRIOR_ROWS, Scaling, calibrated, fit
+from qianmo.export.personal_towers import export_personal
+from qianmo.export.saved_model import domain_input, export_fed, export_in_graph, session
+from qianmo.export.shared_support import brought
+from qianmo.export.store import export_fed_store, export_store
+from qianmo.layers.features import Categorical, Dense
+from qianmo.layers.inner_loop import tower_size
 from qianmo.layers.schema import Schema
+from qianmo.models import zoo
+from qianmo.ops.library import library
 
-DOMAINS = 3
+DOMAINS, USERS = 3, 12
 SCHEMA = Schema(
     features=(Categorical(name="scene", num_ids=DOMAINS, dim=4),),
     labels=("click", "like"),
@@ -159,3 +173,178 @@ def test_each_row_is_scaled_by_its_own_domain() -> None:
     a = np.arange(8, dtype=np.float32).reshape(4, 2)
     scaled = Scaling(a, -a)(tf.constant([[1.0, 2.0], [3.0, 4.0]]), tf.constant([3, 0]))
     np.testing.assert_array_equal(scaled, [[0.0, 7.0], [0.0, 3.0]])
+
+
+SERVED = Schema(
+    features=(
+        Categorical(name="item", num_ids=40, dim=8),
+        Categorical(name="scene", num_ids=DOMAINS, dim=8),
+        Dense(name="price", mean=0.0, variance=1.0),
+    ),
+    labels=("click", "like", "stars"),
+    label_kinds={"stars": "rating"},
+    label_moments={"stars": (3.0, 2.0)},
+    task_id="user",
+    timestamp="time",
+    domain="scene",
+)
+LABELS = len(SERVED.labels)
+ROWS = 300
+ONE = Scaling(*np.tile(np.array([1, 0], np.float32)[:, None, None], (DOMAINS + 1, LABELS)))
+
+
+def columns(size: int = ROWS, seed: int = 1) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {
+        "item": random.integers(0, 40, size),
+        "scene": random.integers(-1, DOMAINS + 1, size),  # two values are unknown
+        "price": random.normal(size=size).astype(np.float32),
+        "user": np.arange(size) % USERS,
+        "time": np.arange(1, size + 1),
+        "event_id": np.zeros(size, np.int64),
+        "click": random.integers(0, 2, size).astype(np.float32),
+        "like": random.integers(0, 2, size).astype(np.float32),
+        "stars": random.normal(3, 1, size).astype(np.float32),
+    }
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    tf_keras.utils.set_random_seed(3)
+    config = {"name": "mlp", "units": (16,), "tower_units": (6,), "embedding_stddev": 0.5}
+    inner = {"steps": 2, "step_size": 0.3, "max_support": 5}
+    made = zoo.build(SERVED, {**config, "meta": {"inner": inner, "min_support": 3}})
+    made.build()
+    return made
+
+
+@pytest.fixture(scope="module")
+def calibration() -> dict[str, Scaling]:
+    random = np.random.default_rng(7)
+    a = random.uniform(0.3, 3.0, (DOMAINS + 1, LABELS)).astype(np.float32)
+    b = random.normal(size=(DOMAINS + 1, LABELS)).astype(np.float32)
+    a[:, 2], b[:, 2] = 1.0, 0.0  # of the rating
+    return {"model": Scaling(a, b)}
+
+
+def scaled(logits: Any, scaling: Scaling, rows: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Scores by the scaling's equation, in float64, in the order of the labels."""
+    scene = rows["scene"]
+    index = np.where((scene >= 0) & (scene < DOMAINS), scene + 1, 0)
+    z = np.asarray(logits, np.float64)
+    w = scaling.a[index] * z + scaling.b[index]
+    mean, variance = SERVED.label_moments["stars"]
+    return np.where([False, False, True], mean + variance**0.5 * z, sigmoid(w))
+
+
+def raw(rows: Mapping[str, np.ndarray]) -> dict[str, tf.Tensor]:
+    return {name: tf.constant(rows[name]) for name in SERVED.input_names}
+
+
+def answers(folder: pathlib.Path, signature: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    with session(folder) as run:
+        found = run(signature, inputs)
+    return np.stack([found[label] for label in SERVED.labels], 1)
+
+
+def inputs_of(names: Iterable[str], rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: rows[name] for name in names}
+
+
+@pytest.mark.parametrize("export", [export_in_graph, export_store, export_fed, export_fed_store])
+def test_a_form_serves_the_scaled_logits_of_keras(
+    export: Any, model: Any, calibration: dict[str, Scaling], tmp_path: pathlib.Path
+) -> None:
+    library()
+    folder, worst = export(model, tmp_path / "m", columns(), calibration=calibration)
+    assert worst <= 3e-6  # a slope of 3 at most
+    fresh = columns(seed=2)
+    inputs = inputs_of(SERVED.input_names, fresh)
+    if (tmp_path / "m_lookup").exists():
+        ids = inputs_of(("item", "scene"), fresh)
+        with session(tmp_path / "m_lookup" / "1") as lookup:
+            vectors = dict(lookup("serving_default", ids))
+        del vectors["status"]
+        inputs = {**vectors, "price": fresh["price"], "scene_id": fresh["scene"]}
+    expected = scaled(model(raw(fresh))["model"], calibration["model"], fresh)
+    for signature in ("serving_default", "model"):
+        close(answers(folder, signature, inputs), expected, atol=3 * ROUNDING)
+    plain = scaled(model(raw(fresh))["model"], ONE, fresh)
+    assert np.abs(expected - plain).max() > 0.1
+
+
+@pytest.fixture(scope="module")
+def adapted(
+    model: Any, calibration: dict[str, Scaling], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, pathlib.Path]:
+    """Versions of the form `adapted`, with and without a calibration."""
+    base = tmp_path_factory.mktemp("adapted")
+    support = {name: column[: ROWS // 2] for name, column in columns().items()}
+    support["user"] %= USERS - 2  # two users have none
+    return {
+        name: export_adapted(model, base / name, columns(), support, calibration=each)[0]
+        for name, each in (("plain", {}), ("calibrated", calibration))
+    }
+
+
+def test_plain_and_adapted_logits_are_scaled_alike(
+    adapted: dict[str, pathlib.Path], model: Any, calibration: dict[str, Scaling]
+) -> None:
+    fresh = columns(seed=2)
+    inputs = {**inputs_of((*SERVED.input_names, "user"), fresh), ADAPT: np.ones(ROWS, bool)}
+    before, after = (answers(adapted[name], "adapted", inputs) for name in ("plain", "calibrated"))
+    logits = np.log(before.astype(np.float64)) - np.log1p(-before.astype(np.float64))
+    mean, variance = SERVED.label_moments["stars"]
+    logits[:, 2] = (before[:, 2] - mean) / variance**0.5
+    # A logit of a float32 probability p is known to 6e-8 / (1 - p), p below 0.99 here.
+    assert before[:, :2].max() < 0.99
+    close(after, scaled(logits, calibration["model"], fresh), atol=1e-5)
+    assert np.abs(after - before).max() > 0.1
+    by_plain = answers(
+        adapted["calibrated"], "serving_default", inputs_of(SERVED.input_names, fresh)
+    )
+    none = fresh["user"] >= USERS - 2
+    close(after[none], by_plain[none], atol=3 * ROUNDING)
+    assert np.abs(after - by_plain).max() > 0.01
+
+
+def test_adapted_by_request_is_scaled_too(
+    adapted: dict[str, pathlib.Path], model: Any, calibration: dict[str, Scaling]
+) -> None:
+    fresh = columns(seed=2)
+    specs = by_request_specs(SERVED, 5)
+    given = {**inputs_of((*SERVED.input_names, "user"), fresh), ADAPT: np.ones(ROWS, bool)}
+    given |= brought(specs, fresh["user"], {})  # none: the plain score
+    expected = scaled(model(raw(fresh))["model"], calibration["model"], fresh)
+    found = answers(adapted["calibrated"], "adapted_by_request", given)
+    close(found, expected, atol=3 * ROUNDING)
+
+
+def test_personal_towers_are_scaled(
+    model: Any, calibration: dict[str, Scaling], tmp_path: pathlib.Path
+) -> None:
+    fresh = columns(seed=2)
+    h = model.tower_input(raw(fresh), "model")
+    size = tower_size(model.tower_of("model").dense_shapes(h.shape[-1]))
+    users = np.arange(USERS - 2)
+    zeros = np.zeros((len(users), size), np.float32)  # each tower is the shared one
+    folder, _ = export_personal(
+        model, tmp_path / "m", columns(), users, zeros, calibration=calibration
+    )
+    expected = scaled(model(raw(fresh))["model"], calibration["model"], fresh)
+    given = inputs_of((*SERVED.input_names, "user"), fresh)
+    close(answers(folder, "serving_default", given), expected, atol=3 * ROUNDING)
+    given.pop("user")
+    close(answers(folder, "plain", given), expected, atol=3 * ROUNDING)
+
+
+def test_without_a_calibration_logits_are_what_they_were(model: Any) -> None:
+    logits = tf.zeros([2, LABELS])
+    assert calibrated(model, None, logits, {}) is logits
+    assert domain_input(model) == ""
+
+
+def test_a_calibration_of_other_labels_is_refused(model: Any, tmp_path: pathlib.Path) -> None:
+    other = Scaling(np.ones((2, LABELS), np.float32), np.ones((2, LABELS), np.float32))
+    with pytest.raises(ValueError, match=r"should have shape \(4, 3\).*Received: \(2, 3\)"):
+        export_in_graph(model, tmp_path / "m", columns(), calibration={"model": other})
