@@ -50,16 +50,13 @@ class Scaling(NamedTuple):
         return a * tf.cast(logits, tf.float32) + b
 
     def to_config(self, schema: Schema) -> dict[str, Any]:
-        """What a reader wants to see: label -> [a, b] of all rows, and those of each domain."""
+        """Label -> "all", and each domain -> [a, b], for readers."""
+        feature = schema.domain_feature
+        known = () if feature is None else feature.vocabulary or range(feature.num_ids)
+        names = ["all", *(f"domain {value}" for value in known)]
+        pairs = np.stack([self.a, self.b], 2).tolist()
         return {
-            label: {
-                "all": [float(self.a[0, k]), float(self.b[0, k])],
-                **(
-                    {"domain": np.stack([self.a[1:, k], self.b[1:, k]], 1).tolist()}
-                    if self.reads_domain
-                    else {}
-                ),
-            }
+            label: {name: row[k] for name, row in zip(names, pairs, strict=True)}
             for k, label in enumerate(schema.labels)
         }
 

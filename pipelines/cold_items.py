@@ -57,7 +57,7 @@ def run(_: list[str]) -> None:
     with readers.own_errors():
         losses = learn(cold, recipe.data.train, epochs=values.epochs, seed=recipe.train.seed)
     new = fill(cold, values.items, recipe.data.train)
-    run_dir.write(output, model, recipe)
+    run_dir.write(output, model, recipe, run_dir.read_identities(values.model_dir))
     print(f"{output}: first vectors of {new:,} new items; loss {losses[-1]:.4f}")
 
 

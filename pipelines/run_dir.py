@@ -143,13 +143,17 @@ def read_looks(model_dir: str | pathlib.Path) -> dict[str, Summary]:
 
 
 def fingerprint(model_dir: str | pathlib.Path) -> str:
-    """Tells trained weights apart: the hash of the index of checksums in their checkpoint.
+    """Tells trained weights apart: `checkpoint_fingerprint` of those of the best epoch.
 
     Raises:
       ValueError: the run has not finished an epoch.
     """
-    index = pathlib.Path(f"{_newest(model_dir)}.index")
-    return hashlib.sha256(index.read_bytes()).hexdigest()
+    return checkpoint_fingerprint(_newest(model_dir))
+
+
+def checkpoint_fingerprint(checkpoint: str) -> str:
+    """The hash of the index of checksums in a checkpoint."""
+    return hashlib.sha256(pathlib.Path(f"{checkpoint}.index").read_bytes()).hexdigest()
 
 
 def _newest(model_dir: str | pathlib.Path) -> str:
@@ -159,8 +163,20 @@ def _newest(model_dir: str | pathlib.Path) -> str:
     return found
 
 
-def write(model_dir: str | pathlib.Path, model: Ranker, recipe: Recipe) -> None:
-    """Writes a model that was not trained there, with its recipe, whole or not at all."""
+def write(
+    model_dir: str | pathlib.Path,
+    model: Ranker,
+    recipe: Recipe,
+    identities: Mapping[str, Identity] | None = None,
+) -> None:
+    """Writes a model that was not trained there, with its recipe, whole or not at all.
+
+    Args:
+      model_dir: where, a folder that is not there.
+      model: the model.
+      recipe: its recipe.
+      identities: role in the recipe -> data set that the weights were learned from.
+    """
     folder = pathlib.Path(model_dir)
     temporary = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
@@ -168,6 +184,8 @@ def write(model_dir: str | pathlib.Path, model: Ranker, recipe: Recipe) -> None:
         weights = tf.train.Checkpoint(model=model)
         tf.train.CheckpointManager(weights, str(temporary / WEIGHTS), max_to_keep=1).save()
         write_json(temporary / RECIPE, recipe.to_config())
+        if identities:
+            write_identities(temporary, identities)
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
