@@ -38,8 +38,8 @@ _IDLE_SECONDS = 0.2  # between two looks at a stream that had no rows
 OpenStream = Callable[[Position | None], Stream]
 
 
-# Publishes the model, checked on rows, with what it comes from; returns the version's folder and the
-# largest difference.
+# Publishes the model, checked on rows, and tells what it comes from; returns the version's folder
+# and the largest difference.
 Publish = Callable[[DualDNN, Rows, Origin], tuple[pathlib.Path, float]]
 
 
