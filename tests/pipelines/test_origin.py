@@ -8,7 +8,6 @@ import re
 import shutil
 from typing import Any
 
-import numpy as np
 import program_world
 import pyarrow.parquet as pq
 import pytest
@@ -21,7 +20,7 @@ from qianmo.pipelines import origin, run_dir
 from qianmo.pipelines.data import identity
 from qianmo.pipelines.data.replay import first_rows
 from qianmo.pipelines.evaluation import retrieval
-from qianmo.pipelines.evaluation.calibration import logits, table
+from qianmo.pipelines.evaluation.calibration import logits
 from qianmo.pipelines.recipe import Recipe
 from qianmo.pipelines.serving.clients import Client
 from qianmo.pipelines.serving.server import ModelServer
@@ -206,21 +205,3 @@ def test_a_calibration_says_what_it_leaves_and_where_it_should_not_be_fitted(
     )
     assert refused.code == 2
     assert "--calibrate is for scores" in refused.stderr
-
-
-def test_ratings_alone_are_refused_and_among_others_left_as_they_are(
-    world: pathlib.Path,
-) -> None:
-    recipe = run_dir.read_recipe(world / "plain")
-    config = recipe.to_config()
-    config["schema"] |= {"label_kinds": {"price": "rating"}, "labels": ("click", "price")}
-    config["schema"]["features"] = [f for f in config["schema"]["features"] if f["name"] != "price"]
-    both = completed(Recipe.from_config(config))
-    rows = logits(run_dir.build(both), recipe.data.test)
-    scaling = rows.fitted()["model"]
-    np.testing.assert_array_equal(scaling.a[:, 1], 1.0)
-    assert "a rating, which stays as it is" in table(rows, {"model": scaling})
-    config["schema"] |= {"labels": ("price",)}
-    alone = completed(Recipe.from_config(config))
-    with pytest.raises(ValueError, match=r"The labels \('price',\) are ratings"):
-        logits(run_dir.build(alone), recipe.data.test).fitted()
