@@ -206,8 +206,9 @@ def _calibration(model: Ranker, values: Any, told: dict[str, Any]) -> Calibratio
     from qianmo.pipelines.evaluation import calibration
 
     schema, path = model.schema, values.calibrate
+    heads = () if values.form == "adapted" else values.heads  # it ships the serving head alone
     with identity.taking(schema, path) as taken:
-        rows = calibration.logits(model, path, values.heads)
+        rows = calibration.logits(model, path, heads)
         own = taken.result()
         taken.check_unchanged()
     found = rows.fitted()
@@ -223,7 +224,7 @@ def _calibration(model: Ranker, values: Any, told: dict[str, Any]) -> Calibratio
     print(calibration.table(rows, found))
     if values.data:
         print(f"\non {values.data}:")
-        print(calibration.table(calibration.logits(model, values.data, values.heads), found))
+        print(calibration.table(calibration.logits(model, values.data, heads), found))
     return found
 
 

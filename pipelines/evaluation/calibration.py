@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from qianmo.export.calibration import Calibration, Scaling, fit
 from qianmo.export.precision import served_in_full
+from qianmo.export.saved_model import signature_heads
 from qianmo.layers import metrics
 from qianmo.layers.schema import Schema
 from qianmo.models.ranker import Ranker
@@ -52,10 +53,11 @@ class Logits:
             head: fit(self.schema, z, self.labels, self.index) for head, z in self.heads.items()
         }
 
-    def probabilities(self, head: str, scaling: Scaling | None = None) -> tf.Tensor:
+    def probabilities(self, head: str, scaling: Scaling | None = None) -> npt.NDArray[Any]:
         """Probabilities of a head's binary labels, [N, K], scaled or not."""
         z = tf.constant(self.heads[head])
-        return tf.sigmoid(z if scaling is None else scaling(z, tf.constant(self.index))).numpy()
+        scaled = z if scaling is None else scaling(z, tf.constant(self.index))
+        return np.asarray(tf.sigmoid(scaled))
 
 
 @served_in_full
@@ -69,8 +71,11 @@ def logits(
       path: the rows.
       heads: names of heads. Default: the serving head.
       batch_size: rows scored at a time.
+
+    Raises:
+      ExportError: a head that the model has not.
     """
-    schema, names = model.schema, tuple(heads or (model.serving_head,))
+    schema, names = model.schema, tuple(dict.fromkeys(signature_heads(model, heads).values()))
 
     def score(features: Mapping[str, tf.Tensor]) -> tuple[dict[str, tf.Tensor], tf.Tensor]:
         encoded = model.encode({name: features[name] for name in schema.input_names})
@@ -88,18 +93,27 @@ def logits(
             for name, value in {**targets, "index": index}.items():
                 if name in columns:
                     columns[name].append(value.numpy())
-    labels, index, domain = (np.concatenate(c or [[]]) for c in columns.values())
+    none = np.zeros((0, len(schema.labels)), np.float32)  # of a file without rows
+    no_ids = np.zeros(0, np.int64)
     return Logits(
-        schema, {name: np.concatenate(z) for name, z in found.items()}, labels, index, domain
+        schema,
+        {name: np.concatenate(z or [none]) for name, z in found.items()},
+        np.concatenate(columns["labels"] or [none]),
+        np.concatenate(columns["index"] or [no_ids]),
+        np.concatenate(columns["domain"] or [no_ids]),
     )
 
 
-def _parts(rows: Logits, own: npt.NDArray[np.bool_]) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
+def _parts(rows: Logits, own: npt.NDArray[np.int64]) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+    """Numbers of the rows in `own`: of all, and of each domain."""
     yield "all", own
     if len(rows.domain):
-        for value in np.unique(rows.domain[own]):
+        values, inverse = np.unique(rows.domain[own], return_inverse=True)
+        order = np.argsort(inverse, kind="stable")
+        ends = np.cumsum(np.bincount(inverse, minlength=len(values)))
+        for value, part in zip(values.tolist(), np.split(order, ends[:-1]), strict=True):
             name = value.decode() if isinstance(value, bytes) else value
-            yield f"domain {name}", own & (rows.domain == value)
+            yield f"domain {name}", own[part]
 
 
 def table(rows: Logits, calibration: Calibration) -> str:
@@ -113,13 +127,14 @@ def table(rows: Logits, calibration: Calibration) -> str:
                 lines.append(f"{head:<10}{label:<14}a rating, which stays as it is")
                 continue
             y = rows.labels[:, k]
-            for name, own in _parts(rows, ~np.isnan(y)):
-                count = int(own.sum())
-                if name != "all" and count < FEWEST_ROWS:
+            for name, own in _parts(rows, np.flatnonzero(~np.isnan(y))):
+                if name != "all" and len(own) < FEWEST_ROWS:
                     left_out += 1
                     continue
                 was, now = (metrics.pcoc(y[own], p[own, k]) for p in (before, after))
-                lines.append(f"{head:<10}{label:<14}{name:<22}{count:>9,}{was:>13.3f}{now:>8.3f}")
+                lines.append(
+                    f"{head:<10}{label:<14}{name:<22}{len(own):>9,}{was:>13.3f}{now:>8.3f}"
+                )
     if left_out:
         lines.append(f"({left_out} lines of fewer than {FEWEST_ROWS} rows left out.)")
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from qianmo.configs import kuairand_domains
@@ -68,3 +69,18 @@ def test_ratings_alone_are_refused_and_among_others_left_as_they_are(
     alone = completed(Recipe.from_config(config))
     with pytest.raises(ValueError, match=r"The labels \('price',\) are ratings"):
         logits(run_dir.build(alone), recipe.data.test).fitted()
+
+
+def test_rows_without_any_and_other_heads_are_refused(
+    world: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    model, recipe = run_dir.load(world / "dual")
+    with pytest.raises(ValueError, match=r"`heads` should be some of .*Received: \['techer'\]"):
+        logits(model, recipe.data.test, ["techer"])
+    both = logits(model, recipe.data.test, ["student", "teacher"])
+    assert [*both.heads] == ["student", "teacher"]
+    assert [*both.fitted()] == ["student", "teacher"]
+    empty = tmp_path / "empty.parquet"
+    pq.write_table(pq.read_table(recipe.data.test).slice(0, 0), empty)
+    with pytest.raises(ValueError, match="no rows"):
+        logits(model, str(empty)).fitted()
