@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from qianmo.export.calibration import NONE, Calibration, calibrated
 from qianmo.export.precision import served_in_full
-from qianmo.export.publishing import drafting, write_serving_files
+from qianmo.export.publishing import NO_ORIGIN, Origin, drafting, write_serving_files
 from qianmo.export.saved_model import (
     STATUS,
     ExportError,
@@ -178,27 +179,31 @@ def _scored(
     place: tf.Tensor,
     support: Support,
     status: tf.Tensor,
+    calibration: Calibration,
 ) -> dict[str, tf.Tensor]:
     head = model.serving_head
     plain, read = model.one_head(features, head)
     adapted, how = _meta(model).score(model.tower_of(head), plain, place, support)
     logits = tf.where(adapt[:, None], adapted, plain.logits)
+    logits = calibrated(model, calibration.get(head), logits, features)
     return answer(model.schema, logits, read | tf.where(adapt, how | status, 0))
 
 
-def _adapted(model: Ranker, store: Store, rows_of: HiddenRows | FeatureRows) -> Signature:
+def _adapted(
+    model: Ranker, store: Store, rows_of: HiddenRows | FeatureRows, calibration: Calibration
+) -> Signature:
     def adapted(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
         tasks, place = tf.unique(task_keys(model.schema, inputs))
         version = tf.constant(rows_of.version, tf.int64)
         found = store.get(tasks, version, _meta(model).inner.max_support)
         support = Support(rows_of.hidden(found.h), found.labels, found.weights)
         status = tf.zeros_like(place)
-        return _scored(model, inputs, inputs[ADAPT], place, support, status)
+        return _scored(model, inputs, inputs[ADAPT], place, support, status, calibration)
 
     return adapted
 
 
-def _adapted_by_request(model: Ranker) -> Signature:
+def _adapted_by_request(model: Ranker, calibration: Calibration) -> Signature:
     schema = model.schema
     most = _meta(model).inner.max_support
     names = (*schema.input_names, *schema.labels)
@@ -216,7 +221,7 @@ def _adapted_by_request(model: Ranker) -> Signature:
         bad = tf.reduce_any(tf.reshape(inside & ~good, [-1, most]), 1)
         status = held.status | tf.where(held.of_rows(bad), BAD_SUPPORT, 0)
         support = Support(*map(with_empty, parts))
-        return _scored(model, inputs, inputs[ADAPT], held.index, support, status)
+        return _scored(model, inputs, inputs[ADAPT], held.index, support, status, calibration)
 
     return adapted_by_request
 
@@ -269,6 +274,8 @@ def export_adapted(
     keep: Keep = "hidden",
     ttl_seconds: float = 0.0,
     version: int | None = None,
+    calibration: Calibration = NONE,
+    origin: Origin = NO_ORIGIN,
 ) -> tuple[pathlib.Path, float]:
     """Writes a model with its plain score, and the score of a tower adapted to the row's task.
 
@@ -286,6 +293,9 @@ def export_adapted(
         input anew; rows are of use as long as the schema and its vocabularies stay.
       ttl_seconds: of the table: support that was written longer ago is not used; 0: for ever.
       version: default: one above the highest.
+      calibration: head -> scaling of its plain logits, see `export_in_graph`; the adapted logits
+        are scaled by the same, so that a row without support keeps its plain score.
+      origin: what the version comes from, see `write_origin`.
 
     Returns:
       The version's folder, and the largest difference to the Keras model on `rows`, plain and
@@ -325,9 +335,9 @@ def export_adapted(
             )
 
     functions: dict[str, Signature] = {
-        "serving_default": scorer(model, head),
-        "adapted": _adapted(model, held, of_support),
-        "adapted_by_request": _adapted_by_request(model),
+        "serving_default": scorer(model, head, calibration),
+        "adapted": _adapted(model, held, of_support, calibration),
+        "adapted_by_request": _adapted_by_request(model, calibration),
         "put_support": _put(model, held, of_support),
         "stats": _stats(model, held),
     }
@@ -366,10 +376,13 @@ def export_adapted(
             inputs,
             module,
             own_ops=store is not None,
+            origin=origin,
         )
-        raw = inputs["serving_default"]
-        worst = replay(draft.folder, model, {"serving_default": head}, raw, raw)
+        raw, plain = inputs["serving_default"], {"serving_default": head}
         scored = ("adapted", "adapted_by_request")
-        worst = max(worst, replay_signatures(draft.folder, schema, scored, functions, inputs))
+        worst = max(
+            replay(draft.folder, model, plain, raw, raw, calibration=calibration),
+            replay_signatures(draft.folder, schema, scored, functions, inputs, calibration),
+        )
     write_serving_files(base)
     return draft.folder, worst

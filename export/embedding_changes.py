@@ -18,6 +18,7 @@ import numpy as np
 from qianmo.export import embedding_shards as shards
 from qianmo.export.embedding_shards import DType, IdRows, StoreError, Table
 from qianmo.export.publishing import drafting
+from qianmo.layers.hashing import mix64
 
 CHANGED_SHARD = 2**32 - 1  # the number in the header of a file of changed rows
 REWRITTEN_PART = 0.25  # a table of which more has changed is written whole
@@ -46,7 +47,7 @@ class Shard:
 
     def find(self, ids: np.ndarray) -> np.ndarray:
         """The places of ids in a hashed shard; -1 for those that are not there."""
-        home = (shards.hash_ids(ids) & np.uint64(self.home_slots - 1)).astype(np.int64)
+        home = (mix64(ids) & np.uint64(self.home_slots - 1)).astype(np.int64)
         found = np.full(len(ids), -1)
         for step in range(len(self.slots) - self.home_slots + 1):
             slots = self.slots[home + step]
@@ -69,7 +70,7 @@ class Stored:
         """Rows that the shards hold for ids, changes left out, and which of them there are."""
         if self.table.hashed:
             bits = len(self.shards).bit_length() - 1
-            shard = shards.hash_ids(ids) >> np.uint64(1) >> np.uint64(63 - bits)
+            shard = mix64(ids) >> np.uint64(1) >> np.uint64(63 - bits)
             shard = shard.astype(np.int64)
         else:
             shard = ids // self.shard_rows

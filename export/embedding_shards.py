@@ -21,6 +21,7 @@ from typing import Literal, cast, get_args
 import numpy as np
 
 from qianmo.export.publishing import drafting, write_text
+from qianmo.layers.hashing import mix64
 
 DType = Literal["float32", "float16", "bfloat16", "int8"]
 DenseRows = np.ndarray
@@ -82,14 +83,6 @@ class Table:
                 f"table `{self.name}`: `default_id` should be in [0, {self.num_rows}). "
                 f"Received: {self.default_id}"
             )
-
-
-def hash_ids(ids: np.ndarray) -> np.ndarray:
-    """Spreads int64 ids over uint64, by the finaliser of MurmurHash3."""
-    h = ids.astype(np.int64).view(np.uint64)
-    h = (h ^ h >> np.uint64(33)) * np.uint64(0xFF51AFD7ED558CCD)
-    h = (h ^ h >> np.uint64(33)) * np.uint64(0xC4CEB9FE1A85EC53)
-    return h ^ h >> np.uint64(33)
 
 
 def encode(vectors: np.ndarray, dtype: DType) -> np.ndarray:
@@ -236,7 +229,7 @@ def _check_count(table: Table, written: int) -> None:
 def index(table: Table, ids: np.ndarray) -> tuple[np.ndarray, int]:
     """Slots for rows that lie in the order of `ids`, and how many of them are home slots."""
     home_slots = 1 << max(0, (len(ids) * 3 // 2) - 1).bit_length()
-    home = (hash_ids(ids) & np.uint64(home_slots - 1)).astype(np.int64)
+    home = (mix64(ids) & np.uint64(home_slots - 1)).astype(np.int64)
     order = np.lexsort((ids, home))
     twice = np.flatnonzero(ids[order][1:] == ids[order][:-1])
     if len(twice):
@@ -265,7 +258,7 @@ def write_hashed(
     # Rows are first dealt out to the shards: one index at a time fits into memory.
     for ids, rows in chunks:
         default_found |= bool((ids == table.default_id).any())
-        shard_of = (hash_ids(ids) >> np.uint64(1) >> np.uint64(63 - bits)).astype(np.int64)
+        shard_of = (mix64(ids) >> np.uint64(1) >> np.uint64(63 - bits)).astype(np.int64)
         order = np.argsort(shard_of, kind="stable")
         ends = np.cumsum(np.bincount(shard_of, minlength=count))
         for k, part in enumerate(np.split(order, ends[:-1])):

@@ -21,8 +21,9 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from qianmo.export.adapted import read_labels, without_nan
+from qianmo.export.calibration import NONE, Calibration, calibrated
 from qianmo.export.precision import served_in_full
-from qianmo.export.publishing import drafting, write_serving_files
+from qianmo.export.publishing import NO_ORIGIN, Origin, drafting, write_serving_files
 from qianmo.export.saved_model import (
     STATUS,
     ExportError,
@@ -172,7 +173,7 @@ def fine_tune(
     return ids, found
 
 
-def _personal(model: Ranker, table: TowerTable) -> Signature:
+def _personal(model: Ranker, table: TowerTable, calibration: Calibration) -> Signature:
     head = model.serving_head
 
     def score(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -184,6 +185,7 @@ def _personal(model: Ranker, table: TowerTable) -> Signature:
         personal = tower(output.h[:, None], correction=correction.rows(place)).logits[:, 0]
         known = tf.gather(known, place)
         logits = tf.where(known[:, None], personal, output.logits)
+        logits = calibrated(model, calibration.get(head), logits, inputs)
         return answer(model.schema, logits, status | tf.where(known, 0, SHARED_TOWER))
 
     return score
@@ -198,6 +200,8 @@ def export_personal(
     towers: np.ndarray,
     *,
     version: int | None = None,
+    calibration: Calibration = NONE,
+    origin: Origin = NO_ORIGIN,
 ) -> tuple[pathlib.Path, float]:
     """Writes a trunk with the towers of its adgroups.
 
@@ -209,6 +213,9 @@ def export_personal(
       towers: what their towers differ by from the shared one, [A, `tower_size`]. One that is not
         finite is left out, and its adgroup keeps the shared tower; a log line says how many.
       version: default: one above the highest.
+      calibration: head -> scaling of the shared tower's logits, see `export_in_graph`; those of
+        the others are scaled by the same.
+      origin: what the version comes from, see `write_origin`.
 
     Returns:
       The version's folder, and the largest difference to the Keras model on `rows`.
@@ -238,8 +245,8 @@ def export_personal(
     raw = raw_specs(schema)
     own = with_task(schema, raw)
     functions: dict[str, Signature] = {
-        "serving_default": _personal(model, table),
-        "plain": scorer(model, model.serving_head),
+        "serving_default": _personal(model, table, calibration),
+        "plain": scorer(model, model.serving_head, calibration),
         "put_towers": lambda **x: {STATUS: table.put(task_keys(schema, x), x[WEIGHTS])},
         "expire_towers": lambda **x: {STATUS: table.expire(task_keys(schema, x))},
         "stats": lambda **x: {"towers": tf.fill([tf.shape(x[schema.task_id])[0]], table.count())},
@@ -268,8 +275,8 @@ def export_personal(
     with drafting(base, version, needed_bytes=needed) as draft:
         module = tf.Module()
         module.table = table
-        fill(draft.folder, base.name, model, functions, specs, inputs, module)
+        fill(draft.folder, base.name, model, functions, specs, inputs, module, origin=origin)
         scored = ("serving_default", "plain")
-        worst = replay_signatures(draft.folder, schema, scored, functions, inputs)
+        worst = replay_signatures(draft.folder, schema, scored, functions, inputs, calibration)
     write_serving_files(base)
     return draft.folder, worst

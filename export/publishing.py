@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from typing import IO
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO, Any
 
+import qianmo
 from qianmo.export.paths import check_model_path
 
 LOOKUP = "_lookup"  # ends the name of what makes vectors
 LOCK = ".lock"
+ORIGIN = "origin.json"
 SPARE_BYTES = 16 << 20  # of a disk, beside what is written
 MAX_BATCH_SIZE = 1024  # rows that a server merges, and that a request may have
+
+Origin = Mapping[str, Any]  # plain data: what a version was made from
+NO_ORIGIN: Origin = {}
 
 
 class ExportError(ValueError):
@@ -49,6 +55,19 @@ def write_text(path: pathlib.Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.writing")
     temporary.write_text(text, encoding="utf-8")
     publish_path(temporary, path)
+
+
+def write_origin(folder: pathlib.Path, origin: Origin) -> None:
+    """Writes `origin.json` into a version that is being made.
+
+    Args:
+      folder: where the file goes.
+      origin: what the caller knows of the version: weights, data, rows. The version of this package
+        is added.
+    """
+    told = {"qianmo": qianmo.__version__, **origin}
+    text = json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / ORIGIN).write_text(text + "\n", encoding="utf-8")
 
 
 def next_version(*base_paths: str | os.PathLike[str]) -> int:

@@ -28,7 +28,7 @@ import tensorflow as tf
 
 from qianmo.export.adapted import ADAPT, support_specs
 from qianmo.export.precision import served_in_full
-from qianmo.export.publishing import drafting, write_serving_files
+from qianmo.export.publishing import NO_ORIGIN, Origin, drafting, write_serving_files
 from qianmo.export.saved_model import (
     BAD_SCORE,
     STATUS,
@@ -168,6 +168,7 @@ def export_retrieval(
     *,
     best: int = 100,
     version: int | None = None,
+    origin: Origin = NO_ORIGIN,
 ) -> tuple[pathlib.Path, float]:
     """Writes a two-tower model with the vectors of a catalogue.
 
@@ -178,6 +179,7 @@ def export_retrieval(
       items: the item's features, a row for each item of the catalogue.
       best: k, how many items are recommended; at most all, of any domain.
       version: default: one above the highest.
+      origin: what the version comes from, see `write_origin`.
 
     Returns:
       The version's folder, and the largest difference to the Keras model on `rows`.
@@ -227,7 +229,7 @@ def export_retrieval(
     base = pathlib.Path(base_path)
     needed = weight_bytes(model) + vectors.numpy().nbytes
     with drafting(base, version, needed_bytes=needed) as draft:
-        fill(draft.folder, base.name, model, functions, specs, inputs)
+        fill(draft.folder, base.name, model, functions, specs, inputs, origin=origin)
         worst = _replay(draft.folder, functions, inputs)
     write_serving_files(base)
     return draft.folder, worst

@@ -19,8 +19,17 @@ from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow.python.framework import op_def_registry
 from tensorflow_serving.apis import model_pb2, predict_pb2, prediction_log_pb2
 
+from qianmo.export.calibration import NONE, Calibration, calibrated, tolerance_factor
 from qianmo.export.precision import served_in_full
-from qianmo.export.publishing import LOOKUP, drafting, drafting_fed, write_serving_files
+from qianmo.export.publishing import (
+    LOOKUP,
+    NO_ORIGIN,
+    Origin,
+    drafting,
+    drafting_fed,
+    write_origin,
+    write_serving_files,
+)
 from qianmo.export.publishing import ExportError as ExportError
 from qianmo.export.widths import fitted
 from qianmo.layers.encode import BAD_DENSE, OK, completed
@@ -33,6 +42,7 @@ BAD_SCORE = 4  # a score was NaN or infinite and is answered as 0
 BAD_EMBEDDING = 256  # a vector was NaN or infinite and was read as zeros
 TOLERANCE = 1e-6
 STATUS = "status"
+EXTRA = "assets.extra"  # of a version: files for the server, and the origin
 DEFAULT = "serving_default"
 # Registered in every TensorFlow, but they call back into a Python that a server does not have.
 PYTHON_OPS = frozenset({"PyFunc", "PyFuncStateless", "EagerPyFunc"})
@@ -67,17 +77,18 @@ def task_keys(schema: Schema, inputs: Mapping[str, tf.Tensor]) -> tf.Tensor:
     return task_key(task) if schema.task_dtype == "string" else task
 
 
-def domain_input(model: Ranker) -> str:
+def domain_input(model: Ranker, calibration: Calibration = NONE) -> str:
     """Name under which a graph without embeddings gets the raw domain; empty if it needs none.
 
     The domain's own name is that of its vector.
     """
+    scaled = any(scaling.reads_domain for scaling in calibration.values())
     owned = any(d.domains for d in model.schema.dense)
     reads = any(getattr(layer, "reads_domain", False) for layer in model.submodules)
-    return f"{model.schema.domain}_id" if owned or reads else ""
+    return f"{model.schema.domain}_id" if owned or reads or scaled else ""
 
 
-def vector_specs(model: Ranker) -> dict[str, tf.TensorSpec]:
+def vector_specs(model: Ranker, calibration: Calibration = NONE) -> dict[str, tf.TensorSpec]:
     """Serving inputs where vectors stand for the categorical features, under the same names.
 
     Where the graph reads the rows' domain, its raw value is one input more (`domain_input`).
@@ -87,7 +98,7 @@ def vector_specs(model: Ranker) -> dict[str, tf.TensorSpec]:
         specs[f.name] = tf.TensorSpec([None, f.dim + model.embed.linear_dim], tf.float32, f.name)
     for d in model.schema.dense:
         specs[d.name] = tf.TensorSpec([None], tf.float32, d.name)
-    if name := domain_input(model):
+    if name := domain_input(model, calibration):
         if name in specs:
             raise ExportError(f"feature `{name}` has the name of the input for the raw domain.")
         specs[name] = tf.TensorSpec([None], tf.as_dtype(model.schema.domain_dtype), name)
@@ -106,23 +117,25 @@ def answer(schema: Schema, logits: tf.Tensor, status: tf.Tensor) -> dict[str, tf
     return {**columns, STATUS: status | tf.where(tf.reduce_all(finite, 1), OK, BAD_SCORE)}
 
 
-def scorer(model: Ranker, head: str) -> Signature:
+def scorer(model: Ranker, head: str, calibration: Calibration = NONE) -> Signature:
     """The plain score of a head, from raw features."""
 
     def score(**features: tf.Tensor) -> dict[str, tf.Tensor]:
         output, status = model.one_head(features, head)
-        return answer(model.schema, output.logits, status)
+        logits = calibrated(model, calibration.get(head), output.logits, features)
+        return answer(model.schema, logits, status)
 
     return score
 
 
-def _fed_scorer(model: Ranker, head: str) -> Signature:
+def _fed_scorer(model: Ranker, head: str, calibration: Calibration) -> Signature:
     def score(**features: tf.Tensor) -> dict[str, tf.Tensor]:
         batch = tf.shape(next(iter(features.values())))[0]
         dense, status = tf.zeros([batch, 0]), tf.zeros([batch], tf.int32)
-        domain = tf.zeros([batch], tf.int64)
-        if name := domain_input(model):
-            domain = model.encode.domain({model.schema.domain: features[name]})
+        domain, raw = tf.zeros([batch], tf.int64), features
+        if name := domain_input(model, calibration):
+            raw = {model.schema.domain: features[name]}
+            domain = model.encode.domain(raw)
         if model.schema.dense:
             dense, finite = model.encode.dense(features, domain)
             status |= tf.where(finite, OK, BAD_DENSE)
@@ -133,6 +146,7 @@ def _fed_scorer(model: Ranker, head: str) -> Signature:
             vectors[f.name] = tf.where(finite[:, None], features[f.name], 0.0)
         embedded = model.embed.assemble(vectors, dense, domain)
         logits = model.heads(embedded, (head,))[head].logits
+        logits = calibrated(model, calibration.get(head), logits, raw)
         return answer(model.schema, logits, status)
 
     return score
@@ -188,7 +202,7 @@ def _check_ops(version_dir: pathlib.Path, own_ops: bool) -> None:
 
 def _write_warmup(version_dir: pathlib.Path, name: str, inputs: Mapping[str, Rows]) -> None:
     """One record for each signature: a version that cannot answer then fails at load."""
-    folder = version_dir / "assets.extra"
+    folder = version_dir / EXTRA
     folder.mkdir(exist_ok=True)
     with tf.io.TFRecordWriter(str(folder / "tf_serving_warmup_requests")) as writer:
         for signature, rows in inputs.items():
@@ -288,8 +302,9 @@ def fill(
     inputs: Mapping[str, Rows],
     module: tf.Module | None = None,
     own_ops: bool = False,
+    origin: Origin = NO_ORIGIN,
 ) -> None:
-    """Makes a version of stock ops, with its warm-up records.
+    """Makes a version of stock ops, with its warm-up records and its origin.
 
     Args:
       folder: the version's.
@@ -300,10 +315,12 @@ def fill(
       inputs: signature -> rows for it, the first of which becomes its warm-up record.
       module: holds what else should be saved, such as hash tables.
       own_ops: allows the ops of this package, which a server must have linked in.
+      origin: what the version comes from.
     """
     _save(folder, model, functions, specs, module or tf.Module())
     _check_ops(folder, own_ops)
     _write_warmup(folder, name, inputs)
+    write_origin(folder / EXTRA, origin)
 
 
 def replay(
@@ -313,13 +330,18 @@ def replay(
     inputs: Rows,
     rows: Rows,
     tolerance: float = TOLERANCE,
+    calibration: Calibration = NONE,
 ) -> float:
-    """Largest difference between the signatures, given `inputs`, and Keras, given raw `rows`."""
-    logits = model(tensors(rows))
-    keras = {
-        head: predictions(model.schema, tf.cast(z, tf.float32)).numpy()
-        for head, z in logits.items()
-    }
+    """Largest difference between the signatures, given `inputs`, and Keras, given raw `rows`.
+
+    What is compared are calibrated scores, where there is a calibration.
+    """
+    features = tensors(rows)
+    keras = {}
+    for head, logits in model(features).items():
+        scaled = calibrated(model, calibration.get(head), logits, features)
+        keras[head] = predictions(model.schema, tf.cast(scaled, tf.float32)).numpy()
+    tolerance *= tolerance_factor(calibration)
     with session(folder) as run:
         return max(
             check_parity(run(name, inputs), keras[head], model.schema, rows, name, tolerance)
@@ -333,6 +355,7 @@ def replay_signatures(
     names: Sequence[str],
     functions: Mapping[str, Signature],
     inputs: Mapping[str, Rows],
+    calibration: Calibration = NONE,
 ) -> float:
     """Largest difference between signatures that score and the functions they were made of."""
     keras = {name: tf.function(functions[name])(**tensors(inputs[name])) for name in names}
@@ -344,6 +367,7 @@ def replay_signatures(
                 schema,
                 inputs[name],
                 name,
+                TOLERANCE * tolerance_factor(calibration),
             )
             for name in names
         )
@@ -377,6 +401,8 @@ def export_in_graph(
     *,
     heads: Sequence[str] = (),
     version: int | None = None,
+    calibration: Calibration = NONE,
+    origin: Origin = NO_ORIGIN,
 ) -> tuple[pathlib.Path, float]:
     """Writes the whole model as one SavedModel of stock ops.
 
@@ -392,6 +418,8 @@ def export_in_graph(
       heads: which heads to ship, the default one first; what the others need is left out.
         Default: the model's serving head.
       version: default: one above the highest.
+      calibration: head -> scaling of its logits. Default: logits as they are, and no op for it.
+      origin: what the version comes from, as JSON can hold it; see `write_origin`.
 
     Returns:
       The version's folder, and the largest difference to the Keras model on `rows`.
@@ -400,7 +428,7 @@ def export_in_graph(
       ExportError: foreign ops, scores that differ, a version that exists. Nothing is left behind.
     """
     signatures = signature_heads(model, heads)
-    functions = {name: scorer(model, head) for name, head in signatures.items()}
+    functions = {name: scorer(model, head, calibration) for name, head in signatures.items()}
     specs = raw_specs(model.schema)
     inputs = cast(rows, specs)
     base = pathlib.Path(base_path)
@@ -412,8 +440,9 @@ def export_in_graph(
             functions,
             _each(functions, specs),
             _each(functions, inputs),
+            origin=origin,
         )
-        worst = replay(draft.folder, model, signatures, inputs, inputs)
+        worst = replay(draft.folder, model, signatures, inputs, inputs, calibration=calibration)
     write_serving_files(base)
     return draft.folder, worst
 
@@ -432,18 +461,20 @@ def fill_fed(
     lookup: pathlib.Path,
     inputs: Rows,
     tolerance: float = TOLERANCE,
+    calibration: Calibration = NONE,
+    origin: Origin = NO_ORIGIN,
 ) -> float:
     """Makes a version that scores vectors, and replays those that `lookup` makes of `inputs`."""
     with session(lookup) as run:
         vectors = dict(run(DEFAULT, categorical(model, inputs)))
     del vectors[STATUS]
     fed = {**vectors, **{d.name: inputs[d.name] for d in model.schema.dense}}
-    if domain := domain_input(model):
+    if domain := domain_input(model, calibration):
         fed[domain] = inputs[model.schema.domain]
-    functions = {key: _fed_scorer(model, head) for key, head in signatures.items()}
-    specs = vector_specs(model)
-    fill(folder, name, model, functions, _each(functions, specs), _each(functions, fed))
-    return replay(folder, model, signatures, fed, inputs, tolerance)
+    functions = {key: _fed_scorer(model, head, calibration) for key, head in signatures.items()}
+    specs = _each(functions, vector_specs(model, calibration))
+    fill(folder, name, model, functions, specs, _each(functions, fed), origin=origin)
+    return replay(folder, model, signatures, fed, inputs, tolerance, calibration)
 
 
 @served_in_full
@@ -454,12 +485,14 @@ def export_fed(
     *,
     heads: Sequence[str] = (),
     version: int | None = None,
+    calibration: Calibration = NONE,
+    origin: Origin = NO_ORIGIN,
 ) -> tuple[pathlib.Path, float]:
     """Writes the graph without its embeddings, which then arrive as inputs.
 
     `<base_path>/<version>` scores: inputs are a vector for each categorical feature, float32
     [B, dim + first-order columns], lists already pooled, the raw dense features, and the raw domain
-    as `<domain>_id` where the graph reads it; outputs as for `export_in_graph`.
+    as `<domain>_id` where the graph or the calibration reads it; outputs as for `export_in_graph`.
     `<base_path>_lookup/<version>` makes the vectors: inputs are the raw categorical features,
     outputs the vectors under the same names, and `status`. Both hold stock ops only.
 
@@ -480,8 +513,18 @@ def export_fed(
             {DEFAULT: _lookup(model)},
             {DEFAULT: lookup_specs},
             {DEFAULT: lookup_inputs},
+            origin=origin,
         )
-        worst = fill_fed(graph.folder, base.name, model, signatures, lookup.folder, inputs)
+        worst = fill_fed(
+            graph.folder,
+            base.name,
+            model,
+            signatures,
+            lookup.folder,
+            inputs,
+            calibration=calibration,
+            origin=origin,
+        )
     for each in (base, base.with_name(base.name + LOOKUP)):
         write_serving_files(each)
     return graph.folder, worst

@@ -18,13 +18,17 @@ import numpy as np
 import tensorflow as tf
 
 from qianmo.export import embedding_shards as shards
+from qianmo.export.calibration import NONE, Calibration, calibrated
 from qianmo.export.embedding_changes import fill_changes
 from qianmo.export.precision import served_in_full
 from qianmo.export.publishing import (
     LOOKUP,
+    NO_ORIGIN,
     Draft,
+    Origin,
     drafting,
     drafting_fed,
+    write_origin,
     write_serving_files,
 )
 from qianmo.export.redis_loader import holds, load
@@ -105,13 +109,17 @@ def stored_vectors(
     return found
 
 
-def _scorer(model: Ranker, head: str, store: EmbeddingStore, timeout_ms: int) -> Signature:
+def _scorer(
+    model: Ranker, head: str, store: EmbeddingStore, timeout_ms: int, calibration: Calibration
+) -> Signature:
     def score(**features: tf.Tensor) -> dict[str, tf.Tensor]:
         encoded = model.encode(features)
         vectors = stored_vectors(model, encoded, store, timeout_ms)
         domain = encoded.domain(model.schema)
         embedded = model.embed.assemble(vectors, encoded.dense, domain)
-        return answer(model.schema, model.heads(embedded, (head,))[head].logits, encoded.status)
+        logits = model.heads(embedded, (head,))[head].logits
+        logits = calibrated(model, calibration.get(head), logits, features)
+        return answer(model.schema, logits, encoded.status)
 
     return score
 
@@ -139,6 +147,7 @@ class Embeddings(TypedDict, total=False):
 def _embeddings(
     model: Ranker,
     base: pathlib.Path,
+    origin: Origin,
     store: str | os.PathLike[str] | None = None,
     embedding_version: int | None = None,
     changes_of: int | None = None,
@@ -170,7 +179,7 @@ def _embeddings(
         if embedding_version is not None:
             draft, path = None, folder / str(embedding_version)
         else:
-            draft = stack.enter_context(_written(model, folder, changes_of, dtype))
+            draft = stack.enter_context(_written(model, folder, changes_of, dtype, origin))
             embedding_version, path = draft.version, draft.folder
         with tempfile.TemporaryDirectory() as temporary:
             # What is checked is this embedding version, whichever is published now.
@@ -194,7 +203,11 @@ def _embeddings(
 
 @contextlib.contextmanager
 def _written(
-    model: Ranker, folder: pathlib.Path, changes_of: int | None, dtype: shards.DType
+    model: Ranker,
+    folder: pathlib.Path,
+    changes_of: int | None,
+    dtype: shards.DType,
+    origin: Origin,
 ) -> Iterator[Draft]:
     """The model's embeddings as a new version that is not yet published."""
     described = [table for table, _ in tables(model, dtype)]
@@ -208,6 +221,7 @@ def _written(
         else:
             source = folder / str(changes_of)
             fill_changes(draft.folder, draft.version, source, changes(model))
+        write_origin(draft.folder, origin)
         yield draft
 
 
@@ -227,6 +241,8 @@ def export_store(
     version: int | None = None,
     timeout_ms: int = 0,
     tolerance: float = TOLERANCE,
+    calibration: Calibration = NONE,
+    origin: Origin = NO_ORIGIN,
     **embeddings: Unpack[Embeddings],
 ) -> tuple[pathlib.Path, float]:
     """Writes the graph, and its embeddings into a store if they are not there.
@@ -245,6 +261,8 @@ def export_store(
       timeout_ms: when a lookup gives up; 0 for never.
       tolerance: how far scores may be from the Keras model's. Only tables that are not float32 need
         more than the default.
+      calibration: head -> scaling of its logits, see `export_in_graph`.
+      origin: what the graph and embeddings that are written come from, see `write_origin`.
       store: folder of the embedding versions. Default: `<base_path>_embeddings`.
       embedding_version: one that is there and holds the model's embeddings; then only the graph is
         written. Default: the model's tables are written as a new version, which begins a new
@@ -271,10 +289,11 @@ def export_store(
     inputs = cast(rows, specs)
     with (
         drafting(base, version, needed_bytes=weight_bytes(model, tables=False)) as draft,
-        _embeddings(model, base, **embeddings) as (opened, point),
+        _embeddings(model, base, origin, **embeddings) as (opened, point),
     ):
         functions = {
-            name: _scorer(model, head, opened, timeout_ms) for name, head in signatures.items()
+            name: _scorer(model, head, opened, timeout_ms, calibration)
+            for name, head in signatures.items()
         }
         fill(
             draft.folder,
@@ -285,8 +304,9 @@ def export_store(
             dict.fromkeys(functions, inputs),
             _holding(opened),
             own_ops=True,
+            origin=origin,
         )
-        worst = replay(draft.folder, model, signatures, inputs, inputs, tolerance)
+        worst = replay(draft.folder, model, signatures, inputs, inputs, tolerance, calibration)
         point(draft.folder)
     write_serving_files(base)
     return draft.folder, worst
@@ -302,6 +322,8 @@ def export_fed_store(
     version: int | None = None,
     timeout_ms: int = 0,
     tolerance: float = TOLERANCE,
+    calibration: Calibration = NONE,
+    origin: Origin = NO_ORIGIN,
     **embeddings: Unpack[Embeddings],
 ) -> tuple[pathlib.Path, float]:
     """`export_fed` whose vectors lie in an embedding store.
@@ -318,7 +340,7 @@ def export_fed_store(
     inputs = cast(rows, specs)
     with (
         drafting_fed(base, version, weight_bytes(model, tables=False)) as (graph, lookup),
-        _embeddings(model, base, **embeddings) as (opened, point),
+        _embeddings(model, base, origin, **embeddings) as (opened, point),
     ):
         fill(
             lookup.folder,
@@ -329,9 +351,18 @@ def export_fed_store(
             {DEFAULT: categorical(model, inputs)},
             _holding(opened),
             own_ops=True,
+            origin=origin,
         )
         worst = fill_fed(
-            graph.folder, base.name, model, signatures, lookup.folder, inputs, tolerance
+            graph.folder,
+            base.name,
+            model,
+            signatures,
+            lookup.folder,
+            inputs,
+            tolerance,
+            calibration,
+            origin,
         )
         point(lookup.folder)
     for each in (base, base.with_name(base.name + LOOKUP)):

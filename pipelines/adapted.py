@@ -22,12 +22,17 @@ from qianmo.pipelines import program
 def define_serving_flags() -> None:
     """Defines the flags that say how a tower adapts in serving."""
     flags.DEFINE_integer(
-        "inner_steps", None, "Steps by which a tower adapts. Default: the recipe's.", lower_bound=1
+        "inner_steps",
+        None,
+        "Steps by which a tower adapts. Default: those that training chose (serving.json), else "
+        "the recipe's.",
+        lower_bound=1,
     )
     flags.DEFINE_integer(
         "min_support",
         None,
-        "Labels of which a task has fewer support rows get the plain score. Default: the recipe's.",
+        "Labels of which a task has fewer support rows get the plain score. Default: what training "
+        "chose, else the recipe's.",
         lower_bound=1,
     )
 

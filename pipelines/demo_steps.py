@@ -17,7 +17,7 @@ from qianmo.export import paths
 from qianmo.export.adapted import ADAPT, adapted_specs, export_adapted
 from qianmo.export.saved_model import cast, export_in_graph, session
 from qianmo.models.ranker import Ranker
-from qianmo.pipelines import run_dir
+from qianmo.pipelines import origin, run_dir
 from qianmo.pipelines.data.replay import columns, first_rows
 from qianmo.pipelines.datasets import kuairand
 from qianmo.pipelines.evaluation import adapted, compare, report
@@ -92,8 +92,8 @@ def run(output: pathlib.Path, epochs: int) -> None:
     }
 
     step(3, "Export: three SavedModels of stock ops, replayed against Keras before publishing")
-    dual, _ = run_dir.load(output / "dual")
-    alone, _ = run_dir.load(output / "student_alone")
+    dual, _, of_dual = origin.load(output / "dual")
+    alone, _, of_alone = origin.load(output / "student_alone")
     rows = first_rows(dual.schema, str(data / "test.parquet"), ROWS)
     shipped: dict[str, tuple[Ranker, str]] = {
         "teacher": (dual, "teacher"),
@@ -102,7 +102,13 @@ def run(output: pathlib.Path, epochs: int) -> None:
     }
     folders = {}
     for name, (model, head) in shipped.items():
-        folders[name], worst = export_in_graph(model, output / "served" / name, rows, heads=(head,))
+        folders[name], worst = export_in_graph(
+            model,
+            output / "served" / name,
+            rows,
+            heads=(head,),
+            origin=of_alone if model is alone else of_dual,
+        )
         print(f"  {folders[name]}: {size_of(folders[name]):,} bytes, {worst:.1e} from Keras")
 
     step(4, f"Serve, and score {ROWS:,} real rows by gRPC and by REST")
@@ -158,10 +164,10 @@ def adapt(output: pathlib.Path, data: pathlib.Path, epochs: int) -> None:
     point(config, data)
     config.train.epochs = epochs
     found = train(Recipe.from_config(config.to_dict()), output / "meta")
-    model, _ = run_dir.load(output / "meta")
+    model, _, of_run = origin.load(output / "meta")
     rows = columns(model.schema, str(data / "test.parquet"), ROWS)
     support = columns(model.schema, str(data / "test_support.parquet"))
-    folder, worst = export_adapted(model, output / "served" / "meta", rows, support)
+    folder, worst = export_adapted(model, output / "served" / "meta", rows, support, origin=of_run)
     print(f"  {folder}: {size_of(folder):,} bytes, {worst:.1e} from Keras, plain and adapted")
     inputs = cast({**rows, ADAPT: np.ones(ROWS, bool)}, adapted_specs(model.schema))
     with session(folder) as run:

@@ -14,15 +14,17 @@ import os
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from absl import flags
+from absl import app, flags
 
 from qianmo.export import paths
 from qianmo.pipelines import program
 from qianmo.pipelines.adapted import define_serving_flags
 
 if TYPE_CHECKING:
+    from qianmo.export.calibration import Calibration
     from qianmo.models.ranker import Ranker
     from qianmo.ops.support_store import SupportStore
+    from qianmo.pipelines.recipe import Data
 
 FORMS = ("adapted", "fed", "in_graph", "retrieval", "store")
 DTYPES = ("float32", "float16", "bfloat16", "int8")
@@ -84,6 +86,14 @@ def define_flags() -> None:
     program.heading("Rows to replay before publishing")
     flags.DEFINE_string("data", None, "Rows to replay. Default: the recipe's test or valid rows.")
     flags.DEFINE_integer("rows", 1000, "How many rows to replay.", lower_bound=1)
+    program.heading("Calibration")
+    flags.DEFINE_string(
+        "calibrate",
+        None,
+        "Held-out rows, such as the validation rows: a scaling a z + b of the logits is fitted on "
+        "them for each label and domain, and exported in the graph. PCOC before and after is "
+        "printed, of --data too where it is given. Not for the form `retrieval`.",
+    )
     program.heading("Form `adapted`")
     flags.DEFINE_string(
         "support",
@@ -165,79 +175,145 @@ def define_flags() -> None:
 def run(_: list[str]) -> None:
     """Exports, and says where the version lies and how near the scores are."""
     values = flags.FLAGS
+    if values.calibrate and values.form == "retrieval":
+        raise app.UsageError("--calibrate is for scores; vectors of the form retrieval have none.")
     paths.check_folder(values.model_base_path)
-    from qianmo.export.adapted import export_adapted
     from qianmo.export.publishing import check_free
-    from qianmo.export.retrieval import export_retrieval
-    from qianmo.export.saved_model import export_fed, export_in_graph
-    from qianmo.export.store import export_fed_store, export_store
-    from qianmo.models.two_tower import TwoTower
-    from qianmo.pipelines import run_dir
-    from qianmo.pipelines.data.replay import columns, first_rows
-    from qianmo.pipelines.evaluation import adapted, retrieval
+    from qianmo.pipelines import origin
+    from qianmo.pipelines.evaluation import adapted
 
     check_free(values.model_base_path)
-    exporters = {"in_graph": export_in_graph, "fed": export_fed, "store": export_store}
-    model, recipe = run_dir.load(values.model_dir)
+    model, recipe, told = origin.load(values.model_dir)
     model = adapted.as_served(model, values.inner_steps, values.min_support)
-    data = recipe.data
-    path = values.data or data.test or data.valid or data.train
-    if values.form == "adapted":
-        support = values.support or data.test_support
-        if not support:
-            raise ValueError("The recipe names no support rows; give --support.")
-        store = _support_store(model, values)
-        folder, worst = export_adapted(
-            model,
-            values.model_base_path,
-            columns(model.schema, path, values.rows),
-            columns(model.schema, support),
-            store=store,
-            keep=values.support_keep,
-            ttl_seconds=values.support_ttl_seconds,
-            version=values.version,
-        )
-        if store is not None:
-            store.close()
-    elif values.form == "retrieval":
-        items = values.items or data.catalogue
-        if not isinstance(model, TwoTower) or not items:
-            raise ValueError("Form retrieval needs a two-tower model, and --items.")
-        folder, worst = export_retrieval(
-            model,
-            values.model_base_path,
-            first_rows(model.schema, path, values.rows),
-            retrieval.item_rows(model, items),
-            best=values.best,
-            version=values.version,
-        )
-    else:
-        options: dict[str, Any] = {}
-        export = exporters[values.form]
-        if values.form == "fed" and (values.embedding_store or values.redis):
-            export = export_fed_store
-        if export in (export_store, export_fed_store):
-            options = {
-                "store": values.embedding_store,
-                "embedding_version": values.embedding_version,
-                "changes_of": values.changes_of,
-                "dtype": values.embedding_dtype,
-                "on_mismatch": values.on_mismatch,
-                "redis": values.redis,
-                "tolerance": values.tolerance,
-            }
-        folder, worst = export(
-            model,
-            values.model_base_path,
-            first_rows(model.schema, path, values.rows),
-            heads=values.heads,
-            version=values.version,
-            **options,
-        )
-    size = sum(p.stat().st_size for p in pathlib.Path(folder).rglob("*") if p.is_file())
+    shared: dict[str, Any] = {"version": values.version, "origin": told}
+    if values.calibrate:
+        shared["calibration"] = _calibration(model, values, told)
+    export = {"adapted": _export_adapted, "retrieval": _export_retrieval}
+    folder, worst = export.get(values.form, _export_scores)(model, recipe.data, values, shared)
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     print(f"{folder}: {size:,} bytes; largest difference to the Keras model {worst:.1e}")
     if recipe.train.dtype_policy.startswith("mixed_"):
         print(f"trained in {recipe.train.dtype_policy}; it serves in float32, as it was compared")
+
+
+def _replayed(data: Data, values: Any) -> str:
+    return str(values.data or data.test or data.valid or data.train)
+
+
+def _calibration(model: Ranker, values: Any, told: dict[str, Any]) -> Calibration:
+    """Fits the scalings on the rows of --calibrate, prints PCOC, and notes both in the origin."""
+    from qianmo.pipelines.data import identity
+    from qianmo.pipelines.evaluation import calibration
+
+    schema, path = model.schema, values.calibrate
+    heads = () if values.form == "adapted" else values.heads  # it ships the serving head alone
+    with identity.taking(schema, path) as taken:
+        rows = calibration.logits(model, path, heads)
+        own = taken.result()
+        taken.check_unchanged()
+    found = rows.fitted()
+    told["calibration"] = {
+        **own.to_config(),
+        "scalings": {head: scaling.to_config(schema) for head, scaling in found.items()},
+    }
+    print(f"calibrated on {path}: {own}")
+    if own.sha256 == told["data"].get("train", {}).get("sha256"):
+        print("These are the training rows, which the model knows better than others: give others.")
+    if schema.domain and schema.domain_feature is None:
+        print(f"`{schema.domain}` is no feature with a vocabulary: one scaling for all domains.")
+    print(calibration.table(rows, found))
+    if values.data:
+        print(f"\non {values.data}:")
+        print(calibration.table(calibration.logits(model, values.data, heads), found))
+    return found
+
+
+def _export_adapted(
+    model: Ranker, data: Data, values: Any, shared: dict[str, Any]
+) -> tuple[pathlib.Path, float]:
+    from qianmo.export.adapted import export_adapted
+    from qianmo.pipelines.data import identity
+    from qianmo.pipelines.data.replay import columns
+
+    support = values.support or data.test_support
+    if not support:
+        raise ValueError("The recipe names no support rows; give --support.")
+    with identity.taking(model.schema, support) as taken:
+        rows = columns(model.schema, support)
+        shared["origin"]["support"] = taken.result().to_config()
+        taken.check_unchanged()
+    store = _support_store(model, values)
+    try:
+        return export_adapted(
+            model,
+            values.model_base_path,
+            columns(model.schema, _replayed(data, values), values.rows),
+            rows,
+            store=store,
+            keep=values.support_keep,
+            ttl_seconds=values.support_ttl_seconds,
+            **shared,
+        )
+    finally:
+        if store is not None:
+            store.close()
+
+
+def _export_retrieval(
+    model: Ranker, data: Data, values: Any, shared: dict[str, Any]
+) -> tuple[pathlib.Path, float]:
+    from qianmo.export.retrieval import export_retrieval
+    from qianmo.models.two_tower import TwoTower
+    from qianmo.pipelines.data import identity
+    from qianmo.pipelines.data.replay import first_rows
+    from qianmo.pipelines.evaluation import retrieval
+
+    items = values.items or data.catalogue
+    if not isinstance(model, TwoTower) or not items:
+        raise ValueError("Form retrieval needs a two-tower model, and --items.")
+    with identity.taking(retrieval.item_schema(model.schema), items, targets=False) as taken:
+        rows = retrieval.item_rows(model, items)
+        shared["origin"]["catalogue"] = taken.result().to_config()
+        taken.check_unchanged()
+    return export_retrieval(
+        model,
+        values.model_base_path,
+        first_rows(model.schema, _replayed(data, values), values.rows),
+        rows,
+        best=values.best,
+        **shared,
+    )
+
+
+def _export_scores(
+    model: Ranker, data: Data, values: Any, shared: dict[str, Any]
+) -> tuple[pathlib.Path, float]:
+    from qianmo.export.saved_model import export_fed, export_in_graph
+    from qianmo.export.store import export_fed_store, export_store
+    from qianmo.pipelines.data.replay import first_rows
+
+    options: dict[str, Any] = {}
+    export = {"in_graph": export_in_graph, "fed": export_fed, "store": export_store}[values.form]
+    if values.form == "fed" and (values.embedding_store or values.redis):
+        export = export_fed_store
+    if export in (export_store, export_fed_store):
+        options = {
+            "store": values.embedding_store,
+            "embedding_version": values.embedding_version,
+            "changes_of": values.changes_of,
+            "dtype": values.embedding_dtype,
+            "on_mismatch": values.on_mismatch,
+            "redis": values.redis,
+            "tolerance": values.tolerance,
+        }
+    return export(
+        model,
+        values.model_base_path,
+        first_rows(model.schema, _replayed(data, values), values.rows),
+        heads=values.heads,
+        **options,
+        **shared,
+    )
 
 
 def main() -> None:

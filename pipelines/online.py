@@ -125,7 +125,7 @@ def _publisher(values: Any) -> Publish:
 
     base = values.model_base_path
     if values.form == "in_graph":
-        return lambda model, rows: export_in_graph(model, base, rows)
+        return lambda model, rows, origin: export_in_graph(model, base, rows, origin=origin)
     store = values.embedding_store or f"{base.rstrip('/')}_embeddings"
     version = values.embedding_version or embedding_shards.published(store)
     if version is None:
@@ -134,10 +134,11 @@ def _publisher(values: Any) -> Publish:
             f"--form=store --model_dir={values.model_dir} --model_base_path={base}"
         )
     embedding_shards.space(pathlib.Path(store) / str(version))  # it is there
-    return lambda model, rows: export_store(
+    return lambda model, rows, origin: export_store(
         model,
         base,
         rows,
+        origin=origin,
         store=store,
         embedding_version=version,
         redis=values.embedding_redis,

@@ -144,13 +144,17 @@ def read_looks(model_dir: str | pathlib.Path) -> dict[str, Summary]:
 
 
 def fingerprint(model_dir: str | pathlib.Path) -> str:
-    """Tells trained weights apart: the hash of the index of checksums in their checkpoint.
+    """Tells trained weights apart: `checkpoint_fingerprint` of those of the best epoch.
 
     Raises:
       ValueError: the run has not finished an epoch.
     """
-    index = pathlib.Path(f"{_newest(model_dir)}.index")
-    return hashlib.sha256(index.read_bytes()).hexdigest()
+    return checkpoint_fingerprint(_newest(model_dir))
+
+
+def checkpoint_fingerprint(checkpoint: str) -> str:
+    """The hash of the index of checksums in a checkpoint."""
+    return hashlib.sha256(pathlib.Path(f"{checkpoint}.index").read_bytes()).hexdigest()
 
 
 def _newest(model_dir: str | pathlib.Path) -> str:

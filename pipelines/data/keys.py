@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import tensorflow as tf
 
+from qianmo.layers.hashing import mix64
 from qianmo.layers.schema import DAY, UNITS, Schema
 from qianmo.layers.task_key import task_key
 from qianmo.pipelines.data.columns import Block
@@ -37,7 +38,7 @@ def groups(schema: Schema, block: Block) -> _Keys:
     """A key for each row, equal for rows that are equal in all columns of `schema.gauc_by`.
 
     Strings count as their `task_key`, and "day" as days since 1970, UTC. One column is its own key.
-    Several, v_1 to v_n, are mixed by a bijection M of 64 bits:
+    Several, v_1 to v_n, are mixed by M = `mix64`, a bijection of 64 bits:
 
         key = k_n,   k_i = M(k_(i-1) + v_i),   k_0 = 0
 
@@ -63,9 +64,6 @@ def of_values(values: npt.NDArray[Any]) -> _Keys:
 
 def _mixed(columns: Sequence[_Keys]) -> _Keys:
     key = np.zeros(len(columns[0]), np.uint64)
-    for values in columns:  # the finaliser of SplitMix64
-        key = key + values.view(np.uint64)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            key = (key ^ (key >> np.uint64(shift))) * np.uint64(factor)
-        key ^= key >> np.uint64(31)
+    for values in columns:
+        key = mix64((key + values.view(np.uint64)).view(np.int64))
     return key.view(np.int64)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from qianmo.layers import metrics
 from qianmo.layers.features import Categorical, Dense, Feature
+from qianmo.layers.hashing import mix64
 from qianmo.layers.schema import Schema
 from qianmo.pipelines.data import batches, readers
 from qianmo.pipelines.data.readers import Block, num_rows
@@ -115,11 +116,11 @@ class Look:
         if schema.event_id in block:
             columns.append(block[schema.event_id])
         keys = np.stack(columns, 1)
-        self._events.append(keys[_mixed(keys[:, 0]) % self._task_share == 0])
+        self._events.append(keys[mix64(keys[:, 0]) % self._task_share == 0])
         if sum(map(len, self._events)) > TASK_ROWS:  # half of the tasks, each whole, stay
             self._task_share *= 2
             keys = np.concatenate(self._events)
-            self._events = [keys[_mixed(keys[:, 0]) % self._task_share == 0]]
+            self._events = [keys[mix64(keys[:, 0]) % self._task_share == 0]]
 
     def sample(self) -> Block:
         """The sampled rows."""
@@ -176,13 +177,6 @@ class Look:
             return 0.0
         _, counts = np.unique(keys, axis=0, return_counts=True)
         return float(counts[counts > 1].sum() / len(keys))
-
-
-def _mixed(values: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-    """Spreads int64 over uint64, so that any remainder of it is a fair draw of tasks."""
-    h = values.astype(np.int64).view(np.uint64)
-    h = (h ^ h >> np.uint64(33)) * np.uint64(0xFF51AFD7ED558CCD)
-    return (h ^ h >> np.uint64(33)) >> np.uint64(8)
 
 
 def _raw(feature: Categorical) -> Any:

@@ -207,8 +207,8 @@ def as_served(model: Ranker, steps: int | None, least: int | None) -> Ranker:
 
     Args:
       model: a model.
-      steps: gradient steps in serving; None for those of the recipe.
-      least: least support rows of a task and label; None for that of the recipe.
+      steps: gradient steps in serving; None for those of the model.
+      least: least support rows of a task and label; None for that of the model.
 
     Raises:
       ValueError: one is given, and the model has no `meta`.

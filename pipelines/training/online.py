@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
+from qianmo.export.publishing import Origin
 from qianmo.export.saved_model import Rows
 from qianmo.layers.label_heads import predictions
 from qianmo.models.dual_dnn import DualDNN
@@ -37,8 +38,9 @@ _IDLE_SECONDS = 0.2  # between two looks at a stream that had no rows
 OpenStream = Callable[[Position | None], Stream]
 
 
-# Publishes the model, checked on rows; returns the version's folder and the largest difference.
-Publish = Callable[[DualDNN, Rows], tuple[pathlib.Path, float]]
+# Publishes the model, checked on rows, and tells what it comes from; returns the version's folder
+# and the largest difference.
+Publish = Callable[[DualDNN, Rows, Origin], tuple[pathlib.Path, float]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -239,7 +241,7 @@ class Online:
         """Checkpoints, and publishes a graph of the same weights."""
         self.checkpoint()
         start = time.perf_counter()
-        folder, worst = self._publish(self.model, self._newest)
+        folder, worst = self._publish(self.model, self._newest, self.origin())
         gc.collect()  # an export's graphs refer to themselves, and would pile up
         seconds = time.perf_counter() - start
         entry = {"version": int(folder.name), "rows": self.rows, "seconds": seconds}
@@ -252,6 +254,19 @@ class Online:
             f"{folder}: {self.rows:,} rows; largest difference to the Keras model {worst:.1e}; "
             f"{seconds:.1f} s"
         )
+
+    def origin(self) -> Origin:
+        """What the weights of the last checkpoint come from; see `pipelines.origin`."""
+        return {
+            "weights": self.state.values["start"],
+            "data": self._trained_on,
+            "online": {
+                "stream": self.stream.name,
+                "position": self.state.values["position"],
+                "rows": self.rows,
+                "checkpoint": run_dir.checkpoint_fingerprint(self.checkpoints.latest_checkpoint),
+            },
+        }
 
     def _is_due(self) -> bool:
         rows = self.rows - self.state.values["published_rows"]

@@ -108,7 +108,7 @@ def updates(trained, folder, rows, learning_rate=None, **changes):
     schema = run_dir.read_recipe(trained / "model").schema
     published = []
 
-    def publish(model, sample):
+    def publish(model, sample, origin):
         published.append(len(sample["user"]))
         return pathlib.Path(str(len(published))), 0.0
 
@@ -266,6 +266,16 @@ def test_killed_and_started_again_it_takes_the_same_steps(trained, rows, whole, 
     assert [p.name for p in (served / "m_embeddings").glob("[0-9]*")] == ["1"]
     folder = served / "m" / str(version)
     assert "Qianmo>EmbeddingLookup" in op_types(folder)
+    origin = json.loads((folder / "assets.extra/origin.json").read_text())
+    assert origin["weights"] == run_dir.fingerprint(trained / "model")
+    assert origin["data"]["train"]["rows"] == 8000
+    moved_by = origin["online"]
+    newest = tf.train.latest_checkpoint(str(tmp_path / "online" / "checkpoints"))
+    assert moved_by["checkpoint"] == run_dir.checkpoint_fingerprint(newest)
+    assert (moved_by["stream"], moved_by["rows"]) == (str(growing), 960)
+    position = moved_by["position"]
+    assert (position["file"], position["rows"]) == ("4.parquet", 60)
+    assert position["passed"] == [f"{number}.parquet" for number in range(5)]
     model = whole[0].model
     batch = first_rows(model.schema, rows, 200)
     scores = model.probabilities({k: tf.constant(v) for k, v in batch.items()})["student"].numpy()
@@ -298,8 +308,9 @@ def test_the_whole_model_can_be_published_too(trained, tmp_path):
     model, recipe = run_dir.load(trained / "model")
     sample = first_rows(recipe.schema, recipe.data.train, 50)
     values = types.SimpleNamespace(model_base_path=str(tmp_path / "m"), form="in_graph")
-    folder, worst = online._publisher(values)(model, sample)
+    folder, worst = online._publisher(values)(model, sample, {"weights": "abc"})
     assert worst <= 1e-6
+    assert json.loads((folder / "assets.extra/origin.json").read_text())["weights"] == "abc"
     assert not [op for op in op_types(folder) if ">" in op]
     values = types.SimpleNamespace(
         model_base_path=str(tmp_path / "m"),
@@ -340,7 +351,7 @@ def test_a_redis_stream_gives_the_same_steps_after_a_crash(
             trained / "model",
             tmp_path / "online",
             lambda position: RedisStream(schema, url, "rows", "group", position),
-            lambda model, sample: (pathlib.Path("1"), 0.0),
+            lambda model, sample, origin: (pathlib.Path("1"), 0.0),
             pace(),
         )
         made.run(stopped, stop_at_end=True)
