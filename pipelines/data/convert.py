@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -185,6 +186,14 @@ class _Values:
             return self._times(array)
         if kind == "key":
             return self._keys(array)
+        return self._integers(array)
+
+    def _integers(self, array: pa.Array) -> _Array:
+        if is_string(array.type):
+            # pyarrow reads hexadecimal numbers too, 0xFFFFFFFFFFFFFFFF as -1.
+            is_hex = pc.or_(pc.starts_with(array, "0x"), pc.starts_with(array, "0X"))
+            if (i := pc.index(is_hex, True).as_py()) >= 0:
+                raise self._wrong(i, array[i].as_py())
         return np.asarray(self._cast(array, pa.int64()).to_numpy(zero_copy_only=False))
 
     def _cast(self, array: pa.Array, dtype: pa.DataType) -> pa.Array:
@@ -223,15 +232,17 @@ class _Values:
         return values
 
     def _times(self, array: pa.Array) -> _Array:
-        """Integers as they are, datetimes and dates in the column's unit, rounded down."""
+        """Integers as they are, datetimes and dates in the column's unit, rounded down.
+
+        Of text the first value tells which it is.
+        """
         if is_string(array.type):
             texts = self._cast(array, pa.string())
-            try:
-                array = texts.cast(pa.int64())
-            except pa.ArrowInvalid:
-                return self._parsed_times(texts)
+            if len(texts) and re.fullmatch(r"-?[0-9]+", texts[0].as_py()):
+                return self._integers(texts)
+            return self._parsed_times(texts)
         if not is_time(array.type):
-            return np.asarray(self._cast(array, pa.int64()).to_numpy(zero_copy_only=False))
+            return self._integers(array)
         if pa.types.is_date(array.type):
             array = array.cast(pa.timestamp("s"))
         ticks = array.cast(pa.int64()).to_numpy(zero_copy_only=False)
