@@ -264,23 +264,19 @@ class _Values:
     def _parsed_times(self, array: pa.Array) -> _Array:
         """Times of ISO 8601; without a zone they are in UTC."""
         has_zone = pc.match_substring_regex(array, _HAS_ZONE).to_numpy(zero_copy_only=False)
+        # More than six digits after the point need nanoseconds, whose years are fewer.
+        is_fine = pc.match_substring_regex(array, r"\.\d{7}").to_numpy(zero_copy_only=False)
         times = np.empty(len(array), np.int64)
-        for own, zone in ((has_zone, "UTC"), (~has_zone, None)):
-            if not own.any():
-                continue
-            texts = array.filter(pa.array(own))
-            values = dataclasses.replace(self, rows=self.rows[own])
-            micros = pa.timestamp("us", zone)
-            try:
-                parsed = texts.cast(micros)
-            except pa.ArrowInvalid:
-                try:  # more than six digits after the point, in a shorter range of years
-                    parsed = texts.cast(pa.timestamp("ns", zone))
-                except (pa.ArrowInvalid, ValueError):
-                    i = _first_uncastable(texts, micros)
-                    raise values._wrong(i, texts[i].as_py()) from None
-            ticks = parsed.cast(pa.int64()).to_numpy()
-            times[own] = values._in_unit(ticks, _TICKS[parsed.type.unit])
+        for own, unit, zone in (
+            (has_zone & ~is_fine, "us", "UTC"),
+            (~has_zone & ~is_fine, "us", None),
+            (has_zone & is_fine, "ns", "UTC"),
+            (~has_zone & is_fine, "ns", None),
+        ):
+            if own.any():
+                values = dataclasses.replace(self, rows=self.rows[own])
+                parsed = values._cast(array.filter(pa.array(own)), pa.timestamp(unit, zone))
+                times[own] = values._in_unit(parsed.cast(pa.int64()).to_numpy(), _TICKS[unit])
         return times
 
     def _keys(self, array: pa.Array) -> _Array:

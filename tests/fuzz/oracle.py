@@ -100,20 +100,20 @@ def number(text: bytes, low: float = -math.inf, high: float = math.inf) -> float
     return value
 
 
-def nanoseconds(text: bytes) -> tuple[int, bool, bool]:
-    """A time of ISO 8601 since 1970, whether it names its zone, and whether it is finer than us."""
+def nanoseconds(text: bytes) -> int:
+    """A time of ISO 8601 since 1970; one finer than microseconds is of the years 1678 to 2261."""
     match = _TIME.fullmatch(text)
     if match is None:
         raise WrongError
     year, *parts = (int(part or 0) for part in match.groups()[:6])
     month, day, hour, minute, second = parts
     try:
-        # The calendar repeats every 400 years; Python's begins with the year 1.
-        date = datetime.date(year + 400, month, day)
+        # The calendar repeats every 400 years, of 146,097 days; Python's has no year 0.
+        date = datetime.date(2000 + year % 400, month, day)
         datetime.time(hour, minute, second)
     except ValueError:
         raise WrongError from None
-    days = (date - datetime.date(2370, 1, 1)).days
+    days = (date - datetime.date(1970, 1, 1)).days + (year // 400 - 5) * 146_097
     seconds = ((days * 24 + hour) * 60 + minute) * 60 + second
     zone = match[8]
     if zone and zone != b"Z":
@@ -122,7 +122,10 @@ def nanoseconds(text: bytes) -> tuple[int, bool, bool]:
             raise WrongError
         seconds -= (-1 if zone[:1] == b"-" else 1) * (hours * 60 + minutes) * 60
     fraction = match[7] or b""
-    return seconds * 10**9 + int(fraction.ljust(9, b"0")), bool(zone), len(fraction) > 6
+    time = seconds * 10**9 + int(fraction.ljust(9, b"0"))
+    if len(fraction) > 6 and not -(2**63) <= time < 2**63:
+        raise WrongError
+    return time
 
 
 def _item_lists(cell: Cell) -> list[bytes]:
@@ -162,19 +165,13 @@ def times(schema: Schema, cells: Sequence[Cell], is_one_block: bool) -> list[Any
     texts = [cell or b"" for cell in cells]
     are_integers = _INTEGER.fullmatch(texts[0])
     result: list[Any] = []
-    parsed = [nanoseconds(text) if _fits(nanoseconds, text) else None for text in texts]
-    fine = {zoned: any(p and p[1] == zoned and p[2] for p in parsed) for zoned in (False, True)}
-    for text, time in zip(texts, parsed, strict=True):
+    for text in texts:
         if (are_integers or not is_one_block) and _fits(integer, text):
             result.append(integer(text))
-        elif (
-            (are_integers and is_one_block)
-            or time is None
-            or (is_one_block and fine[time[1]] and not -(2**63) <= time[0] < 2**63)
-        ):
+        elif (are_integers and is_one_block) or not _fits(nanoseconds, text):
             result.append(None)
         else:
-            result.append(time[0] // unit)
+            result.append(nanoseconds(text) // unit)
     return result
 
 

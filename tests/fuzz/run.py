@@ -9,55 +9,56 @@ from __future__ import annotations
 
 import argparse
 import collections
+import hashlib
 import importlib
 import pathlib
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 from cores import FLAGS, ROOT, sources
-from fuzz import store_seeds
 
-NATIVE = {
-    "embedding_version": store_seeds.embedding_versions,
-    "support_log": store_seeds.support_logs,
-}
-# Each has `seeds()` and `check(data, folder)`, which returns what the reader made of the input and
-# fails where that is wrong.
+NATIVE = ("embedding_version", "support_log")
+# The module fuzz_TARGET has `seeds()` and `check(data, folder)`, which returns what the reader made
+# of an input, and fails where that is wrong.
 PYTHON = ("csv", "entries", "parquet", "tfrecord", "json_rows", "recipe", "manifest")
 # MiB of memory, TensorFlow's included, and seconds for one input, after which it is a failure.
 _RSS, _TIMEOUT = 4096, 20
 
 
-def module(target: str) -> str:
-    """The module of a harness in Python."""
-    return f"fuzz.fuzz_{target}"
-
-
-def native(target: str) -> list[str]:
-    """Compiles a C++ harness; returns the command."""
-    program = ROOT / "build" / "fuzz" / target / "harness"
+def compiled(target: str, program: pathlib.Path) -> None:
+    """Compiles a C++ harness for libFuzzer."""
     sanitize = ["-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
     files = sources(ROOT / f"tests/fuzz/{target}_fuzz.cc")
     subprocess.run(["clang++", *FLAGS, *sanitize, *files, "-o", str(program)], check=True)
-    return [str(program)]
 
 
-def python(target: str, options: list[str]) -> None:
-    """Fuzzes in this process, which libFuzzer ends."""
+def instrumented(target: str) -> Any:
+    """The module of a harness in Python, it and the readers instrumented."""
     import atheris
 
     with atheris.instrument_imports(include=["qianmo.pipelines", "qianmo.export", "fuzz"]):
-        harness = importlib.import_module(module(target))
+        return importlib.import_module(f"fuzz.fuzz_{target}")
+
+
+def fuzz(harness: Any, work: pathlib.Path, options: list[str]) -> None:
+    """Fuzzes in this process, which libFuzzer ends."""
+    import atheris
+
     outcomes: collections.Counter[str] = collections.Counter()
     folder = pathlib.Path(tempfile.mkdtemp(dir="/dev/shm"))
-    log = ROOT / "build" / "fuzz" / target / "outcomes"
 
     def check(data: bytes) -> None:
-        outcomes[harness.check(data, folder)] += 1
+        try:
+            outcomes[harness.check(data, folder)] += 1
+        except BaseException:
+            (work / f"failed-{hashlib.sha256(data).hexdigest()[:12]}").write_bytes(data)
+            raise
         count = outcomes.total()
         if count & (count - 1) == 0 or count % 256 == 0:
-            log.write_text(", ".join(f"{n} {what}" for what, n in outcomes.most_common()))
+            text = ", ".join(f"{number} {what}" for what, number in outcomes.most_common())
+            (work / "outcomes").write_text(text + "\n")
 
     atheris.Setup([sys.argv[0], *options], check)
     atheris.Fuzz()
@@ -73,8 +74,14 @@ def main() -> None:
     work = ROOT / "build" / "fuzz" / target
     for name in ("corpus", "seeds"):
         (work / name).mkdir(parents=True, exist_ok=True)
-    make = NATIVE[target] if target in NATIVE else importlib.import_module(module(target)).seeds
-    for number, seed in enumerate(make()):
+    if target in PYTHON:
+        harness = instrumented(target)
+        seeds = harness.seeds()
+    else:
+        from fuzz import store_seeds
+
+        seeds = store_seeds.of(target)
+    for number, seed in enumerate(seeds):
         (work / "seeds" / str(number)).write_bytes(seed)
     options = [
         str(work / "corpus"),
@@ -84,12 +91,13 @@ def main() -> None:
         f"-timeout={_TIMEOUT}",
         f"-artifact_prefix={work}/",
         "-max_len=65536",
-        "-verbosity=1",
         "-print_final_stats=1",
     ]
-    if target in NATIVE:
-        sys.exit(subprocess.run([*native(target), *options], check=False).returncode)
-    python(target, options)
+    if target in PYTHON:
+        fuzz(harness, work, options)
+    program = work / "harness"
+    compiled(target, program)
+    sys.exit(subprocess.run([program, *options], check=False).returncode)
 
 
 if __name__ == "__main__":

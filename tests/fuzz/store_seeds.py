@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import struct
 import tempfile
@@ -38,6 +39,7 @@ def unpack(archive: bytes) -> dict[str, bytes]:
     return files
 
 
+@functools.cache
 def embedding_versions() -> list[bytes]:
     """A version of each type of rows, dense and hashed, one with changed rows."""
     random = np.random.default_rng(0)
@@ -103,3 +105,8 @@ def support_logs() -> list[bytes]:
         (log, wider),
     ]
     return [struct.pack("<BH", ttl, len(one)) + one + two for ttl in (0, 1) for one, two in pairs]
+
+
+def of(target: str) -> list[bytes]:
+    """The seeds of a C++ harness."""
+    return {"embedding_version": embedding_versions, "support_log": support_logs}[target]()

@@ -204,3 +204,18 @@ def test_hexadecimal_numbers_are_no_integers(tmp_path: pathlib.Path, text: str) 
         fault = rf"column `{column}`, row 1 \(counted from 0\): should be .*Received: '{text}'"
         with pytest.raises(readers.DataError, match=fault):
             list(readers.blocks(Schema.from_config({**config, "timestamp": "t"}), file))
+
+
+def test_the_error_of_a_time_names_the_row_that_is_wrong(tmp_path: pathlib.Path) -> None:
+    config = {"features": [{"name": "i"}], "labels": ["y"], "timestamp": "t"}
+    schema = Schema.from_config(config)
+    fine = "2024-05-01T12:30:00.123456789"
+    for before in (("5", "6"), ("2024-05-01", fine), (fine, "2024-05-01T12:30Z")):
+        times = "".join(f"1,1,{time}\n" for time in (*before, "noon"))
+        fault = r"column `t`, row 2 \(counted from 0\): should be int64 or a time .*'noon'"
+        with pytest.raises(readers.DataError, match=fault):
+            list(readers.blocks(schema, write(tmp_path, "i,y,t\n" + times)))
+    # Beside one of nanoseconds, times of any year are read.
+    file = write(tmp_path, f"i,y,t\n1,1,{fine}\n1,1,9999-12-31\n")
+    (block,) = readers.blocks(schema, file)
+    assert block["t"].tolist() == [1714566600123456, 253402214400000000]
