@@ -210,9 +210,10 @@ class _Values:
         return np.asarray(distinct[encoded.indices.to_numpy()])
 
     def _numbers(self, array: pa.Array) -> _Array:
-        if array.null_count or is_string(array.type) or pa.types.is_decimal(array.type):
-            array = self._cast(array, pa.float64())  # whose nulls become NaN
-        values = np.asarray(array.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False))
+        if is_string(array.type) or pa.types.is_decimal(array.type):
+            array = self._cast(array, pa.float64())
+        floats = array.cast(pa.float32(), safe=False)
+        values = np.asarray(floats.to_numpy(zero_copy_only=False))  # nulls are NaN
         low, high = self.column.low, self.column.high
         with np.errstate(invalid="ignore"):
             fits = np.isfinite(values) & (values >= low) & (values <= high)

@@ -158,8 +158,8 @@ def _converted(schema: Schema, name: str, cell: Cell) -> Any:
 def times(schema: Schema, cells: Sequence[Cell], is_one_block: bool) -> list[Any]:
     """The column of times, None where a value does not fit.
 
-    The first value of a block tells whether all are integers or ISO 8601. Where there are several
-    blocks, which row is of which is not known here.
+    The first value of a block tells whether all are integers or ISO 8601. Where there may be
+    several blocks, which row is of which is not known here.
     """
     unit = _UNITS[schema.timestamp_unit]
     texts = [cell or b"" for cell in cells]
