@@ -4,6 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 ROOMS := ops layers models export pipelines
 NATIVE := $(shell find ops -name '*.cc' -o -name '*.h')
+FUZZED := csv entries parquet tfrecord json_rows recipe manifest embedding_version support_log
 LIBRARY := ops/_qianmo_ops.so
 READY := $(STAMP) $(LIBRARY)
 TENSORFLOW := $(shell sed -n 's/^ *"\(tensorflow[<>=][^"]*\)".*/\1/p' pyproject.toml)
@@ -11,7 +12,7 @@ TENSORFLOW := $(shell sed -n 's/^ *"\(tensorflow[<>=][^"]*\)".*/\1/p' pyproject.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv native demo test slow sanitize lint format bench wheel clean
+.PHONY: help venv native demo test slow sanitize fuzz lint format bench wheel clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):[^#]*## */\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -42,24 +43,32 @@ demo: $(READY)  ## train, export, serve and query on the shipped sample of real 
 
 test: lint  ## lint, check the types, run the tests and the examples in the docstrings
 	$(BIN)/python -m pytest -q -n 2 -m 'not slow' --doctest-modules --pyargs \
-	  --ignore=tests/ops/test_cores.py tests/ $(ROOMS:%=qianmo.%)
+	  --ignore=tests/ops/test_cores.py --ignore=tests/fuzz/test_native_harnesses.py \
+	  tests/ $(ROOMS:%=qianmo.%)
 
 slow: $(READY)  ## run the tests that take minutes, such as ten days of a daily routine
 	$(BIN)/python -m pytest -q -m slow tests/
 
 sanitize: $(STAMP)  ## test the C++ cores for memory, arithmetic and races
-	$(BIN)/python -m pytest -q -n 2 tests/ops/test_cores.py
+	$(BIN)/python -m pytest -q -n 2 tests/ops/test_cores.py tests/fuzz/test_native_harnesses.py
+
+fuzz: $(READY)  ## fuzz the readers of files, with coverage: make fuzz TARGET=csv SECONDS=60
+	@command -v clang++ >/dev/null || { \
+	  echo 'libFuzzer is needed. On Debian or Ubuntu: apt-get install clang libclang-rt-dev' >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[fuzz]'
+	set -e; for target in $(or $(TARGET),$(FUZZED)); do \
+	  PYTHONPATH=tests $(BIN)/python -m fuzz.run $$target --seconds=$(or $(SECONDS),300); done
 
 lint: $(READY)  ## check the style and the types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(wildcard tests/fuzz/*.cc tests/fuzz/*.h)
 
 format: $(STAMP)  ## rewrite the files in the house style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(NATIVE)
+	$(BIN)/clang-format -i $(NATIVE) $(wildcard tests/fuzz/*.cc tests/fuzz/*.h)
 
 bench: $(READY)  ## measure: make bench NAME=ctr; without NAME, list what can be measured
 	$(if $(NAME),$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[peers]')

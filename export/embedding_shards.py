@@ -35,6 +35,14 @@ HEADER_BYTES = 4096
 COPIED_BYTES = 1 << 20
 SLOT = np.dtype([("id", "<i8"), ("row", "<u8")])
 NO_ROW = np.uint64(2**64 - 1)
+# Of a manifest of format 1, by their number, and all others.
+_N = "(0|[1-9][0-9]{0,18})"
+_FIRST_LINES = {1: "qianmo embeddings 1", 2: f"version {_N} space {_N}"}
+_OTHER_LINE = (
+    f"table [A-Za-z0-9_]{{1,63}} (dense|hash) ({'|'.join(get_args(DType))}) dim {_N} rows {_N} "
+    f"default -?{_N} shard_rows {_N}"
+    f"|(shard|changed) [A-Za-z0-9_-][A-Za-z0-9_.-]* rows {_N} bytes {_N} crc [0-9a-f]{{8}}"
+)
 
 
 class StoreError(ValueError):
@@ -383,10 +391,10 @@ def table_line(table: Table, shard_rows: int) -> str:
 
 
 def manifest(version_dir: str | os.PathLike[str]) -> Iterator[list[str]]:
-    """The words of each line of a version's manifest, its checksum compared.
+    """The words of each line of a version's manifest, its checksum and its lines' form checked.
 
     Raises:
-      StoreError: there is none, or it was changed or damaged.
+      StoreError: there is none, it was changed or damaged, or it is of another format.
     """
     path = pathlib.Path(version_dir) / MANIFEST
     try:
@@ -396,7 +404,13 @@ def manifest(version_dir: str | os.PathLike[str]) -> Iterator[list[str]]:
     lines = data[: data.rfind(b"crc ")]
     if data != lines + f"crc {zlib.crc32(lines):08x}\n".encode():
         raise StoreError(f"{path}: its checksum differs; it was changed or damaged")
-    yield from (line.split(" ") for line in lines.decode("ascii").splitlines())
+    found = lines.decode("latin-1").split("\n")[:-1]
+    for number, line in enumerate(found or [""], 1):
+        if not re.fullmatch(_FIRST_LINES.get(number, _OTHER_LINE), line):
+            raise StoreError(f"{path}: line {number} is not one of format 1. Received: {line!r}")
+    if len(found) < 2:
+        raise StoreError(f"{path}: it should hold a line `version`, and ends before it")
+    yield from (line.split(" ") for line in found)
 
 
 def space(version_dir: str | os.PathLike[str]) -> int:
@@ -450,14 +464,15 @@ def published(store: str | os.PathLike[str]) -> int | None:
     """The version that is read, if any was published.
 
     Raises:
-      StoreError: the file that names it is damaged.
+      StoreError: CURRENT does not hold a version's number.
     """
     path = pathlib.Path(store) / CURRENT
     if not path.exists():
         return None
-    text = path.read_text(encoding="utf-8", errors="replace").strip()
-    if not (text.isascii() and text.isdigit()):
+    text = path.read_bytes()
+    if not re.fullmatch(rb"[1-9][0-9]{0,17}\n", text):
         raise StoreError(
-            f"{path} should hold the number of a version. Received: {text!r}. Publish one again."
+            f"{path}: it should hold a version's number. Received: {text[:40]!r}. "
+            "Publish one again."
         )
     return int(text)

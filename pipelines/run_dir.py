@@ -19,8 +19,8 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import tensorflow as tf
 import tf_keras
@@ -32,6 +32,8 @@ from qianmo.models.ranker import Ranker
 from qianmo.pipelines.data.identity import Identity
 from qianmo.pipelines.data.summaries import Summary
 from qianmo.pipelines.recipe import Recipe
+
+_T = TypeVar("_T")
 
 RECIPE = "recipe.json"
 DATA = "data.json"
@@ -86,9 +88,24 @@ def read_json(path: pathlib.Path, default: Any) -> Any:
         return default
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} cannot be read as JSON: {error}. It was cut or changed."
+        ) from None
+
+
+def _read_roles(path: pathlib.Path, read: Callable[[Any], _T]) -> dict[str, _T]:
+    """Reads what a JSON file holds for each role in the recipe; none where there is no file.
+
+    Raises:
+      ValueError: it holds something else.
+    """
+    config = read_json(path, {})
+    try:
+        return {role: read(each) for role, each in config.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} does not hold what a run writes there: {error!r}. It was cut or changed."
         ) from None
 
 
@@ -99,9 +116,12 @@ def write_identities(model_dir: str | pathlib.Path, identities: Mapping[str, Ide
 
 
 def read_identities(model_dir: str | pathlib.Path) -> dict[str, Identity]:
-    """Reads which data a run read; none of a directory that another program wrote."""
-    config = read_json(pathlib.Path(model_dir) / DATA, {})
-    return {role: Identity.from_config(each) for role, each in config.items()}
+    """Reads which data a run read; none of a directory that another program wrote.
+
+    Raises:
+      ValueError: the file was cut or changed.
+    """
+    return _read_roles(pathlib.Path(model_dir) / DATA, Identity.from_config)
 
 
 def build(recipe: Recipe) -> Ranker:
@@ -127,7 +147,7 @@ def read_recipe(model_dir: str | pathlib.Path) -> Recipe:
     try:
         config["data"].setdefault("catalogue", config["data"].pop("items", ""))  # its former name
         return Recipe.from_config(config)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no recipe: {error}") from error
 
 
@@ -138,9 +158,12 @@ def write_looks(model_dir: str | pathlib.Path, looks: Mapping[str, Summary]) -> 
 
 
 def read_looks(model_dir: str | pathlib.Path) -> dict[str, Summary]:
-    """Reads what `write_looks` wrote: role in the recipe -> what the rows were."""
-    config = read_json(pathlib.Path(model_dir) / LOOK, {})
-    return {role: Summary.from_config(each) for role, each in config.items()}
+    """Reads what `write_looks` wrote: role in the recipe -> what the rows were.
+
+    Raises:
+      ValueError: the file was cut or changed.
+    """
+    return _read_roles(pathlib.Path(model_dir) / LOOK, Summary.from_config)
 
 
 def fingerprint(model_dir: str | pathlib.Path) -> str:

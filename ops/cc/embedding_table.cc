@@ -249,7 +249,7 @@ bool ParseManifest(const std::string& manifest,
     lines->push_back(Words(manifest.substr(at, next - at)));
     at = next + 1;
   }
-  const auto& of = (*lines)[1];
+  const auto of = lines->size() > 1 ? (*lines)[1] : std::vector<std::string>();
   uint64_t number, of_space;
   if (of.size() != 4 || of[0] != "version" ||
       !ParseNumber(of[1], std::numeric_limits<int64_t>::max(), &number) ||

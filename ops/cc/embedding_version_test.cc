@@ -315,6 +315,9 @@ void RefusalsNameTheFileAndTheFault() {
         "it does not end with a line of its checksum; it is cut off");
   CHECK(refusal("MANIFEST", [](std::string* f) { (*f)[40] ^= 1; }) ==
         "its checksum differs; it was changed or damaged");
+  CHECK(refusal("MANIFEST", [](std::string* f) {
+          *f = Sealed("qianmo embeddings 1\n");
+        }) == "line 2 should be `version NUMBER space NUMBER`");
   const Folder folder;
   CHECK(Refusal(folder).find("/MANIFEST: No such file") != std::string::npos);
   folder.Write(good);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -185,6 +186,14 @@ class _Values:
             return self._times(array)
         if kind == "key":
             return self._keys(array)
+        return self._integers(array)
+
+    def _integers(self, array: pa.Array) -> _Array:
+        if is_string(array.type):
+            # pyarrow reads hexadecimal numbers too, 0xFFFFFFFFFFFFFFFF as -1.
+            is_hex = pc.or_(pc.starts_with(array, "0x"), pc.starts_with(array, "0X"))
+            if (i := pc.index(is_hex, True).as_py()) >= 0:
+                raise self._wrong(i, array[i].as_py())
         return np.asarray(self._cast(array, pa.int64()).to_numpy(zero_copy_only=False))
 
     def _cast(self, array: pa.Array, dtype: pa.DataType) -> pa.Array:
@@ -201,9 +210,10 @@ class _Values:
         return np.asarray(distinct[encoded.indices.to_numpy()])
 
     def _numbers(self, array: pa.Array) -> _Array:
-        if array.null_count or is_string(array.type) or pa.types.is_decimal(array.type):
-            array = self._cast(array, pa.float64())  # whose nulls become NaN
-        values = np.asarray(array.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False))
+        if is_string(array.type) or pa.types.is_decimal(array.type):
+            array = self._cast(array, pa.float64())
+        floats = array.cast(pa.float32(), safe=False)
+        values = np.asarray(floats.to_numpy(zero_copy_only=False))  # nulls are NaN
         low, high = self.column.low, self.column.high
         with np.errstate(invalid="ignore"):
             fits = np.isfinite(values) & (values >= low) & (values <= high)
@@ -223,15 +233,17 @@ class _Values:
         return values
 
     def _times(self, array: pa.Array) -> _Array:
-        """Integers as they are, datetimes and dates in the column's unit, rounded down."""
+        """Integers as they are, datetimes and dates in the column's unit, rounded down.
+
+        Of text the first value tells which it is.
+        """
         if is_string(array.type):
             texts = self._cast(array, pa.string())
-            try:
-                array = texts.cast(pa.int64())
-            except pa.ArrowInvalid:
-                return self._parsed_times(texts)
+            if len(texts) and re.fullmatch(r"-?[0-9]+", texts[0].as_py()):
+                return self._integers(texts)
+            return self._parsed_times(texts)
         if not is_time(array.type):
-            return np.asarray(self._cast(array, pa.int64()).to_numpy(zero_copy_only=False))
+            return self._integers(array)
         if pa.types.is_date(array.type):
             array = array.cast(pa.timestamp("s"))
         ticks = array.cast(pa.int64()).to_numpy(zero_copy_only=False)
@@ -253,23 +265,19 @@ class _Values:
     def _parsed_times(self, array: pa.Array) -> _Array:
         """Times of ISO 8601; without a zone they are in UTC."""
         has_zone = pc.match_substring_regex(array, _HAS_ZONE).to_numpy(zero_copy_only=False)
+        # More than six digits after the point need nanoseconds, whose years are fewer.
+        is_fine = pc.match_substring_regex(array, r"\.\d{7}").to_numpy(zero_copy_only=False)
         times = np.empty(len(array), np.int64)
-        for own, zone in ((has_zone, "UTC"), (~has_zone, None)):
-            if not own.any():
-                continue
-            texts = array.filter(pa.array(own))
-            values = dataclasses.replace(self, rows=self.rows[own])
-            micros = pa.timestamp("us", zone)
-            try:
-                parsed = texts.cast(micros)
-            except pa.ArrowInvalid:
-                try:  # more than six digits after the point, in a shorter range of years
-                    parsed = texts.cast(pa.timestamp("ns", zone))
-                except (pa.ArrowInvalid, ValueError):
-                    i = _first_uncastable(texts, micros)
-                    raise values._wrong(i, texts[i].as_py()) from None
-            ticks = parsed.cast(pa.int64()).to_numpy()
-            times[own] = values._in_unit(ticks, _TICKS[parsed.type.unit])
+        for own, unit, zone in (
+            (has_zone & ~is_fine, "us", "UTC"),
+            (~has_zone & ~is_fine, "us", None),
+            (has_zone & is_fine, "ns", "UTC"),
+            (~has_zone & is_fine, "ns", None),
+        ):
+            if own.any():
+                values = dataclasses.replace(self, rows=self.rows[own])
+                parsed = values._cast(array.filter(pa.array(own)), pa.timestamp(unit, zone))
+                times[own] = values._in_unit(parsed.cast(pa.int64()).to_numpy(), _TICKS[unit])
         return times
 
     def _keys(self, array: pa.Array) -> _Array:

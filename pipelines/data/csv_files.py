@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,6 +18,7 @@ from qianmo.pipelines.data.errors import DataError, readable
 from qianmo.pipelines.data.files import DataFile
 
 _BLOCK_BYTES = 2**22
+_WRONG_CELLS = re.compile(r"Row #(\d+): Expected (\d+) columns, got (\d+)")
 
 
 def parts(file: DataFile, columns: Mapping[str, Column]) -> list[Part]:
@@ -34,7 +35,12 @@ def header(file: DataFile) -> list[str]:
     """
     with readable(file, "CSV"), pa.input_stream(str(file.path)) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
-        names = next(csv.reader(text), None)
+        try:
+            names = next(csv.reader(text), None)
+        except csv.Error as error:
+            raise DataError(
+                f"{file}: its header line cannot be read: {error}. Name the columns in it."
+            ) from None
     if names is None:
         raise DataError(f"{file}: empty, without even the header line that names the columns.")
     return names
@@ -49,7 +55,7 @@ def read(
     names = [name for name in columns if name in present]
     with (
         readable(part.file, "CSV"),
-        _whole_rows(part.file) as remember,
+        _whole_rows(part.file),
         contextlib.closing(CheckedStream(part.file)) as stream,
     ):
         reader = pa_csv.open_csv(
@@ -59,7 +65,6 @@ def read(
                 newlines_in_values=True,
                 # In a file of one column it is an empty cell.
                 ignore_empty_lines=len(present) > 1,
-                invalid_row_handler=remember,
             ),
             # An empty cell is a null; "" in quotes is an empty string.
             convert_options=pa_csv.ConvertOptions(
@@ -80,26 +85,20 @@ def read(
 
 
 @contextlib.contextmanager
-def _whole_rows(file: DataFile) -> Iterator[Callable[[Any], str]]:
-    """Gives a handler of rows with too few or too many cells, and raises the error that names one.
+def _whole_rows(file: DataFile) -> Iterator[None]:
+    """Raises the error that names a row with too few or too many cells, or a row too long.
 
-    What a handler itself raises, pyarrow would only print.
+    pyarrow tells them by its message alone: a handler of invalid rows is not called for rows that
+    are no UTF-8.
     """
-    invalid = []
-
-    def remember(row: Any) -> str:
-        invalid.append(row)
-        return "error"
-
     try:
-        yield remember
+        yield
     except pa.ArrowInvalid as error:
-        if invalid:
-            row = invalid[0]
+        if wrong := _WRONG_CELLS.search(str(error)):
+            number, expected, found = map(int, wrong.groups())
             raise DataError(
-                f"{file}, row {row.number - 2} (counted from 0): should have "
-                f"{row.expected_columns} cells, as the header has. Received: {row.actual_columns}. "
-                "Correct the row."
+                f"{file}, row {number - 2} (counted from 0): should have {expected} cells, as the "
+                f"header has. Received: {found}. Correct the row."
             ) from None
         if "straddling" in str(error):
             raise DataError(

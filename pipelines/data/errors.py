@@ -24,7 +24,7 @@ def readable(file: object, kind: str) -> Iterator[None]:
     """Turns what pyarrow raises on a bad file into a `DataError`."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise DataError(
             f"{file}: cannot be read as {kind}: {reason}. It is empty, truncated or corrupt; "

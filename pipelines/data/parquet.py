@@ -16,11 +16,13 @@ def parts(file: DataFile, columns: Mapping[str, Column]) -> list[Part]:
     """The file's row groups, its columns' names and types checked."""
     with readable(file, "Parquet"):
         opened = pq.ParquetFile(file.path)
-    check_names(file, opened.schema_arrow.names, columns)
+        schema = opened.schema_arrow
+        names = schema.names
+    check_names(file, names, columns)
     # The types of a shard without rows mean nothing, and writers get them wrong.
-    present = [c for c in columns.values() if c.name in opened.schema_arrow.names]
+    present = [c for c in columns.values() if c.name in names]
     for column in present if opened.metadata.num_rows else ():
-        check_type(Part(file), column, opened.schema_arrow.field(column.name).type)
+        check_type(Part(file), column, schema.field(column.name).type)
     found = []
     row = 0
     for group in range(opened.num_row_groups):

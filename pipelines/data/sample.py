@@ -15,7 +15,7 @@ from qianmo.pipelines.data.errors import DataError, NoRowsError, readable
 from qianmo.pipelines.data.files import DataFile, PathLike, extension, files
 
 _DIGITS = r"^[+-]?\d+$"
-_LEADING_ZERO = r"^[+-]?0\d"
+_LEADING_ZERO = r"^[+-]?0[\dxX]"
 _ROWS_AT_ONCE = 2**16
 
 

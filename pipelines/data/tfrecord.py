@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
+import os
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +20,9 @@ from qianmo.pipelines.data.files import DataFile
 
 _DTYPES = {"int64_list": tf.int64, "bytes_list": tf.string, "float_list": tf.float32}
 _LOOKED_AT = 1000  # records
+# A record is its length, a checksum of that, its bytes and a checksum of these.
+_LENGTH = struct.Struct("<Q")
+_FRAME_BYTES = _LENGTH.size + 4 + 4
 _KINDS = {
     "int64": "int64_list",
     "string": "bytes_list",
@@ -36,6 +42,7 @@ def parts(file: DataFile, columns: Mapping[str, Column]) -> list[Part]:
 def names(file: DataFile) -> list[str]:
     """The features that the first records have."""
     found: dict[str, None] = {}
+    _check_lengths(file, _LOOKED_AT)
     try:
         for record in tf.data.TFRecordDataset(str(file.path)).take(_LOOKED_AT):
             found |= dict.fromkeys(tf.train.Example.FromString(record.numpy()).features.feature)
@@ -56,6 +63,7 @@ def read(
         name: tf.io.RaggedFeature(_DTYPES[kind], row_splits_dtype=tf.int64)
         for name, kind in kinds.items()
     }
+    _check_lengths(part.file)
     row = 0
     with tf.device("CPU:0"):
         records = iter(tf.data.TFRecordDataset(str(part.file.path)).batch(decoded_rows))
@@ -68,7 +76,8 @@ def read(
             parsed = tf.io.parse_example(batch, features) if features else {}
         except tf.errors.DataLossError as error:
             raise _loss(part.file) from error
-        except tf.errors.InvalidArgumentError as error:
+        except (tf.errors.InvalidArgumentError, UnicodeDecodeError) as error:
+            # TensorFlow's message holds the record, whose bytes may not make a Python string.
             raise _mismatch(part.file, batch.numpy(), row, kinds, columns) from error
         arrays = {}
         for name, column in columns.items():
@@ -95,6 +104,7 @@ def _kinds(file: DataFile, columns: Mapping[str, Column]) -> dict[str, str]:
     kinds: dict[str, str] = {}
     in_file = {name for name in columns if name not in file.partitions}
     count = _LOOKED_AT if any(c.may_be_absent for c in columns.values()) else 1
+    _check_lengths(file, count)
     try:
         for row, record in enumerate(tf.data.TFRecordDataset(str(file.path)).take(count)):
             found = tf.train.Example.FromString(record.numpy()).features.feature
@@ -118,12 +128,37 @@ def _kinds(file: DataFile, columns: Mapping[str, Column]) -> dict[str, str]:
     return {name: kinds.get(name, _KINDS[columns[name].kind]) for name in in_file}
 
 
+def _check_lengths(file: DataFile, count: int = -1) -> None:
+    """Checks that the file, or its first `count` records, end where their lengths say.
+
+    TensorFlow allocates as many bytes as a record's length says, and dies of very long ones.
+
+    Raises:
+      DataError: one ends behind the file's end.
+    """
+    with file.path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if not size:
+            return
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            at = row = 0
+            while at + _LENGTH.size <= size and row != count:
+                at += _LENGTH.unpack_from(data, at)[0] + _FRAME_BYTES
+                if at > size:
+                    raise _unreadable(file, row)
+                row += 1
+
+
 def _loss(file: DataFile) -> DataError:
-    """Names the first record that cannot be read."""
+    """Names the first record that cannot be read, whose length fits."""
     row = 0
     with contextlib.suppress(tf.errors.DataLossError):
         for _ in tf.data.TFRecordDataset(str(file.path)):
             row += 1
+    return _unreadable(file, row)
+
+
+def _unreadable(file: DataFile, row: int) -> DataError:
     return DataError(
         f"{file}: row {row} (counted from 0) cannot be read as TFRecord: it is truncated or "
         "corrupt; write it again."

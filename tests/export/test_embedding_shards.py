@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import tracemalloc
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -138,6 +139,38 @@ def test_versions_are_kept_and_published_only_whole(tmp_path: pathlib.Path) -> N
     with pytest.raises(StoreError, match="MANIFEST: its checksum differs"):
         shards.publish(tmp_path, 2)
     assert shards.published(tmp_path) == 1
+    (tmp_path / "CURRENT").write_bytes(b"1\xff\n")
+    with pytest.raises(StoreError, match="CURRENT: it should hold a version's number"):
+        shards.published(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("version 2 space 2", "version two space 2", "line 2 is not one of format 1"),
+        ("version 2 space 2\n", "version 2\n", "line 2 is not one of format 1"),
+        (" bytes 4192", "", "line 4 is not one of format 1"),
+        ("bytes 4192", "bytes 4192x", "line 4 is not one of format 1"),
+        ("shard ", "shard ../", "line 4 is not one of format 1"),
+        ("shard ", "shard \x0b", "line 4 is not one of format 1"),
+        ("table t", "table \xe9", "line 3 is not one of format 1"),
+        (None, "qianmo embeddings 1\n", "it should hold a line `version`"),
+        (None, "", "line 1 is not one of format 1"),
+    ],
+)
+def test_a_manifest_with_a_right_checksum_and_other_lines_is_refused(
+    tmp_path: pathlib.Path, old: str | None, new: str, fault: str
+) -> None:
+    manifest = shards.write(tmp_path, 2, [(dense(), [ROWS])]) / "MANIFEST"
+    text = manifest.read_bytes().decode()
+    lines = text[: text.rfind("crc ")]
+    changed = new if old is None else lines.replace(old, new)
+    assert changed != lines
+    data = changed.encode("latin-1")
+    manifest.write_bytes(data + f"crc {zlib.crc32(data):08x}\n".encode())
+    for read in (shards.space, shards.verify):
+        with pytest.raises(StoreError, match=f"{manifest}: {fault}"):
+            read(manifest.parent)
 
 
 @pytest.mark.parametrize("table", [dense, hashed])

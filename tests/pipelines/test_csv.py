@@ -179,3 +179,43 @@ def test_a_blank_line_is_an_empty_cell_where_rows_have_one(tmp_path: pathlib.Pat
 def test_files_zipped_one_behind_the_other_are_one(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"s,y\na,0\n") + gzip.compress(b"b,1\n"))
     assert read(tmp_path / "a.csv.gz") == [b"a", b"b"]
+
+
+def test_a_row_of_too_many_cells_is_named_whatever_its_bytes(
+    tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """pyarrow hands a row to Python as UTF-8, and prints a traceback where it is none."""
+    with pytest.raises(readers.DataError, match=r"row 1 \(counted from 0\): should have 2 cells"):
+        read(write(tmp_path, b"s,y\na,0\n\xff,1,2\n"))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_header_that_csv_cannot_read_is_refused(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(readers.DataError, match=r"a\.csv: its header line cannot be read: field"):
+        read(write(tmp_path, "s," + "x" * 200_000 + "\na,0\n"))
+
+
+@pytest.mark.parametrize("text", ["0x1F", "0X1f", "0xFFFFFFFFFFFFFFFF"])
+def test_hexadecimal_numbers_are_no_integers(tmp_path: pathlib.Path, text: str) -> None:
+    """pyarrow reads them as int64, the last as -1."""
+    config = {"features": [{"name": "i"}, {"name": "l", "max_length": 2}], "labels": ["y"]}
+    for row, column in ((f"{text},1,0,5", "i"), (f"1,3|{text},0,5", "l"), (f"1,1,0,{text}", "t")):
+        file = write(tmp_path, f"i,l,y,t\n1,1,0,5\n{row}\n")
+        fault = rf"column `{column}`, row 1 \(counted from 0\): should be .*Received: '{text}'"
+        with pytest.raises(readers.DataError, match=fault):
+            list(readers.blocks(Schema.from_config({**config, "timestamp": "t"}), file))
+
+
+def test_the_error_of_a_time_names_the_row_that_is_wrong(tmp_path: pathlib.Path) -> None:
+    config = {"features": [{"name": "i"}], "labels": ["y"], "timestamp": "t"}
+    schema = Schema.from_config(config)
+    fine = "2024-05-01T12:30:00.123456789"
+    for before in (("5", "6"), ("2024-05-01", fine), (fine, "2024-05-01T12:30Z")):
+        times = "".join(f"1,1,{time}\n" for time in (*before, "noon"))
+        fault = r"column `t`, row 2 \(counted from 0\): should be int64 or a time .*'noon'"
+        with pytest.raises(readers.DataError, match=fault):
+            list(readers.blocks(schema, write(tmp_path, "i,y,t\n" + times)))
+    # Beside one of nanoseconds, times of any year are read.
+    file = write(tmp_path, f"i,y,t\n1,1,{fine}\n1,1,9999-12-31\n")
+    (block,) = readers.blocks(schema, file)
+    assert block["t"].tolist() == [1714566600123456, 253402214400000000]

@@ -7,12 +7,14 @@ import json
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from qianmo.configs.base import base_config
 from qianmo.layers.schema import Schema
 from qianmo.pipelines import locks, run_dir
 from qianmo.pipelines.data import identity, readers
@@ -285,3 +287,25 @@ def test_hashing_costs_no_second_pass_of_the_reader(
     monkeypatch.setattr(readers, "blocks", counted)
     Run(recipe(data), data / "model")
     assert sorted(read) == ["train.parquet", "valid.parquet"]
+
+
+@pytest.mark.parametrize("text", ["[]", '{"train": 3}', '{"train": {"path": "a"}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [("data.json", run_dir.read_identities), ("look.json", run_dir.read_looks)],
+)
+def test_a_file_of_a_run_that_holds_something_else_is_named(
+    tmp_path: pathlib.Path, name: str, read: Callable[[pathlib.Path], object], text: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{tmp_path / name} .*It was cut or changed\."):
+        read(tmp_path)
+
+
+def test_a_recipe_with_a_number_beyond_floats_is_named(tmp_path: pathlib.Path) -> None:
+    feature = {"kind": "dense", "name": "x", "mean": 10**400, "variance": 1.0}
+    config = base_config().to_dict()
+    config |= {"schema": {"features": [feature], "labels": ["y"]}, "model": {"name": "mlp"}}
+    run_dir.write_json(tmp_path / "recipe.json", config)
+    with pytest.raises(ValueError, match=rf"{tmp_path / 'recipe.json'} is no recipe: int too larg"):
+        run_dir.read_recipe(tmp_path)

@@ -43,7 +43,7 @@ def runs(world: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathl
     features = [f for f in config["schema"]["features"] if f["name"] in ("user", "item", "kind")]
     config["schema"] = {**config["schema"], "features": features, "domain": ""}
     of_items = completed(Recipe.from_config(config))
-    run_dir.write(folder / "two_tower", run_dir.build(of_items), of_items, known)
+    run_dir.write(folder / "two_tower", run_dir.build(of_items), of_items, like=folder / "plain")
     return folder
 
 
@@ -187,8 +187,7 @@ def test_a_calibration_says_what_it_leaves_and_where_it_should_not_be_fitted(
     config = recipe.to_config()
     config["schema"]["features"] = [f for f in config["schema"]["features"] if f["name"] != "scene"]
     made = completed(Recipe.from_config(config))
-    train = {"train": identity.of(made.schema, recipe.data.train)}
-    run_dir.write(tmp_path / "model", run_dir.build(made), made, train)
+    run_dir.write(tmp_path / "model", run_dir.build(made), made, like=runs / "plain")
     out = exported(
         programs, tmp_path / "model", tmp_path / "m", f"--calibrate={recipe.data.train}"
     ).stdout
