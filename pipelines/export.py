@@ -175,13 +175,23 @@ def run(_: list[str]) -> None:
     from qianmo.pipelines import run_dir
     from qianmo.pipelines.data.replay import columns, first_rows
     from qianmo.pipelines.evaluation import adapted, retrieval
+    from qianmo.pipelines.evaluation.measuring import changed_data
 
     check_free(values.model_base_path)
     exporters = {"in_graph": export_in_graph, "fed": export_fed, "store": export_store}
     model, recipe = run_dir.load(values.model_dir)
     model = adapted.as_served(model, values.inner_steps, values.min_support)
     data = recipe.data
-    path = values.data or data.test or data.valid or data.train
+    replayed = next(role for role in ("test", "valid", "train") if getattr(data, role))
+    path = values.data or getattr(data, replayed)
+    used = {replayed: values.data}
+    if values.form == "adapted":
+        used["test_support"] = values.support
+    elif values.form == "retrieval":
+        used["catalogue"] = values.items
+    unnamed = [role for role, given in used.items() if not given]
+    for changed in changed_data(values.model_dir, recipe, *unnamed):
+        print(f"note: {changed}")
     if values.form == "adapted":
         support = values.support or data.test_support
         if not support:

@@ -47,6 +47,7 @@ def run(_: list[str]) -> None:
         paths.check_file(output)
         if output.exists():
             raise ValueError(f"{output} exists. Give another --output, or delete it.")
+    from qianmo.export import publishing
     from qianmo.pipelines.data import recipe_text, sample
     from qianmo.pipelines.data.propose import propose
 
@@ -61,7 +62,7 @@ def run(_: list[str]) -> None:
     if output is None:
         print(text, end="")
         return
-    recipe_text.write(output, text)
+    publishing.write_text(output, text)
     labels = ", ".join(line.name for line in proposal.labels)
     print(
         f"{output}: {len(proposal.features)} features for {labels}; "

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from qianmo.export import publishing
 from qianmo.pipelines.data import readers
 
 _ROW_GROUP = 2**16  # rows; the unit in which readers shuffle and share files
@@ -102,23 +103,12 @@ def new_folder(output: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
     """
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists. Give another output, or --overwrite to replace it.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
-    unfinished.mkdir()
     try:
-        yield unfinished
-        if output.exists():
-            old = output.with_name(f".{output.name}.{os.getpid()}.old")
-            output.rename(old)
-            unfinished.rename(output)
-            shutil.rmtree(old)
-        else:
-            unfinished.rename(output)
+        with publishing.writing_folder(output, overwrite=overwrite) as folder:
+            yield folder
     except OSError as error:
         error.filename = str(output)  # what pyarrow cannot write it does not name
         raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write(

@@ -20,6 +20,7 @@ from qianmo.pipelines import run_dir
 from qianmo.pipelines.data import readers
 from qianmo.pipelines.data.replay import columns, first_rows
 from qianmo.pipelines.evaluation import cost, paired, pictures, report
+from qianmo.pipelines.evaluation.measuring import check_data
 from qianmo.pipelines.evaluation.paired import Floats, Place
 from qianmo.pipelines.evaluation.scores import Scored, score
 from qianmo.pipelines.recipe import Recipe
@@ -252,6 +253,9 @@ def compare(model_dir: str, folders: Sequence[str], test: str = "") -> dict[str,
     recipe = run_dir.read_recipe(model_dir)
     singles = read_singles(recipe, folders)
     path = rows_to_score(model_dir, recipe, test)
+    if not test:
+        for folder, own in [(model_dir, recipe), *((one.folder, one.recipe) for one in singles)]:
+            check_data(folder, own, "test", flags="--test")
     own_paths = [rows_to_score(single.folder, single.recipe, test) for single in singles]
     fused = Member(run_dir.load(model_dir)[0], recipe, path, None)
     alone = [

@@ -22,7 +22,7 @@ from qianmo.pipelines.data import readers
 from qianmo.pipelines.data.streams import Position, Stream
 from qianmo.pipelines.evaluation.scores import measure
 from qianmo.pipelines.recipe import optimizer
-from qianmo.pipelines.training import runtime
+from qianmo.pipelines.training import restore, runtime
 from qianmo.pipelines.training.watch import NotFiniteError
 
 _KEPT_ENTRIES = 1000  # of windows and versions, in the report
@@ -166,7 +166,7 @@ class Online:
             max_to_keep=2,
         )
         rate = float(model.optimizer.learning_rate)
-        if self.checkpoints.restore_or_initialize():
+        if restore.newest(self.checkpoints):
             if self.state.values["start"] != start:
                 raise ValueError(
                     f"{self.dir} holds updates of other weights than those of {model_dir}. Give "

@@ -203,3 +203,26 @@ def take(found: Match) -> None:
     for pairs in found.pairs.values():
         for here, there in pairs:
             here.assign(there)
+
+
+def newest(manager: tf.train.CheckpointManager) -> bool:
+    """Restores the newest checkpoint that can be read; tells whether there was one.
+
+    Raises:
+      ValueError: there are checkpoints, and none can be read.
+    """
+    for path in reversed(manager.checkpoints):
+        try:
+            manager.checkpoint.restore(path).assert_existing_objects_matched()
+        except (tf.errors.OpError, AssertionError, IndexError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            print(f"warning: {path} cannot be read: {reason} The one before it is tried.")
+            continue
+        return True
+    if manager.checkpoints:
+        raise ValueError(
+            f"{manager.directory}: none of {len(manager.checkpoints)} checkpoints can be read. "
+            "They are damaged, or of another version of this package. Start afresh in another "
+            "folder."
+        )
+    return False

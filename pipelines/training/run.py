@@ -123,7 +123,7 @@ class Run:
         )
         self.history: list[dict[str, Any]] = []
         self.curve = Curve(run_dir.read_json(self.dir / CURVE, []), steps)
-        if self._go_on():
+        if restore.newest(self.checkpoints):
             self.history = run_dir.read_json(self.dir / HISTORY, [])
             # An epoch may have been written down just before the kill, and its checkpoint not.
             self.history = self.history[: int(self.position.epoch)]
@@ -134,12 +134,13 @@ class Run:
             run_dir.write_json(self.dir / ASKED, recipe.to_config())
             run_dir.write_looks(self.dir, self.looks)
             run_dir.write_identities(self.dir, self.identities)
-            run_dir.write_json(self.dir / run_dir.RECIPE, self.recipe.to_config())
+            run_dir.write_recipe(self.dir, self.recipe)
 
     def _known(self, recipe: Recipe) -> Recipe | None:
         """The completed recipe of the run that the directory holds, if any."""
         if not (self.dir / run_dir.RECIPE).exists():
             return None
+        known = run_dir.read_recipe(self.dir)
         before = run_dir.read_json(self.dir / ASKED, {})
         now = run_dir.plain(recipe.to_config())
         differs = sorted(
@@ -155,7 +156,7 @@ class Run:
                 f"{self.dir} holds a run of another recipe; they differ in {', '.join(differs)}. "
                 "Give another --model_dir, or the same recipe."
             )
-        return run_dir.read_recipe(self.dir)
+        return known
 
     def _check_same_data(self) -> None:
         """Refuses to go on with other data than the run began with.
@@ -188,29 +189,6 @@ class Run:
         elif self.model.starts_trained:
             raise ValueError("`model.teacher_frozen` needs `train.start_from`, a trained teacher.")
         return migrate.start(self.recipe, self.model)
-
-    def _go_on(self) -> bool:
-        """Restores the newest checkpoint that can be read; tells whether there was one.
-
-        Raises:
-          ValueError: there are checkpoints, and none can be read.
-        """
-        paths = self.checkpoints.checkpoints
-        for path in reversed(paths):
-            try:
-                status = self.checkpoints.checkpoint.restore(path)
-                status.assert_existing_objects_matched()
-            except (tf.errors.OpError, AssertionError, IndexError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0]
-                print(f"warning: {path} cannot be read: {reason} The one before it is tried.")
-                continue
-            return True
-        if paths:
-            raise ValueError(
-                f"{self.dir / 'checkpoints'}: none of {len(paths)} checkpoints can be read. Train "
-                "afresh in another --model_dir."
-            )
-        return False
 
     def _read_batches(self) -> None:
         """Finds how many batches an epoch has, and reads the rows of chunks."""
@@ -435,8 +413,8 @@ class Run:
             found["adapted"] = adapted.measure(self.model, data.test, data.test_support)
             print(table(found["adapted"]["test"]))
         self.inputs.check_unchanged()
-        run_dir.write_json(self.dir / REPORT, found)
         report.write_html(self.dir / "report.html", found, scored)
+        run_dir.write_json(self.dir / REPORT, found)  # last: it says that the run is over
         print(f"Report: {self.dir / 'report.html'}")
         return found
 
