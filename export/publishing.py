@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
-from qianmo.export.paths import check_model_path
+from qianmo.export.paths import check_file, check_model_path
 
 LOOKUP = "_lookup"  # ends the name of what makes vectors
 LOCK = ".lock"
@@ -54,7 +54,7 @@ def writing(path: pathlib.Path) -> Iterator[IO[str]]:
       ValueError: another process writes it.
       OSError: it cannot be written; the error names it.
     """
-    temporary = path.with_name(f".{path.name}.writing")
+    temporary = _temporary(path)
     with _held(path, temporary, os.O_WRONLY | os.O_CREAT) as descriptor:
         try:
             os.truncate(descriptor, 0)  # what a killed process left
@@ -80,7 +80,7 @@ def writing_folder(path: pathlib.Path, *, overwrite: bool = False) -> Iterator[p
       ValueError: another process writes it, or it exists and is not to be replaced.
       OSError: it cannot be written.
     """
-    temporary, old = (path.with_name(f".{path.name}.{end}") for end in ("writing", "old"))
+    temporary, old = _temporary(path), path.with_name(f".{path.name}.old")
     path.parent.mkdir(parents=True, exist_ok=True)
     with _held(path, temporary, os.O_RDONLY | os.O_DIRECTORY):
         try:
@@ -95,6 +95,10 @@ def writing_folder(path: pathlib.Path, *, overwrite: bool = False) -> Iterator[p
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _temporary(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(f".{path.name}.writing")
 
 
 @contextlib.contextmanager
@@ -118,6 +122,21 @@ def _held(path: pathlib.Path, temporary: pathlib.Path, mode: int) -> Iterator[in
             ) from None
         finally:
             os.close(descriptor)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Asks whether a file could be written now, before the work that it takes.
+
+    Raises:
+      ValueError: another process writes it.
+      OSError: it cannot be written.
+    """
+    check_file(path)
+    file = pathlib.Path(path)
+    temporary = _temporary(file)
+    if temporary.exists():
+        with _held(file, temporary, os.O_WRONLY):
+            pass
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

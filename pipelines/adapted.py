@@ -15,7 +15,7 @@ import pathlib
 
 from absl import flags
 
-from qianmo.export import paths
+from qianmo.export import publishing
 from qianmo.pipelines import program
 
 
@@ -54,7 +54,7 @@ def run(_: list[str]) -> None:
     """Prints metrics by tasks' support rows and by how many are used; writes the JSON if asked."""
     values = flags.FLAGS
     if values.output:
-        paths.check_file(values.output)
+        publishing.check_writable(values.output)
     from qianmo.models.two_tower import TwoTower
     from qianmo.pipelines import run_dir
     from qianmo.pipelines.evaluation import adapted

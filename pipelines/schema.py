@@ -18,7 +18,7 @@ import pathlib
 
 from absl import flags
 
-from qianmo.export import paths
+from qianmo.export import publishing
 from qianmo.pipelines import program
 
 
@@ -44,10 +44,9 @@ def run(_: list[str]) -> None:
     values = flags.FLAGS
     output = pathlib.Path(values.output) if values.output else None
     if output is not None:
-        paths.check_file(output)
+        publishing.check_writable(output)
         if output.exists():
             raise ValueError(f"{output} exists. Give another --output, or delete it.")
-    from qianmo.export import publishing
     from qianmo.pipelines.data import recipe_text, sample
     from qianmo.pipelines.data.propose import propose
 

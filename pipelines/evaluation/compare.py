@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 
+from qianmo.export import publishing
 from qianmo.export.saved_model import export_in_graph
 from qianmo.layers.schema import Domain
 from qianmo.models.ranker import Ranker
@@ -420,6 +421,8 @@ def body(found: Mapping[str, Any]) -> list[str]:
 
 def write(path: pathlib.Path, found: Mapping[str, Any]) -> None:
     """Writes the page, and the JSON beside it."""
-    run_dir.write_json(path.with_suffix(".json"), found)
     name = f"{found['model_dir']} against {len(found['costs']['single'])} single models"
-    report.write_page(path, name, [f"<h1>{html.escape(name)}</h1>", *body(found)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with publishing.writing(path) as page:
+        page.write(report.page(name, [f"<h1>{html.escape(name)}</h1>", *body(found)]))
+        run_dir.write_json(path.with_suffix(".json"), found)
