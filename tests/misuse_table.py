@@ -11,6 +11,8 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import sys
+import tomllib
 from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -386,7 +388,10 @@ TABLE: dict[str, dict[str, Cell]] = {
         "empty data": Run(
             says="should hold a folder named by a version", words=("--model_base_path=out",)
         ),
-        "other data": NO_OUTPUT,
+        "other data": Test(
+            "tests/export/test_store.py::test_retrained_embeddings_never_meet_an_old_graph",
+            "a graph keeps to its own embeddings",
+        ),
     },
     "predict": {
         "missing input": Run(says=NOWHERE, words=("--data=nowhere.parquet",)),
@@ -438,3 +443,44 @@ MISUSES = tuple(TABLE["prepare"])
 def words(program: str, **addresses: str) -> list[str]:
     """A program's usual command line."""
     return COMMANDS[program][0].format(**addresses).split()
+
+
+def _shown(cell: Cell, notes: list[str]) -> str:
+    """A cell of the document's table."""
+    if isinstance(cell, Run):
+        if not cell.code:
+            return "said"
+        return "refused; goes on afterwards" if cell.goes_on else "refused"
+    if isinstance(cell, Killed):
+        return "the same command ends well"
+    if isinstance(cell, Twice):
+        return "the second is refused" if cell.says else "both end well"
+    if isinstance(cell, Test):
+        return cell.shows
+    if cell.reason not in notes:
+        notes.append(cell.reason)
+    return f"– ({notes.index(cell.reason) + 1})"
+
+
+def document() -> str:
+    """The table as docs/programs.md has it."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    modules = {target.split(":")[0].rpartition(".")[2]: name for name, target in scripts.items()}
+    notes: list[str] = []
+    lines = ["| | " + " | ".join(MISUSES) + " |", "|---" * (len(MISUSES) + 1) + "|"]
+    for program, row in TABLE.items():
+        cells = [_shown(row[misuse], notes) for misuse in MISUSES]
+        lines.append(f"| {modules[program].removeprefix('qianmo-')} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(f"({i}) {note}" for i, note in enumerate(notes, 1)), ""])
+
+
+def in_document(text: str) -> str:
+    """A text with the table between its two marks."""
+    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    return text[:start] + document() + text[end:]
+
+
+if __name__ == "__main__":
+    if "--write" not in sys.argv:
+        sys.exit("give --write, which writes the table into docs/programs.md")
+    DOCUMENT.write_text(in_document(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")

@@ -22,6 +22,7 @@ import redis_servers
 import zygote
 from misuse_table import COMMANDS, TABLE, Killed, Never, Run, Test, Twice
 
+from qianmo.pipelines import program as every_program
 from qianmo.pipelines import run_dir
 from qianmo.pipelines.data import identity
 
@@ -243,3 +244,18 @@ def test_a_redis_whose_memory_is_full(
     assert refused.code == 1
     assert re.search("used memory > 'maxmemory'.*What is loaded stays", error_line(refused))
     assert_done(programs, "load_redis", line, place)
+
+
+def test_the_document_has_the_table() -> None:
+    text = misuse_table.DOCUMENT.read_text(encoding="utf-8")
+    assert text == misuse_table.in_document(text), "run python tests/misuse_table.py --write"
+
+
+def test_the_document_has_all_programs_and_exit_codes() -> None:
+    text = misuse_table.DOCUMENT.read_text(encoding="utf-8")
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert re.findall(r"^\| `(qianmo-[a-z-]+)` \|", text, re.MULTILINE) == list(scripts)
+    codes = re.findall(r"^    (\d+) +(.+)$", every_program.__doc__ or "", re.MULTILINE)
+    assert codes
+    for code, meaning in codes:
+        assert f"| {code} | {meaning.replace('|', chr(92) + '|')} |" in text
