@@ -93,7 +93,10 @@ COMMANDS = {
         "out/rows/data.json",
     ),
     "schema": ("--data=data/train.parquet --output=out/recipe.py", "out/recipe.py"),
-    "train": ("--config=recipe.py --model_dir=out/trained", "out/trained/report.html"),
+    "train": (
+        "--config=recipe.py --model_dir=out/trained --config.train.epochs=1",
+        "out/trained/report.html",
+    ),
     "evaluate": ("--model_dir=plain --output=out/metrics.json", "out/metrics.json"),
     "adapted": ("--model_dir=meta --output=out/metrics.json", "out/metrics.json"),
     "compare": (
