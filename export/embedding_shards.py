@@ -30,6 +30,8 @@ IdRows = tuple[np.ndarray, np.ndarray]
 SHARD_ROWS = 1 << 20
 MANIFEST = "MANIFEST"
 CURRENT = "CURRENT"
+_NAME = b"qianmo embeddings "
+_FORMAT = _NAME + b"1\n"
 _MAGIC = b"QMROWS1\n"
 HEADER_BYTES = 4096
 COPIED_BYTES = 1 << 20
@@ -401,6 +403,12 @@ def manifest(version_dir: str | os.PathLike[str]) -> Iterator[list[str]]:
         data = path.read_bytes()
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}") from None
+    if data.startswith(_NAME) and not data.startswith(_FORMAT):
+        received = data[len(_NAME) :].partition(b"\n")[0].decode("ascii", "replace")
+        raise StoreError(
+            f"{path}: its format is {received}, "
+            "and this version of the package reads 1. Export the embeddings anew."
+        )
     lines = data[: data.rfind(b"crc ")]
     if data != lines + f"crc {zlib.crc32(lines):08x}\n".encode():
         raise StoreError(f"{path}: its checksum differs; it was changed or damaged")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -14,12 +15,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 import qianmo
-from qianmo.export.paths import check_model_path
+from qianmo.export.paths import check_file, check_model_path
 
 LOOKUP = "_lookup"  # ends the name of what makes vectors
 LOCK = ".lock"
 ORIGIN = "origin.json"
 SPARE_BYTES = 16 << 20  # of a disk, beside what is written
+_OF_WRITES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 MAX_BATCH_SIZE = 1024  # rows that a server merges, and that a request may have
 
 Origin = Mapping[str, Any]  # plain data: what a version was made from
@@ -50,11 +52,103 @@ def publish_path(temporary: pathlib.Path, target: pathlib.Path) -> None:
     sync(target.parent)
 
 
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[IO[str]]:
+    """A text file that takes its name when the block ends well; one process at a time writes it.
+
+    Raises:
+      ValueError: another process writes it.
+      OSError: it cannot be written; the error names it.
+    """
+    temporary = _temporary(path)
+    with _held(path, temporary, os.O_WRONLY | os.O_CREAT) as descriptor:
+        try:
+            os.truncate(descriptor, 0)  # what a killed process left
+            with open(descriptor, "w", encoding="utf-8", closefd=False) as file:
+                yield file
+            publish_path(temporary, path)
+        except BaseException as error:
+            temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno in _OF_WRITES:
+                error.filename = os.fspath(path)  # a write that fails names none
+            raise
+
+
+@contextlib.contextmanager
+def writing_folder(path: pathlib.Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
+    """A folder that takes its name when the block ends well; one process at a time writes it.
+
+    Args:
+      path: its name.
+      overwrite: whether a folder of that name is replaced.
+
+    Raises:
+      ValueError: another process writes it, or it exists and is not to be replaced.
+      OSError: it cannot be written.
+    """
+    temporary, old = _temporary(path), path.with_name(f".{path.name}.old")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _held(path, temporary, os.O_RDONLY | os.O_DIRECTORY):
+        try:
+            for each in (*temporary.iterdir(), old):  # what a killed process left
+                shutil.rmtree(each) if each.is_dir() else each.unlink(missing_ok=True)
+            yield temporary
+            if path.exists():
+                if not overwrite:
+                    raise ValueError(f"{path} exists. Give another path.")
+                os.rename(path, old)
+            publish_path(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _temporary(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(f".{path.name}.writing")
+
+
+@contextlib.contextmanager
+def _held(path: pathlib.Path, temporary: pathlib.Path, mode: int) -> Iterator[int]:
+    """Opens what will be at `path`, and holds its lock, which ends with the process."""
+    while True:
+        try:
+            if mode & os.O_DIRECTORY:
+                temporary.mkdir(exist_ok=True)
+            descriptor = os.open(temporary, mode, 0o666)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(temporary, descriptor):  # the last holder did not rename it just now
+                yield descriptor
+                return
+        except BlockingIOError:
+            raise ValueError(
+                f"{path}: another process writes it. Wait until it has ended, or give another path."
+            ) from None
+        finally:
+            os.close(descriptor)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Asks whether a file could be written now, before the work that it takes.
+
+    Raises:
+      ValueError: another process writes it.
+      OSError: it cannot be written.
+    """
+    check_file(path)
+    file = pathlib.Path(path)
+    temporary = _temporary(file)
+    if temporary.exists():
+        with _held(file, temporary, os.O_WRONLY):
+            pass
+
+
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    publish_path(temporary, path)
+    """Writes a file whole or not at all; see `writing`."""
+    with writing(path) as file:
+        file.write(text)
 
 
 def write_origin(folder: pathlib.Path, origin: Origin) -> None:
@@ -114,7 +208,7 @@ def _locked(base: pathlib.Path, refusal: type[ValueError]) -> Iterator[IO[str]]:
                     f"{base}: another export writes a version there. Wait until it has ended, or "
                     "give another path."
                 ) from None
-            if not _is_at(path, file):  # the last holder removed it just now
+            if not _is_at(path, file.fileno()):  # the last holder removed it just now
                 continue
             try:
                 yield file
@@ -124,9 +218,9 @@ def _locked(base: pathlib.Path, refusal: type[ValueError]) -> Iterator[IO[str]]:
             return
 
 
-def _is_at(path: pathlib.Path, file: IO[str]) -> bool:
+def _is_at(path: pathlib.Path, descriptor: int) -> bool:
     try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
 

@@ -15,7 +15,7 @@ import pathlib
 
 from absl import flags
 
-from qianmo.export import paths
+from qianmo.export import publishing
 from qianmo.pipelines import program
 
 
@@ -59,10 +59,11 @@ def run(_: list[str]) -> None:
     """Prints metrics by tasks' support rows and by how many are used; writes the JSON if asked."""
     values = flags.FLAGS
     if values.output:
-        paths.check_file(values.output)
+        publishing.check_writable(values.output)
     from qianmo.models.two_tower import TwoTower
     from qianmo.pipelines import run_dir
     from qianmo.pipelines.evaluation import adapted
+    from qianmo.pipelines.evaluation.measuring import check_data
     from qianmo.pipelines.evaluation.scores import table
 
     model, recipe = run_dir.load(values.model_dir)
@@ -76,6 +77,9 @@ def run(_: list[str]) -> None:
     support = values.support or ("" if values.data else recipe.data.test_support)
     if not path or not support:
         raise ValueError("The recipe names no test rows with support; give --data, --support.")
+    if not values.data:
+        support_role = () if values.support else ("test_support",)
+        check_data(values.model_dir, recipe, "test", *support_role, flags="--data and --support")
     found = adapted.measure(model, path, support)
     if values.output:
         run_dir.write_json(pathlib.Path(values.output), found)

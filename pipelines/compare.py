@@ -26,7 +26,7 @@ import pathlib
 
 from absl import app, flags
 
-from qianmo.export import paths
+from qianmo.export import publishing
 from qianmo.pipelines import program
 
 
@@ -57,7 +57,7 @@ def run(_: list[str]) -> None:
     output = pathlib.Path(values.output or pathlib.Path(values.model_dir) / "comparison.html")
     if output.suffix != ".html":
         raise app.UsageError(f"--output should end in .html. Received: {output}")
-    paths.check_file(output)
+    publishing.check_writable(output)
     from qianmo.pipelines.evaluation.compare import compare, table, write
 
     found = compare(values.model_dir, values.single, values.test)

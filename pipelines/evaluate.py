@@ -11,7 +11,7 @@ import pathlib
 
 from absl import flags
 
-from qianmo.export import paths
+from qianmo.export import publishing
 from qianmo.pipelines import program
 
 
@@ -31,7 +31,7 @@ def run(_: list[str]) -> None:
     """Prints the table, and writes the JSON where asked."""
     values = flags.FLAGS
     if values.output:
-        paths.check_file(values.output)
+        publishing.check_writable(values.output)
     from qianmo.pipelines import run_dir
     from qianmo.pipelines.evaluation.measuring import evaluated
 

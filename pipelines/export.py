@@ -181,10 +181,13 @@ def run(_: list[str]) -> None:
     from qianmo.export.publishing import check_free
     from qianmo.pipelines import origin
     from qianmo.pipelines.evaluation import adapted
+    from qianmo.pipelines.evaluation.measuring import changed_data
 
     check_free(values.model_base_path)
     model, recipe, told = origin.load(values.model_dir)
     model = adapted.as_served(model, values.inner_steps, values.min_support)
+    for changed in changed_data(values.model_dir, recipe, *_unnamed(recipe.data, values)):
+        print(f"note: {changed}")
     shared: dict[str, Any] = {"version": values.version, "origin": told}
     if values.calibrate:
         shared["calibration"] = _calibration(model, values, told)
@@ -194,6 +197,17 @@ def run(_: list[str]) -> None:
     print(f"{folder}: {size:,} bytes; largest difference to the Keras model {worst:.1e}")
     if recipe.train.dtype_policy.startswith("mixed_"):
         print(f"trained in {recipe.train.dtype_policy}; it serves in float32, as it was compared")
+
+
+def _unnamed(data: Data, values: Any) -> list[str]:
+    """Roles of the recipe's data sets that are read as no flag names others."""
+    replayed = next(role for role in ("test", "valid", "train") if getattr(data, role))
+    used = {replayed: values.data}
+    if values.form == "adapted":
+        used["test_support"] = values.support
+    elif values.form == "retrieval":
+        used["catalogue"] = values.items
+    return [role for role, given in used.items() if not given]
 
 
 def _replayed(data: Data, values: Any) -> str:

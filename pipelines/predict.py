@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from absl import flags
 
-from qianmo.export import paths
+from qianmo.export import publishing
 from qianmo.pipelines import program
 
 
@@ -47,7 +47,7 @@ def run(_: list[str]) -> None:
     """Prints or writes the scores."""
     values = flags.FLAGS
     if values.output != "-":
-        paths.check_file(values.output)
+        publishing.check_writable(values.output)
     from qianmo.pipelines.serving.predictions import write_predictions
 
     write_predictions(values)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -25,8 +24,7 @@ from typing import Any, TypeVar
 import tensorflow as tf
 import tf_keras
 
-from qianmo.export import paths
-from qianmo.export.publishing import publish_path
+from qianmo.export import paths, publishing
 from qianmo.models import zoo
 from qianmo.models.ranker import Ranker
 from qianmo.pipelines.data.identity import Identity
@@ -36,6 +34,7 @@ from qianmo.pipelines.recipe import Recipe
 _T = TypeVar("_T")
 
 RECIPE = "recipe.json"
+FORMAT = 1  # of model directories; raised when older ones cannot be read any more
 DATA = "data.json"
 LOOK = "look.json"
 WEIGHTS = "weights"
@@ -43,20 +42,14 @@ SERVING = "serving.json"
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all, and its folder where it is not there.
+
+    Raises:
+      ValueError: another process writes it.
+      OSError: it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = str(path)  # a write that fails names none
-        raise
+    publishing.write_text(path, text)
 
 
 def _finite(value: Any) -> Any:
@@ -133,6 +126,11 @@ def build(recipe: Recipe) -> Ranker:
     return model
 
 
+def write_recipe(model_dir: str | pathlib.Path, recipe: Recipe) -> None:
+    """Writes a model directory's recipe."""
+    write_json(pathlib.Path(model_dir) / RECIPE, {"format": FORMAT, **recipe.to_config()})
+
+
 def read_recipe(model_dir: str | pathlib.Path) -> Recipe:
     """Reads a model directory's recipe.
 
@@ -145,6 +143,11 @@ def read_recipe(model_dir: str | pathlib.Path) -> Recipe:
     if config is None:
         raise ValueError(f"{model_dir} holds no {RECIPE}; train a model there first.")
     try:
+        if (found := config.pop("format", FORMAT)) != FORMAT:
+            raise ValueError(
+                f"its format is {found!r}, and this version of the package reads {FORMAT}. Train "
+                "anew, or use the version that wrote it."
+            )
         config["data"].setdefault("catalogue", config["data"].pop("items", ""))  # its former name
         return Recipe.from_config(config)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
@@ -201,19 +204,13 @@ def write(
       recipe: builds it.
       like: the run that it was made of, whose data and way of serving are its own.
     """
-    folder = pathlib.Path(model_dir)
-    temporary = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-    try:
+    with publishing.writing_folder(pathlib.Path(model_dir)) as folder:
         weights = tf.train.Checkpoint(model=model)
-        tf.train.CheckpointManager(weights, str(temporary / WEIGHTS), max_to_keep=1).save()
-        write_json(temporary / RECIPE, recipe.to_config())
+        tf.train.CheckpointManager(weights, str(folder / WEIGHTS), max_to_keep=1).save()
+        write_recipe(folder, recipe)
         for name in (DATA, LOOK, SERVING) if like else ():
             if (source := pathlib.Path(like or "", name)).exists():
-                shutil.copyfile(source, temporary / name)
-        publish_path(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+                shutil.copyfile(source, folder / name)
 
 
 def restore(model: Ranker, model_dir: str | pathlib.Path, checkpoint: str = "") -> None:

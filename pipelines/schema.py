@@ -18,7 +18,7 @@ import pathlib
 
 from absl import flags
 
-from qianmo.export import paths
+from qianmo.export import publishing
 from qianmo.pipelines import program
 
 
@@ -44,7 +44,7 @@ def run(_: list[str]) -> None:
     values = flags.FLAGS
     output = pathlib.Path(values.output) if values.output else None
     if output is not None:
-        paths.check_file(output)
+        publishing.check_writable(output)
         if output.exists():
             raise ValueError(f"{output} exists. Give another --output, or delete it.")
     from qianmo.pipelines.data import recipe_text, sample
@@ -61,7 +61,7 @@ def run(_: list[str]) -> None:
     if output is None:
         print(text, end="")
         return
-    recipe_text.write(output, text)
+    publishing.write_text(output, text)
     labels = ", ".join(line.name for line in proposal.labels)
     print(
         f"{output}: {len(proposal.features)} features for {labels}; "

@@ -153,6 +153,10 @@ bool Resolve(const std::string& path, std::string* where, std::string* error) {
   return true;
 }
 
+void Say(const std::string& fault) {
+  if (!fault.empty()) std::fprintf(stderr, "qianmo: %s\n", fault.c_str());
+}
+
 }  // namespace
 
 int64_t VersionNumber(const std::string& name) {
@@ -185,8 +189,9 @@ std::shared_ptr<EmbeddingStore> EmbeddingStore::Open(const std::string& path,
     source = std::make_unique<Folder>(where, verify);
   }
   store.reset(new EmbeddingStore(where, accepted, std::move(source)));
-  store->Refresh();
+  const std::string fault = store->Refresh();
   if (store->Snapshot(error) == nullptr) return nullptr;
+  Say(fault);
   store->follower_ = std::make_unique<Repeated>(
       kPoll, [opened = store.get()] { opened->Follow(); });
   known = store;
@@ -208,25 +213,21 @@ void EmbeddingStore::Follow() {
   }
   polls_ = failed ? polls_ + 1 : 0;
   if (source_->Changed() || polls_ >= kPollsBeforeRetry) {
-    Refresh();
+    Say(Refresh());
     polls_ = 0;
   }
 }
 
-void EmbeddingStore::Refresh() {
+std::string EmbeddingStore::Refresh() {
   bool refused = false;
   std::string error;
   auto chosen = Choose(&refused, &error);
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    error_.swap(error);
-    // The one before goes out of use here, and is unmapped below if no request
-    // still reads it. A version that cannot be opened leaves it in use.
-    if (chosen != nullptr || refused) current_.swap(chosen);
-    if (error_.empty() || error_ == error) return;
-    error = error_;
-  }
-  std::fprintf(stderr, "qianmo: %s\n", error.c_str());
+  std::lock_guard<std::mutex> lock(mutex_);
+  error_.swap(error);
+  // The one before goes out of use here, and is unmapped at the end if no
+  // request still reads it. A version that cannot be opened leaves it in use.
+  if (chosen != nullptr || refused) current_.swap(chosen);
+  return error_ == error ? "" : error_;
 }
 
 std::shared_ptr<const EmbeddingVersion> EmbeddingStore::Choose(

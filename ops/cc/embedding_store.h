@@ -81,7 +81,8 @@ class EmbeddingStore {
         source_(std::move(source)) {}
 
   void Follow();
-  void Refresh();
+  // Chooses a version; returns an error that is not yet known.
+  std::string Refresh();
   // Null and an error when no version can be chosen; `refused` when that is
   // because none is accepted.
   std::shared_ptr<const EmbeddingVersion> Choose(bool* refused,

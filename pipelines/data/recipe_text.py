@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pathlib
 import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -67,19 +65,6 @@ def text(proposal: Proposal, path: str) -> str:
     lines.append("    }")
     head = _HEAD.format(rows=proposal.rows)
     return head + "\n".join(lines) + "\n" + _TAIL.format(path=_value(path))
-
-
-def write(file: pathlib.Path, written: str) -> None:
-    """Writes a file that is there whole or not at all."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(written)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.rename(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _comment(words: str, indent: int, extra: str = "") -> Iterable[str]:

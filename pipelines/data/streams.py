@@ -151,6 +151,8 @@ class FolderStream:
         self._unread()
         if not begin["ended"]:
             self._resume(begin)
+        elif begin["rows"]:
+            self._check_taken(begin)
 
     @property
     def position(self) -> Position:
@@ -197,6 +199,20 @@ class FolderStream:
             raise DataError(
                 f"{path}: it holds other bytes than when {self._skip} of its rows were taken. A "
                 "file should stay as it appeared."
+            )
+
+    def _check_taken(self, begin: Position) -> None:
+        """Looks whether the last file, if it is still there, has the size that it had.
+
+        Raises:
+          DataError: it has another.
+        """
+        path = self._folder / begin["file"]
+        size = path.stat().st_size if path.exists() else begin["bytes"]
+        if size != begin["bytes"]:
+            raise DataError(
+                f"{path}: it had {begin['bytes']:,} bytes when its rows were taken, and has "
+                f"{size:,} now. New rows in it would be lost; give them a name that comes last."
             )
 
     def _begin(self, file: str) -> None:

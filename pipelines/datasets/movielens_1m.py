@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -302,9 +303,23 @@ def _movielens_tables(source: pathlib.Path) -> Tables:
         "movies": {"genres": movies[2]},
     }
     return {
-        name: pa.table({c: pa.array(v).cast(pa.int64()) for c, v in integers[name].items()} | more)
-        for name, more in strings.items()
+        name: pa.table(
+            {column: _integers(source / f"{name}.dat", column, values) for column, values in own}
+            | strings[name]
+        )
+        for name, own in ((name, integers[name].items()) for name in names)
     }
+
+
+def _integers(file: pathlib.Path, column: str, values: list[str]) -> pa.Array:
+    try:
+        return pa.array(values).cast(pa.int64())
+    except pa.ArrowInvalid:
+        row = next(row for row, value in enumerate(values) if not re.fullmatch(r"-?\d+", value))
+        raise readers.DataError(
+            f"{file}, row {row} (counted from 0): `{column}` should be a whole number. "
+            f"Received: {values[row]!r}. Download it again."
+        ) from None
 
 
 def _double_colons(file: pathlib.Path) -> list[list[str]]:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from qianmo.export.publishing import publish_path
+from qianmo.export import publishing
 from qianmo.pipelines.data import readers
 
 _ROW_GROUP = 2**16  # rows; the unit in which readers shuffle and share files
@@ -112,23 +112,12 @@ def new_folder(output: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
       ValueError: see `check_new`.
     """
     check_new(output, overwrite)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
-    unfinished.mkdir()
     try:
-        yield unfinished
-        if output.exists():
-            old = output.with_name(f".{output.name}.{os.getpid()}.old")
-            output.rename(old)
-            publish_path(unfinished, output)
-            shutil.rmtree(old)
-        else:
-            publish_path(unfinished, output)
+        with publishing.writing_folder(output, overwrite=overwrite) as folder:
+            yield folder
     except OSError as error:
         error.filename = str(output)  # what pyarrow cannot write it does not name
         raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write(

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 
+from qianmo.export import publishing
 from qianmo.export.saved_model import export_in_graph
 from qianmo.layers.schema import Domain
 from qianmo.models.ranker import Ranker
@@ -20,6 +21,7 @@ from qianmo.pipelines import run_dir
 from qianmo.pipelines.data import identity, readers
 from qianmo.pipelines.data.replay import columns, first_rows
 from qianmo.pipelines.evaluation import cost, paired, pictures, report
+from qianmo.pipelines.evaluation.measuring import check_data
 from qianmo.pipelines.evaluation.paired import Floats, Place
 from qianmo.pipelines.evaluation.scores import Scored, score
 from qianmo.pipelines.recipe import Recipe
@@ -259,6 +261,9 @@ def compare(model_dir: str, folders: Sequence[str], test: str = "") -> dict[str,
     recipe = run_dir.read_recipe(model_dir)
     singles = read_singles(recipe, folders)
     path = rows_to_score(model_dir, recipe, test)
+    if not test:
+        for folder, own in [(model_dir, recipe), *((one.folder, one.recipe) for one in singles)]:
+            check_data(folder, own, "test", flags="--test")
     own_paths = [rows_to_score(single.folder, single.recipe, test) for single in singles]
     fused = Member(run_dir.load(model_dir)[0], recipe, path, None)
     alone = [
@@ -426,6 +431,8 @@ def body(found: Mapping[str, Any]) -> list[str]:
 
 def write(path: pathlib.Path, found: Mapping[str, Any]) -> None:
     """Writes the page, and the JSON beside it."""
-    run_dir.write_json(path.with_suffix(".json"), found)
     name = f"{found['model_dir']} against {len(found['costs']['single'])} single models"
-    report.write_page(path, name, [f"<h1>{html.escape(name)}</h1>", *body(found)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with publishing.writing(path) as page:
+        page.write(report.page(name, [f"<h1>{html.escape(name)}</h1>", *body(found)]))
+        run_dir.write_json(path.with_suffix(".json"), found)

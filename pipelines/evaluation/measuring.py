@@ -7,7 +7,9 @@ from typing import Any
 
 from qianmo.pipelines import run_dir
 from qianmo.pipelines.data import identity, look, summaries
+from qianmo.pipelines.evaluation import retrieval
 from qianmo.pipelines.evaluation.scores import measured
+from qianmo.pipelines.recipe import Recipe
 
 
 def evaluated(model_dir: str | pathlib.Path, path: str = "") -> tuple[dict[str, Any], str]:
@@ -54,3 +56,36 @@ def evaluated(model_dir: str | pathlib.Path, path: str = "") -> tuple[dict[str, 
         told |= {"look": summary.to_config(), "drift": drifts}
         text.append(summaries.table(summary, drifts))
     return told, "\n".join([*text, found.text])
+
+
+def changed_data(model_dir: str | pathlib.Path, recipe: Recipe, *roles: str) -> list[str]:
+    """A sentence for each data set that is not what it was when the run began.
+
+    Args:
+      model_dir: of the run.
+      recipe: its recipe.
+      *roles: of the data sets to look at, as the recipe's `data` names them.
+    """
+    known = run_dir.read_identities(model_dir)
+    now = {}
+    for role in known.keys() & roles:
+        of_items = role == "catalogue"
+        schema = retrieval.item_schema(recipe.schema) if of_items else recipe.schema
+        now[role] = identity.of(schema, getattr(recipe.data, role), targets=not of_items)
+    return identity.differences(known, dict(sorted(now.items())))
+
+
+def check_data(model_dir: str | pathlib.Path, recipe: Recipe, *roles: str, flags: str) -> None:
+    """Looks whether data sets of a run are still those that it read; see `changed_data`.
+
+    Args:
+      model_dir: of the run.
+      recipe: its recipe.
+      *roles: of the data sets.
+      flags: by which the rows that are there now can be given.
+
+    Raises:
+      ValueError: one is another.
+    """
+    if differs := changed_data(model_dir, recipe, *roles):
+        raise ValueError(f"{'; '.join(differs)}. Give {flags} to measure what is there now.")

@@ -102,12 +102,11 @@ def latency(
     return found
 
 
-def write_page(path: pathlib.Path, title: str, body: Sequence[str]) -> None:
-    """Writes a page that needs no other file."""
-    run_dir.write_text(
-        path,
+def page(title: str, body: Sequence[str]) -> str:
+    """A page of HTML that needs no other file."""
+    return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style><body>{''.join(body)}</body></html>\n",
+        f"<style>{STYLE}</style><body>{''.join(body)}</body></html>\n"
     )
 
 
@@ -215,4 +214,4 @@ def write_html(path: pathlib.Path, found: Mapping[str, Any], scored: Scored | No
     shown = {"data": recipe["data"], "model": recipe["model"], "train": recipe["train"]}
     body.append(f"<p>Features: {html.escape(', '.join(features))}</p>")
     body.append(f"<pre>{html.escape(json.dumps(shown, indent=1))}</pre>")
-    write_page(path, name, body)
+    run_dir.write_text(path, page(name, body))

@@ -139,7 +139,10 @@ class Model:
         self._retired: list[Version] = []
         self._failures: dict[int, _Failure] = {}
         self.poll()
-        if self._current is None:
+        if self._current is not None:
+            for number, failure in self._failures.items():
+                self._log(number, failure.reason)
+        else:
             reasons = "; ".join(f"{n}: {f.reason}" for n, f in self._failures.items())
             raise ValueError(
                 f"model `{name}`: {self._base_path} should hold a folder named by a version "
@@ -165,11 +168,10 @@ class Model:
             try:
                 version = Version(number, found[number], self._config)
             except Exception as error:
-                reason = str(error).strip() or type(error).__name__
+                reason = _reason(error)
                 self._failures[number] = _Failure(files, time.monotonic(), reason)
-                logging.error(
-                    "model `%s`: version %d failed to load: %s", self.name, number, reason
-                )
+                if self._current is not None:
+                    self._log(number, reason)
                 continue
             self._failures.pop(number, None)
             with self._lock:
@@ -182,6 +184,9 @@ class Model:
                 return
             logging.info("model `%s`: serving version %d", self.name, number)
             return
+
+    def _log(self, number: int, reason: str) -> None:
+        logging.error("model `%s`: version %d failed to load: %s", self.name, number, reason)
 
     @contextlib.contextmanager
     def use(self, number: int | None = None) -> Iterator[Version]:
@@ -244,6 +249,13 @@ class Model:
             logging.info("model `%s`: version %d unloaded", self.name, version.number)
         if idle:
             gc.collect()  # a graph refers to itself, so only the collector frees it
+
+
+def _reason(error: Exception) -> str:
+    """Why a version failed to load, in one line, without TensorFlow's names of nodes."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    kept = [line for line in lines if line and not line.startswith("[[{{node")]
+    return " ".join(kept) or type(error).__name__
 
 
 def _versions(base_path: pathlib.Path) -> dict[int, pathlib.Path]:

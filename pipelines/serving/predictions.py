@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import grpc
 
-from qianmo.export.publishing import publish_path
+from qianmo.export.publishing import writing
 from qianmo.layers.schema import Schema
 from qianmo.pipelines import plugins
 from qianmo.pipelines.data import readers
@@ -130,12 +130,6 @@ def write_predictions(values: Any) -> None:
             for answer in scores:
                 write_scores(sys.stdout, answer)
             return
-        # Under its own name only when it is whole.
-        temporary = pathlib.Path(f"{values.output}.writing")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                for answer in scores:
-                    write_scores(file, answer)
-            publish_path(temporary, pathlib.Path(values.output))
-        finally:
-            temporary.unlink(missing_ok=True)
+        with writing(pathlib.Path(values.output)) as file:
+            for answer in scores:
+                write_scores(file, answer)

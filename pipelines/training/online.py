@@ -20,6 +20,7 @@ from qianmo.layers.label_heads import predictions
 from qianmo.models.dual_dnn import DualDNN
 from qianmo.pipelines import run_dir
 from qianmo.pipelines.data import readers
+from qianmo.pipelines.data.replay import first_rows
 from qianmo.pipelines.data.streams import Position, Stream
 from qianmo.pipelines.evaluation.scores import measure
 from qianmo.pipelines.recipe import optimizer
@@ -168,7 +169,7 @@ class Online:
             max_to_keep=2,
         )
         rate = float(model.optimizer.learning_rate)
-        if restore.go_on(self.checkpoints):
+        if restore.newest(self.checkpoints):
             if self.state.values["start"] != start:
                 raise ValueError(
                     f"{self.dir} holds updates of other weights than those of {model_dir}. Give "
@@ -184,6 +185,8 @@ class Online:
         self._busy = 0.0  # seconds, since the last checkpoint
         self._published_at = time.monotonic()
         self._newest: Rows = {}
+        data = run_dir.read_recipe(model_dir).data
+        self._replayed = data.test or data.valid or data.train
         self._step = tf.function(
             self._scored_step, input_signature=[*readers.signature(model.schema)]
         )
@@ -241,6 +244,8 @@ class Online:
         """Checkpoints, and publishes a graph of the same weights."""
         self.checkpoint()
         start = time.perf_counter()
+        if not self._newest:  # killed before the graph of these rows was published
+            self._newest = first_rows(self.model.schema, self._replayed, _REPLAYED_ROWS)
         folder, worst = self._publish(self.model, self._newest, self.origin())
         gc.collect()  # an export's graphs refer to themselves, and would pile up
         seconds = time.perf_counter() - start
@@ -272,7 +277,7 @@ class Online:
         rows = self.rows - self.state.values["published_rows"]
         by_rows = 0 < self.pace.publish_rows <= rows
         minutes = (time.monotonic() - self._published_at) / 60
-        return bool(rows and self._newest) and (by_rows or 0 < self.pace.publish_minutes <= minutes)
+        return bool(rows) and (by_rows or 0 < self.pace.publish_minutes <= minutes)
 
     def _report(self) -> None:
         """Writes `report.json`."""
@@ -315,10 +320,12 @@ class Online:
         except readers.DataError:
             self.checkpoint()
             raise
-        if self.rows > self.state.values["published_rows"] and self._newest:
+        if self.rows > self.state.values["published_rows"]:
             self.publish()
         else:
             self.checkpoint()
+        if not self.rows:
+            print(f"{self.stream.name}: no rows for a step came, so nothing was published.")
 
     def _follow(self, bar: tqdm, is_stopped: Callable[[], bool], stop_at_end: bool) -> None:
         shown = 0.0

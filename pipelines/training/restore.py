@@ -216,24 +216,24 @@ def take(found: Match) -> None:
             here.assign(there)
 
 
-def go_on(checkpoints: tf.train.CheckpointManager) -> bool:
+def newest(manager: tf.train.CheckpointManager) -> bool:
     """Restores the newest checkpoint that can be read; tells whether there was one.
 
     Raises:
       ValueError: there are checkpoints, and none can be read.
     """
-    paths = checkpoints.checkpoints
-    for path in reversed(paths):
+    for path in reversed(manager.checkpoints):
         try:
-            checkpoints.checkpoint.restore(path).assert_existing_objects_matched()
+            manager.checkpoint.restore(path).assert_existing_objects_matched()
         except (tf.errors.OpError, AssertionError, IndexError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             print(f"warning: {path} cannot be read: {reason} The one before it is tried.")
             continue
         return True
-    if paths:
+    if manager.checkpoints:
         raise ValueError(
-            f"{checkpoints.directory}: none of {len(paths)} checkpoints can be read. Start afresh "
-            "in another directory."
+            f"{manager.directory}: none of {len(manager.checkpoints)} checkpoints can be read. "
+            "They are damaged, or of another version of this package. Start afresh in another "
+            "folder."
         )
     return False

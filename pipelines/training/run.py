@@ -131,7 +131,7 @@ class Run:
         )
         self.history: list[dict[str, Any]] = []
         self.curve = Curve(run_dir.read_json(self.dir / CURVE, []), steps)
-        if restore.go_on(self.checkpoints):
+        if restore.newest(self.checkpoints):
             self.history = run_dir.read_json(self.dir / HISTORY, [])
             # An epoch may have been written down just before the kill, and its checkpoint not.
             self.history = self.history[: int(self.position.epoch)]
@@ -142,12 +142,13 @@ class Run:
             run_dir.write_json(self.dir / ASKED, recipe.to_config())
             run_dir.write_looks(self.dir, self.looks)
             run_dir.write_identities(self.dir, self.identities)
-            run_dir.write_json(self.dir / run_dir.RECIPE, self.recipe.to_config())
+            run_dir.write_recipe(self.dir, self.recipe)
 
     def _known(self, recipe: Recipe) -> Recipe | None:
         """The completed recipe of the run that the directory holds, if any."""
         if not (self.dir / run_dir.RECIPE).exists():
             return None
+        known = run_dir.read_recipe(self.dir)
         before = run_dir.read_json(self.dir / ASKED, {})
         now = run_dir.plain(recipe.to_config())
         differs = sorted(
@@ -163,7 +164,7 @@ class Run:
                 f"{self.dir} holds a run of another recipe; they differ in {', '.join(differs)}. "
                 "Give another --model_dir, or the same recipe."
             )
-        return run_dir.read_recipe(self.dir)
+        return known
 
     def _check_same_data(self) -> None:
         """Refuses to go on with other data than the run began with.
@@ -420,8 +421,8 @@ class Run:
             found["adapted"] = adapted.measure(self.model, data.test, data.test_support)
             print(table(found["adapted"]["test"]))
         self.inputs.check_unchanged()
-        run_dir.write_json(self.dir / REPORT, found)
         report.write_html(self.dir / "report.html", found, scored)
+        run_dir.write_json(self.dir / REPORT, found)  # last: it says that the run is over
         print(f"Report: {self.dir / 'report.html'}")
         return found
 

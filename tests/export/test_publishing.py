@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import errno
 import logging
 import os
 import pathlib
@@ -224,3 +225,75 @@ def test_an_export_that_fails_leaves_nothing(model, tmp_path: pathlib.Path) -> N
     with pytest.raises(shards.StoreError, match="MANIFEST: No such file"):
         export_store(model, tmp_path / "m", ROWS, changes_of=7)
     assert names(tmp_path / "m") == names(tmp_path / "m_embeddings") == []
+
+
+@pytest.mark.parametrize("is_folder", [False, True], ids=["file", "folder"])
+def test_one_process_writes_a_name_and_what_a_killed_one_left_is_gone(
+    tmp_path: pathlib.Path, is_folder: bool
+) -> None:
+    target = tmp_path / "out"
+    kind = "writing_folder" if is_folder else "writing"
+
+    def write(text: str) -> None:
+        if is_folder:
+            with publishing.writing_folder(target, overwrite=True) as folder:
+                (folder / "text").write_text(text)
+        else:
+            publishing.write_text(target, text)
+
+    code = f"with publishing.{kind}(base / 'out') as made:\n"
+    if is_folder:
+        code += "    (made / 'half').write_text('half')\n"
+    else:
+        code += "    made.write('half-written, and longer'); made.flush()\n"
+    with run(code + "    print(flush=True); sys.stdin.read(); die()\n", tmp_path) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="out: another process writes it"):
+            write("mine")
+        if not is_folder:
+            with pytest.raises(ValueError, match="out: another process writes it"):
+                publishing.check_writable(target)
+        assert names(tmp_path) == [".out.writing"]
+        assert other.stdin is not None
+        other.stdin.close()
+        assert other.wait() == -signal.SIGKILL
+    assert names(tmp_path) == [".out.writing"]
+    for text in ("one", "two"):
+        write(text)
+        assert names(tmp_path) == ["out"]
+        assert (target / "text" if is_folder else target).read_text() == text
+    if is_folder:
+        assert names(target) == ["text"]
+
+
+def test_a_folder_that_appeared_meanwhile_stays(tmp_path: pathlib.Path) -> None:
+    target = tmp_path / "out"
+
+    def write() -> None:
+        with publishing.writing_folder(target):
+            target.mkdir()
+            (target / "theirs").touch()
+
+    with pytest.raises(ValueError, match=r"out exists\. Give another path"):
+        write()
+    assert names(tmp_path) == ["out"]
+    assert names(target) == ["theirs"]
+
+
+def test_an_error_of_the_block_leaves_the_file_and_keeps_its_words(tmp_path: pathlib.Path) -> None:
+    target = tmp_path / "out"
+    target.write_text("before")
+
+    def write() -> None:
+        with publishing.writing(target) as file:
+            file.write("half")
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+
+    with pytest.raises(ConnectionRefusedError) as caught:
+        write()
+    assert caught.value.filename is None  # it is not the file's
+    assert target.read_text() == "before"
+    assert names(tmp_path) == ["out"]
+    with pytest.raises(NotADirectoryError, match=r"out/below"):
+        publishing.write_text(target / "below", "text")

@@ -18,6 +18,7 @@ import pytest
 import zygote
 from row_files import WRITERS
 
+from qianmo.export import publishing
 from qianmo.layers.schema import Schema
 from qianmo.pipelines.data import recipe_text, sample
 from qianmo.pipelines.data.errors import DataError
@@ -49,7 +50,7 @@ def trained(file: pathlib.Path, folder: pathlib.Path, **changes: Any) -> dict[st
 
 
 def write(proposal: Proposal, path: pathlib.Path, output: pathlib.Path) -> pathlib.Path:
-    recipe_text.write(output, recipe_text.text(proposal, str(path)))
+    publishing.write_text(output, recipe_text.text(proposal, str(path)))
     return output
 
 
