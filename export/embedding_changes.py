@@ -206,7 +206,7 @@ def write_changes(
     """
     source = pathlib.Path(store) / str(base)
     shards.space(source)  # it is there
-    with drafting(store, version, refusal=StoreError) as draft:
+    with drafting(store, version, of_models=False, refusal=StoreError) as draft:
         fill_changes(draft.folder, version, source, tables)
     return draft.folder
 

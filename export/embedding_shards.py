@@ -336,7 +336,7 @@ def write(
             "`version` should be >= 1, `space` in [1, version] and `shard_rows` a power of two. "
             f"Received: {version}, {space} and {shard_rows}"
         )
-    with drafting(store, version, refusal=StoreError) as draft:
+    with drafting(store, version, of_models=False, refusal=StoreError) as draft:
         fill(draft.folder, version, tables, space=space, shard_rows=shard_rows)
     return draft.folder
 

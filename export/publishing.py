@@ -192,7 +192,6 @@ class Draft:
 @contextlib.contextmanager
 def _locked(base: pathlib.Path, refusal: type[ValueError]) -> Iterator[IO[str]]:
     """Makes the folder and holds its lock, which ends with the process."""
-    check_model_path(base)
     path = base / LOCK
     while True:
         try:
@@ -231,6 +230,7 @@ def check_free(base_path: str | os.PathLike[str]) -> None:
     Raises:
       ExportError: the folder cannot be written, or another process writes a version there.
     """
+    check_model_path(base_path)
     with _locked(pathlib.Path(base_path), ExportError):
         pass
 
@@ -243,6 +243,7 @@ def drafting(
     beside: Sequence[pathlib.Path] = (),
     needed_bytes: int = 0,
     is_published: Callable[[int], bool] = lambda version: True,
+    of_models: bool = True,
     refusal: type[ValueError] = ExportError,
 ) -> Iterator[Draft]:
     """A new version, which takes its number when the block ends well, unless it did before.
@@ -256,6 +257,7 @@ def drafting(
       beside: other folders whose numbers are taken.
       needed_bytes: about what will be written.
       is_published: whether a version with its number, that a killed process wrote, is in use.
+      of_models: whether TensorFlow reads the versions, which not every path allows.
       refusal: type of the errors.
 
     Raises:
@@ -263,6 +265,8 @@ def drafting(
         version, or this one exists.
     """
     base = pathlib.Path(base_path)
+    if of_models:
+        check_model_path(base)
     with _locked(base, refusal) as file:
         _remove_leftovers(base, file, is_published)
         free = shutil.disk_usage(base).free

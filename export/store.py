@@ -215,6 +215,7 @@ def _written(
         folder,
         needed_bytes=sum(table.num_rows * shards.row_bytes(table) for table in described),
         is_published=lambda version: shards.published(folder) == version,
+        of_models=False,
     ) as draft:
         if changes_of is None:
             shards.fill(draft.folder, draft.version, tables(model, dtype), space=draft.version)

@@ -96,7 +96,10 @@ def check_paths(values: flags.FlagValues) -> None:
         if path and not os.path.isfile(path):
             raise ValueError(f"--{flag}={path} should name a file. There is none.")
     base = values.model_base_path
-    if base and "://" not in base and newest_version(base) is None:
+    if not base or "://" in base:
+        return
+    paths.check_model_path(base)
+    if newest_version(base) is None:
         raise ValueError(
             f"--model_base_path={base} should hold a folder named by a version number with a "
             "SavedModel in it. Export a model there first."

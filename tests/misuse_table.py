@@ -385,7 +385,7 @@ TABLE: dict[str, dict[str, Cell]] = {
             "the same command serves",
         ),
         "started twice": Test(
-            f"{TESTS}/test_programs.py::test_a_port_in_use_is_said_before_a_model_is_looked_for",
+            f"{TESTS}/test_programs.py::test_a_port_in_use_is_said_before_a_model_is_loaded",
             "refused: the port is in use",
         ),
         "empty data": Run(

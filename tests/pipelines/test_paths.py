@@ -13,7 +13,7 @@ import pytest
 import zygote
 
 from qianmo.export import paths
-from qianmo.export.saved_model import publishing
+from qianmo.export.publishing import drafting
 from qianmo.pipelines import program, run_dir
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -83,7 +83,7 @@ def test_serve_and_recipes_refuse_them_too(
 def test_the_library_refuses_them_too(tmp_path: pathlib.Path) -> None:
     for refused in (
         lambda: run_dir.read_recipe(tmp_path / "a[1]"),
-        lambda: publishing(tmp_path / "a[1]", 1).__enter__(),
+        lambda: drafting(tmp_path / "a[1]", 1).__enter__(),
         lambda: paths.check_model_path(tmp_path / "a\\b"),
     ):
         with pytest.raises(ValueError, match=r"takes .* in a path for a pattern"):

@@ -274,22 +274,30 @@ def test_a_reader_that_goes_away_ends_the_program_without_a_line() -> None:
         assert process.wait() == program.BROKEN_PIPE
 
 
+@pytest.fixture
+def unreadable(tmp_path: pathlib.Path) -> str:
+    """The flag of a model that cannot be loaded."""
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "saved_model.pb").touch()
+    return f"--model_base_path={tmp_path}"
+
+
 @pytest.mark.parametrize("flag", ["port", "rest_api_port"])
-def test_a_port_in_use_is_said_before_a_model_is_looked_for(
-    programs: zygote.Zygote, flag: str
+def test_a_port_in_use_is_said_before_a_model_is_loaded(
+    programs: zygote.Zygote, unreadable: str, flag: str
 ) -> None:
     ports = {"port": 0, "rest_api_port": 0}
     with socket.create_server(("127.0.0.1", 0)) as other:
         ports[flag] = other.getsockname()[1]
         words = [f"--{name}={port}" for name, port in ports.items()]
-        done = programs.run("serve", "--embedded", "--model_base_path=nowhere", *words)
+        done = programs.run("serve", "--embedded", unreadable, *words)
     assert only_line(done, program.REFUSED) == (
         f"error: 127.0.0.1:{ports[flag]} (--{flag}): Address already in use. Another process "
         "listens there; stop it, or give another port."
     )
 
 
-def test_an_address_of_another_machine(programs: zygote.Zygote) -> None:
-    words = ["--embedded", "--model_base_path=nowhere", "--host=192.0.2.1"]
+def test_an_address_of_another_machine(programs: zygote.Zygote, unreadable: str) -> None:
+    words = ["--embedded", unreadable, "--host=192.0.2.1"]
     line = only_line(programs.run("serve", *words), program.REFUSED)
     assert line.startswith("error: 192.0.2.1:8500 (--port): Cannot assign requested address")
