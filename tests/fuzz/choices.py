@@ -60,8 +60,13 @@ def damaged(choices: Choices, data: bytes) -> bytes:
 
 
 def mutated(random_: random.Random, seed: bytes) -> bytes:
-    """A seed with a few mutations, for runs that no coverage guides."""
+    """A seed with a few mutations, for runs that no coverage guides.
+
+    Every second one goes on with random bytes: as many choices that no seed has made.
+    """
     data = bytearray(seed)
+    if random_.randrange(2):
+        data[random_.randrange(8) :] = random_.randbytes(random_.randrange(300))
     for _ in range(1 + random_.randrange(4)):
         at = random_.randrange(len(data) + 1)
         kind = random_.randrange(5)

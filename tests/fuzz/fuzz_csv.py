@@ -12,7 +12,7 @@ import zlib
 
 from fuzz import oracle
 from fuzz.choices import Choices, damaged
-from fuzz.oracle import GOOD, LAX, STRICT, TOKENS
+from fuzz.oracle import FITTING, GOOD, LAX, STRICT, TOKENS
 
 from qianmo.pipelines.data import csv_files, readers
 
@@ -95,12 +95,16 @@ def expected(data: bytes) -> list[dict[str, bytes | None]]:
 
 
 def _cell(choices: Choices, name: str, is_good: bool) -> bytes:
-    kind = 0 if is_good else choices.number(6)
-    text = GOOD[name] if kind < 3 else choices.pick(TOKENS) if kind < 5 else choices.take(3)
-    style = choices.number(8)
-    if style == 7 and not is_good:
+    kind = 0 if is_good else choices.number(32)
+    text = GOOD[name]
+    if kind >= 30:
+        text = choices.take(3) if kind == 31 else choices.pick(TOKENS)
+    elif kind >= 8:
+        text = choices.pick(FITTING[name])
+    style = choices.number(16)
+    if style == 15 and not is_good:
         return text  # as it is, whatever it holds
-    if style < 3 and not set(text) & set(b'",\r\n'):
+    if style < 8 and not set(text) & set(b'",\r\n'):
         return text
     return b'"' + text.replace(b'"', b'""') + b'"'
 
@@ -112,13 +116,13 @@ def written(choices: Choices) -> bytes:
     for _ in range(choices.number(3)):
         names.append(names.pop(choices.number(len(names))))
     if choices.number(8) == 7:
-        names.append(choices.pick(("x", "i", "", "y ", "\xe9")))
+        names.append(choices.pick(("x", "", "y ", "\xe9", "i")))
     lines = [b",".join(name.encode("latin-1") for name in names)]
     while choices and len(lines) < 40:
         if choices.number(10) == 9:
             lines.append(choices.pick((b"", b" ", b'""', b",", choices.take(2))))
             continue
-        is_good = choices.number(4) > 0
+        is_good = choices.number(2) == 1
         cells = (_cell(choices, n if n in GOOD else "s", is_good) for n in names)
         lines.append(b",".join(cells))
     return (b"\xef\xbb\xbf" if choices.number(8) == 7 else b"") + end.join(lines) + end

@@ -7,7 +7,7 @@ import re
 
 from fuzz import oracle
 from fuzz.choices import Choices
-from fuzz.oracle import COLUMNS, GOOD, LAX, STRICT, TOKENS
+from fuzz.oracle import COLUMNS, FITTING, GOOD, LAX, STRICT, TOKENS
 
 from qianmo.pipelines.data import readers
 
@@ -18,13 +18,15 @@ def _row(choices: Choices) -> dict[bytes, bytes]:
     row = {name.encode(): value for name, value in GOOD.items()}
     for _ in range(max(0, choices.number(8) - 4)):
         name = choices.pick(COLUMNS).encode()
-        kind = choices.number(8)
+        kind = choices.number(16)
         if kind == 0:
             row.pop(name, None)
-        elif kind < 4:
+        elif kind < 3:
             row[name] = choices.take(1 + choices.number(24))
-        else:
+        elif kind < 6:
             row[name] = choices.pick(TOKENS)
+        else:
+            row[name] = choices.pick(FITTING[name.decode()])
     return row
 
 
@@ -56,7 +58,12 @@ def seeds() -> list[bytes]:
     """Rows with a value of each kind."""
     right = [bytes([schema, rows, *[0] * rows]) for schema in (0, 1) for rows in (0, 2)]
     values = range(len(TOKENS))
-    return right + [bytes([i % 2, 0, 5, i % len(COLUMNS), 7, i]) for i in values] + [
+    fitting = [
+        bytes([schema, 0, 5, column, 7, value])
+        for schema in (0, 1) for column, name in enumerate(COLUMNS)
+        for value in range(len(FITTING[name]))
+    ]  # fmt: skip
+    return right + fitting + [bytes([i % 2, 0, 5, i % len(COLUMNS), 4, i]) for i in values] + [
         bytes([schema, 0, 5, column, 1, 3]) + b"1|2|3"[: column % 4 + 1]
         for schema in (0, 1) for column in range(len(COLUMNS))
     ]  # fmt: skip

@@ -53,13 +53,19 @@ _OF_NUMBERS = (1.0, 0.0, 0.5, -2.0, math.nan, math.inf, 16777217.0, 1e39, 1e-46)
 _OF_TIMES = (b"2024-05-01", b"2024-05-01T12:30:00.5+02:00", b"noon")
 
 
-def _of_type(choices: Choices, dtype: pa.DataType) -> Any:
-    """A value that the type can hold, as Python's."""
+def _of_type(choices: Choices, name: str, dtype: pa.DataType) -> Any:
+    """A value that the type can hold, as Python's; one that fits the column, mostly."""
     types = pa.types
     if types.is_list(dtype) or types.is_large_list(dtype):
-        return [_or_null(choices, dtype.value_type) for _ in range(choices.number(5))]
+        return [_or_null(choices, name, dtype.value_type) for _ in range(choices.number(6))]
     if types.is_dictionary(dtype):
-        return _of_type(choices, dtype.value_type)
+        return _of_type(choices, name, dtype.value_type)
+    if name in ("y", "q", "d", "r") and choices.number(32) < 31:
+        if types.is_decimal(dtype):
+            return decimal.Decimal(choices.number(9)) / 8
+        whole = types.is_integer(dtype) or types.is_boolean(dtype)
+        value = choices.pick((1, 0)) if whole else choices.pick((0.5, 0.0, 1.0, 0.125))
+        return bool(value) if types.is_boolean(dtype) else value
     if types.is_boolean(dtype):
         return choices.number(2) == 1
     if types.is_integer(dtype):
@@ -76,31 +82,33 @@ def _of_type(choices: Choices, dtype: pa.DataType) -> Any:
     if types.is_date(dtype):
         return choices.pick((0, 19_844, -1))
     text = choices.pick(_OF_STRINGS)
+    if text == b"\xff" and choices.number(8) < 7:
+        text = b"abc"
     if types.is_binary(dtype):
         return text
     return text.decode("utf-8", "ignore")
 
 
-def _or_null(choices: Choices, dtype: pa.DataType) -> Any:
-    return None if choices.number(16) == 15 else _of_type(choices, dtype)
+def _or_null(choices: Choices, name: str, dtype: pa.DataType) -> Any:
+    return None if choices.number(64) == 63 else _of_type(choices, name, dtype)
 
 
 def _table(choices: Choices) -> tuple[pa.Table, dict[str, list[Any]]]:
     """A table, and its values; of times the integers that are stored."""
-    count = choices.number(12)
+    count = choices.number(10) + 1
     arrays, values = {}, {}
     for name in COLUMNS:
         dtype = choices.pick(_TYPES[name])
-        is_plain = choices.number(4) > 0  # all columns of any values would hardly ever be read
+        is_plain = choices.number(2) == 1  # all columns of any values would seldom be read
         column: list[Any] = []
         for _ in range(count):
             if is_plain:
-                value: Any = _of_type(Choices(b""), dtype)
+                value: Any = _of_type(Choices(b""), name, dtype)
                 column.append(value)
             elif name == "t" and pa.types.is_string(dtype):
                 column.append(choices.pick(_OF_TIMES).decode())
             else:
-                column.append(_or_null(choices, dtype))
+                column.append(_or_null(choices, name, dtype))
         if name == "t" and pa.types.is_string(dtype) and is_plain:
             column = [_OF_TIMES[0].decode()] * count
         values[name] = column

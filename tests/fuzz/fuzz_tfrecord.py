@@ -27,6 +27,14 @@ _OTHERS = (
     [-0.0], [1e-45], [2.0], [b""], [b"\xff"], [b"a", b"b", b"c", b"d"], ["京".encode()],
     [b"2024-05-01"], [b"12"], [0.5, 0.5], None,
 )  # fmt: skip
+_INTEGERS = ([0], [2**63 - 1], [-(2**63)])
+_STRINGS = ([b""], ["京".encode()], [b"\0"])
+_FITTING = {
+    "i": _INTEGERS, "e": _INTEGERS, "t": _INTEGERS, "s": _STRINGS, "k": _STRINGS, "g": _STRINGS,
+    "l": ([], [5], [1, 2, 3, 4, 5]), "w": ([], [b""], [b"a", b"b", b"c", b"d"]),
+    "d": ([-0.0], [1e-45], [-3e38]), "r": ([1e-45], [-0.5]), "y": ([0.0], [0.25]),
+    "q": ([0.0], [1e9]),
+}  # fmt: skip
 _TABLE = [0] * 256
 for _byte in range(256):
     _crc = _byte
@@ -145,7 +153,8 @@ def _expected(schema: Schema, data: bytes) -> list[dict[str, Any]]:
 def _example(choices: Choices) -> bytes:
     row: dict[str, Any] = dict(_GOOD)
     for _ in range(max(0, choices.number(8) - 4)):
-        row[choices.pick(COLUMNS)] = choices.pick(_OTHERS)
+        name = choices.pick(COLUMNS)
+        row[name] = choices.pick(_OTHERS if choices.number(4) == 0 else _FITTING[name])
     example = tf.train.Example()
     for name, values in row.items():
         if values is None:
@@ -208,5 +217,5 @@ def seeds() -> list[bytes]:
     return [
         bytes([schema, form, rows, *change, 0, 0, 0, 0, 9, 9, 9])
         for schema in (0, 1) for form in (0, 4, 5, 6) for rows in (0, 2)
-        for change in ([0], [5, 3, 9], [6, 7, 14, 2, 5])
+        for change in ([0], [5, 3, 0, 9], [5, 2, 1, 2], [6, 1, 0, 14, 2, 0, 5], [5, 0, 0, 18])
     ]  # fmt: skip

@@ -11,7 +11,7 @@ from fuzz import run
 from fuzz.choices import mutated
 
 # Mutations: hundreds where a read takes milliseconds, few where it begins with a tf.data pipeline.
-RUNS = {"tfrecord": 20, "parquet": 300, "csv": 600}
+RUNS = {"tfrecord": 20, "parquet": 600, "csv": 2000}
 
 
 def test_every_harness_is_run() -> None:
