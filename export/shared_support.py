@@ -55,17 +55,24 @@ class _Groups(NamedTuple):
 
 
 def _groups(
-    request_id: tf.Tensor, task: tf.Tensor, brings: tf.Tensor, columns: Sequence[tf.Tensor]
+    request_id: tf.Tensor, task: tf.Tensor, count: tf.Tensor, columns: Sequence[tf.Tensor]
 ) -> _Groups:
     """Groups rows of equal (request id, task), and finds the row that brings each group's support.
 
     Where several do, it is one of those with the least fingerprint, so that neither their order nor
-    other rows decide.
+    other rows decide. What lies behind a row's count is not part of its support.
     """
+    brings = count > 0
     pairs, group = tf.raw_ops.UniqueV2(x=tf.stack([request_id, task], 1), axis=[0])[:2]
     num_groups = tf.shape(pairs)[0]
     rows = tf.where(brings)[:, 0]
-    prints = [tf.fingerprint(tf.gather(column, rows)) for column in columns]
+    counts = tf.gather(count, rows)
+    prints = [tf.fingerprint(counts)]
+    for column in columns:
+        inside = tf.sequence_mask(counts, column.shape[1])
+        inside = tf.reshape(inside, [-1, column.shape[1]] + [1] * (column.shape.rank - 2))
+        brought = tf.gather(column, rows)
+        prints.append(tf.fingerprint(tf.where(inside, brought, tf.zeros_like(brought))))
     content = tf.bitcast(tf.fingerprint(tf.concat(prints, 1)), tf.int64)
     owner = tf.gather(group, rows)
     least = tf.math.unsorted_segment_min(content, owner, num_groups)
@@ -98,7 +105,7 @@ def in_request(
     columns = {name: inputs[support_name(name)] for name in names}
     count = tf.clip_by_value(inputs[COUNT], 0, max_support)
     outside = count != inputs[COUNT]
-    found = _groups(inputs[REQUEST_ID], task, count > 0, [*columns.values(), count])
+    found = _groups(inputs[REQUEST_ID], task, count, [*columns.values()])
     own = {name: tf.gather(column, found.first) for name, column in columns.items()}
     bad = outside | tf.gather(with_empty(tf.gather(outside, found.first)), found.index)
     return RequestSupport(

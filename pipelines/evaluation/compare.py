@@ -60,11 +60,17 @@ def read_singles(fused: Recipe, folders: Sequence[str]) -> list[Single]:
     """Reads the single models' recipes.
 
     Raises:
-      ValueError: a model is not of one domain, or of a label that the fused model lacks there, or
-        two are of the same.
+      ValueError: a label is a rating; a model is not of one domain, or of a label that the fused
+        model lacks there; two are of the same.
     """
     if not fused.schema.domain:
         raise ValueError("The fused model's `schema.domain` should name the column of domains.")
+    for label in fused.schema.labels:
+        if fused.schema.kind(label) == "rating":
+            raise ValueError(
+                f"label `{label}` is a rating, and models are compared by AUC. Measure each by "
+                "qianmo-evaluate instead."
+            )
     found: list[Single] = []
     by: dict[tuple[Domain, str], str] = {}
     for folder in folders:

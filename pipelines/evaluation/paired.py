@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qianmo.layers import metrics
+from qianmo.layers.schema import Domain
 
 RESAMPLES = 200
 # A metric needs so many users with a positive row and with a negative one; GAUC, with both.
@@ -31,7 +32,7 @@ class Place(NamedTuple):
     """
 
     label: str
-    domain: int
+    domain: Domain
     single: str
     labels: Floats
     unit: npt.NDArray[np.int64]

@@ -244,6 +244,13 @@ def test_rows_that_bring_different_support_are_told_and_scored_alike_in_any_orde
     is_mine = ROWS["user"] == user
     np.testing.assert_array_equal(answer[STATUS] & MIXED_SUPPORT > 0, is_mine)
     close(probabilities(answer)[~is_mine], alone[~is_mine])
+    # What lies behind the count is not read, and makes no other support.
+    padded = {k: v.copy() for k, v in inputs.items()}
+    short = np.flatnonzero((inputs[COUNT] > 0) & (inputs[COUNT] < MOST))[0]
+    padded[support_name("click")][short, -1] = 0.5
+    np.testing.assert_array_equal(
+        run("adapted_by_request", padded)[STATUS], run("adapted_by_request", inputs)[STATUS]
+    )
     # All rows of the user have one support: that of the first row, or that of the others.
     ways = []
     for source in (mine[0], mine[1]):

@@ -320,3 +320,34 @@ def test_few_rows_have_no_line_and_a_graph_serves_all_batch_sizes(data: pathlib.
         batch = {name: tf.zeros(rows, tf.int64) for name in ("user", "scene", "query")}
         batch |= {"seen": tf.zeros((rows, 3), tf.int64), "seen_length": tf.ones(rows, tf.int64)}
         assert predict(batch).shape == (rows, 2)
+
+
+def test_domains_may_have_names_and_rows_lack_labels(data: pathlib.Path) -> None:
+    fused = recipe(data)
+    schema = dataclasses.replace(
+        fused.schema, labels=("click",), label_domains={}, optional_labels=("click",)
+    )
+    fused = dataclasses.replace(fused, schema=schema)
+    labels = np.array([[1.0], [np.nan], [0.0], [1.0]])
+    domain = np.array([b"feed", b"home", b"home", b"feed"], object)
+    scored = Scored({"model": np.array([[0.1], [0.2], [0.3], [0.4]])}, labels, {"domain": domain})
+    alone = Scored({"model": np.array([[0.6], [0.7]])}, labels[1:3], {})
+    single = compare.Single("home", fused, "home")
+    assert compare.same_rows(fused, scored, single, alone).tolist() == [1, 2]
+    feed, home = compare.places(fused, scored, "model", [(single, alone, "model")])
+    assert (feed.domain, feed.labels.tolist(), list(feed.scores)) == ("feed", [1.0, 1.0], ["fused"])
+    assert (home.domain, home.labels.tolist()) == ("home", [0.0])
+    assert {name: found.tolist() for name, found in home.scores.items()} == {
+        "fused": [0.3],
+        "single": [0.7],
+    }
+    other = Scored(alone.probabilities, np.array([[1.0], [0.0]]), {})
+    with pytest.raises(ValueError, match=r"click 1\.0 in its row 0, and not nan"):
+        compare.same_rows(fused, scored, single, other)
+
+
+def test_ratings_are_not_compared(data: pathlib.Path) -> None:
+    fused = recipe(data)
+    schema = dataclasses.replace(fused.schema, label_kinds={"buy": "rating"})
+    with pytest.raises(ValueError, match="label `buy` is a rating, and models are compared by AUC"):
+        compare.read_singles(dataclasses.replace(fused, schema=schema), [])
