@@ -35,6 +35,17 @@ _FITTING = {
     "d": ([-0.0], [1e-45], [-3e38]), "r": ([1e-45], [-0.5]), "y": ([0.0], [0.25]),
     "q": ([0.0], [1e9]),
 }  # fmt: skip
+# How a column may be stored, also where all of its lists are empty.
+_KINDS = {
+    name: set(kinds)
+    for names, kinds in (
+        ("iel", ("int64_list",)),
+        ("skw", ("bytes_list",)),
+        ("tg", ("int64_list", "bytes_list")),
+        ("dyrq", ("int64_list", "float_list")),
+    )
+    for name in names
+}
 _TABLE = [0] * 256
 for _byte in range(256):
     _crc = _byte
@@ -134,7 +145,7 @@ def _expected(schema: Schema, data: bytes) -> list[dict[str, Any]]:
             row[name] = [*getattr(features[name], kind).value] if kind else []
             kinds[name] |= {kind} if kind else set()
         table.append(row)
-    if not table or any(len(kind) > 1 for kind in kinds.values()):
+    if not table or any(len(kinds[name]) > 1 or not kinds[name] <= _KINDS[name] for name in names):
         raise WrongError
     times = [row["t"] for row in table]
     found = []

@@ -256,7 +256,7 @@ TOKENS = (
 # A value that fits each column.
 GOOD = {
     "i": b"3", "s": b"x", "l": b"1|2", "w": b"a|b", "d": b"0.25", "y": b"1", "r": b"4.5",
-    "q": b"1", "t": b"1700000000", "k": b"user", "e": b"9", "g": b"a",
+    "q": b"1", "t": b"2024-05-01", "k": b"user", "e": b"9", "g": b"a",
 }  # fmt: skip
 # Values that fit it, at borders.
 _INTEGERS = (b"0", b"-3", b"007", b"-0", b"9223372036854775807", b"-9223372036854775808")

@@ -11,10 +11,12 @@ import argparse
 import collections
 import hashlib
 import importlib
+import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 from typing import Any
 
 from cores import FLAGS, ROOT, sources
@@ -42,10 +44,14 @@ def instrumented(target: str) -> Any:
         return importlib.import_module(f"fuzz.fuzz_{target}")
 
 
-def fuzz(harness: Any, work: pathlib.Path, options: list[str]) -> None:
-    """Fuzzes in this process, which libFuzzer ends."""
+def fuzz(harness: Any, work: pathlib.Path, seconds: int, options: list[str]) -> None:
+    """Fuzzes in this process, and ends it.
+
+    It ends at once: libFuzzer's exit waits for threads of the libraries, at times for ever.
+    """
     import atheris
 
+    begin = time.monotonic()
     outcomes: collections.Counter[str] = collections.Counter()
     folder = pathlib.Path(tempfile.mkdtemp(dir="/dev/shm"))
 
@@ -59,6 +65,9 @@ def fuzz(harness: Any, work: pathlib.Path, options: list[str]) -> None:
         if count & (count - 1) == 0 or count % 256 == 0:
             text = ", ".join(f"{number} {what}" for what, number in outcomes.most_common())
             (work / "outcomes").write_text(text + "\n")
+        if time.monotonic() - begin > seconds:
+            print(f"Done {count} runs in {seconds} seconds: {dict(outcomes)}", flush=True)
+            os._exit(0)
 
     atheris.Setup([sys.argv[0], *options], check)
     atheris.Fuzz()
@@ -86,7 +95,6 @@ def main() -> None:
     options = [
         str(work / "corpus"),
         str(work / "seeds"),
-        f"-max_total_time={values.seconds}",
         f"-rss_limit_mb={_RSS}",
         f"-timeout={_TIMEOUT}",
         f"-artifact_prefix={work}/",
@@ -94,9 +102,10 @@ def main() -> None:
         "-print_final_stats=1",
     ]
     if target in PYTHON:
-        fuzz(harness, work, options)
+        fuzz(harness, work, values.seconds, options)
     program = work / "harness"
     compiled(target, program)
+    options.append(f"-max_total_time={values.seconds}")
     sys.exit(subprocess.run([program, *options], check=False).returncode)
 
 
