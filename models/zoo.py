@@ -173,18 +173,15 @@ def build(schema: Schema, config: Mapping[str, Any]) -> Ranker:
     """Builds the model that `config["name"]` names, with the other entries as its arguments.
 
     Raises:
-      ValueError: as `check`; a wrong value; `meta` of a tower that does not adapt.
+      ValueError: as `check`; a wrong value.
     """
     check(config)
     values = dict(config)
     name = values.pop("name")
     try:
-        model = MODELS[name][0](schema, **values)
+        return MODELS[name][0](schema, **values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"model `{name}`: {error}") from error
-    if model.meta is not None and not hasattr(model.tower_of(model.serving_head), "dense_shapes"):
-        raise ValueError(f"model `{name}`: its tower does not adapt; take `meta` out.")
-    return model
 
 
 def check(config: Mapping[str, Any]) -> None:

@@ -32,6 +32,7 @@ def load(model_dir: str | pathlib.Path) -> tuple[Ranker, Recipe, dict[str, Any]]
     Raises:
       ValueError: no run, no weights yet, or damaged ones; a run that wrote others meanwhile.
     """
+    run_dir.read_recipe(model_dir)  # that there is no run is said before that it has no weights
     origin = of_run(model_dir)
     model, recipe = run_dir.load(model_dir)
     if of_run(model_dir) != origin:

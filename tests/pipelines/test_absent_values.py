@@ -251,13 +251,13 @@ def test_a_column_of_two_roles_needs_a_value_where_one_of_them_does(tmp_path: pa
         read(Schema.from_config({**config, "weight": "price"}), tmp_path)
 
 
-def test_a_rating_that_means_none_on_the_wire_is_refused(tmp_path: pathlib.Path) -> None:
+def test_what_a_support_row_lacks_is_told_from_every_value(tmp_path: pathlib.Path) -> None:
     good = {"user": 1, "stars": 3.5, "y": 1}
     config = {"features": [{"name": "user"}], "labels": ["stars", "y"]}
     config |= {"label_kinds": {"stars": "rating"}, "optional_labels": ["stars", "y"]}
     schema = Schema.from_config(config)
-    WRITERS["parquet"](tmp_path / "a.parquet", [good, {**good, "stars": None}])
-    assert replay.columns(schema, str(tmp_path))["stars"].tolist() == [3.5, -1]
-    WRITERS["parquet"](tmp_path / "a.parquet", [good, {**good, "stars": -1.0}])
-    with pytest.raises(readers.DataError, match="`stars`: -1 stands for no label in served supp"):
-        replay.columns(schema, str(tmp_path))
+    rows = [good, {**good, "stars": None}, {**good, "stars": -1.0}, {**good, "y": None}]
+    WRITERS["parquet"](tmp_path / "a.parquet", rows)
+    found = replay.columns(schema, str(tmp_path))
+    np.testing.assert_array_equal(found["stars"], [3.5, np.nan, -1, 3.5])
+    assert found["y"].tolist() == [1, 1, 1, -1]

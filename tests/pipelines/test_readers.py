@@ -586,7 +586,7 @@ def test_what_is_left_out_is_counted(tmp_path: pathlib.Path, extension: str) -> 
     )
     assert "values at their end are left out." in lines[2]
     counted = readers.Tally()
-    assert readers.count_rows(schema, tmp_path, counted) == kept
+    assert readers.count_rows(schema, tmp_path, tally=counted) == kept
     assert counted.of_other_domains == others
     # Shuffling, and shares of workers, count each row once.
     tallies = [readers.Tally() for _ in range(3)]
