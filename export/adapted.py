@@ -104,19 +104,8 @@ def by_request_specs(schema: Schema, max_support: int) -> dict[str, tf.TensorSpe
 
 
 def event_name(schema: Schema) -> str:
-    """Input of `put_support` for the event id: the schema's column, or `event_id`.
-
-    Raises:
-      ExportError: another column has this name.
-    """
-    name = schema.event_id or "event_id"
-    columns = (*schema.input_names, *schema.labels, schema.task_id, schema.timestamp)
-    if not schema.event_id and name in columns:
-        raise ExportError(
-            f"`{name}` is a column and the input for the id of an event. Name the column as "
-            "`schema.event_id` if it is one, or rename it."
-        )
-    return name
+    """Input of `put_support` for the event id: the schema's column, or `event_id`."""
+    return schema.event_id or "event_id"
 
 
 def put_specs(schema: Schema) -> dict[str, tf.TensorSpec]:

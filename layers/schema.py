@@ -130,7 +130,7 @@ class Schema:
             check_name(name)
             claim(name, "a column that describes the row")
         if self.task_id and self.timestamp and not self.event_id:
-            claim("event_id", "the input for an event's number, without `event_id`")
+            claim("event_id", "the input for an event's id, which `schema.event_id` may name")
         if self.domain and f"{self.domain}_id".lower() in map(str.lower, self.input_names):
             raise ValueError(
                 f"`{self.domain}_id` is a feature and the input for the raw domain beside vectors. "

@@ -394,10 +394,11 @@ def test_support_rows_of_one_time_are_all_kept(model, tmp_path, where, column, m
 
 def test_an_event_id_needs_a_name_of_its_own():
     named = Categorical(name="event_id", num_ids=3, dim=2)
-    schema = SCHEMA.with_features([*SCHEMA.features, named])
-    with pytest.raises(ExportError, match="`event_id` is a column and the input for the id"):
-        put_specs(schema)
-    assert put_specs(dataclasses.replace(schema, event_id="event_id"))["event_id"].dtype == tf.int64
+    features = (*SCHEMA.features, named)
+    with pytest.raises(ValueError, match="`event_id` is a feature and `event_id` is the input for"):
+        SCHEMA.with_features(features)
+    schema = dataclasses.replace(SCHEMA, features=features, event_id="event_id")
+    assert put_specs(schema)["event_id"].dtype == tf.int64
 
 
 def test_support_that_is_too_old_is_not_used(model, tmp_path):

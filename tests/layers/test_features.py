@@ -161,7 +161,7 @@ LIST = Categorical(name="seen", num_ids=3, max_length=2)
         (
             [Dense(name="Event_Id")],
             {"task_id": "t", "timestamp": "at"},
-            "`Event_Id` is a feature and `event_id` is the input for an event's number",
+            "`Event_Id` is a feature and `event_id` is the input for an event's id",
         ),
         (
             [LIST, Categorical(name="b", num_ids=3, table="Seen")],
