@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.util
 import os
 import pathlib
+import signal
 import sys
 
 import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+# A job in the background of a shell ignores Ctrl-C; the programs that tests stop by it should not.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Without an install, `qianmo` is this checkout, whatever the name of its folder.
 if importlib.util.find_spec("qianmo") is None:

@@ -155,7 +155,8 @@ def test_a_plugin_that_cannot_be_imported_is_said_in_a_line(
     assert ended.code == program.REFUSED
     assert ended.stderr == (
         "error: model/recipe.json is no recipe: `plugins`: our_team.models cannot be imported: "
-        "ModuleNotFoundError: No module named 'our_team'. Install it, or put its folder on PYTHONPATH.\n"
+        "ModuleNotFoundError: No module named 'our_team'. Install it, or put its folder on "
+        "PYTHONPATH.\n"
     )
     for text, message in (
         ("x = (\n", "our_team/broken.py, line 1: SyntaxError: '(' was never closed."),
