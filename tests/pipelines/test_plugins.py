@@ -90,7 +90,7 @@ def test_every_program_knows_the_model(
         return str(ended.stdout)
 
     # The first as a user runs it, with the package on PYTHONPATH.
-    path = os.pathsep.join([str(team / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = f"{team / 'site'}:{os.environ.get('PYTHONPATH', '')}"
     environment = {**os.environ, "PYTHONPATH": path}
     train = ["--config=recipe.py", "--model_dir=plain", "--config.train.epochs=1"]
     first = subprocess.run(

@@ -61,7 +61,7 @@ def test_what_an_import_wrote_is_shown_if_it_fails(tmp_path: pathlib.Path) -> No
         capture_output=True,
         text=True,
         check=False,
-        env=settings(PYTHONPATH=f"{tmp_path}:{os.environ['PYTHONPATH']}"),
+        env=settings(PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"),
     )
     assert "libcuda is broken" in done.stderr
     assert "ImportError: cannot load" in done.stderr
