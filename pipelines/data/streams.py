@@ -124,7 +124,6 @@ class FolderStream:
         self.name = str(folder)
         first = {
             "file": start_after,  # the one of the row that was taken last
-            "bytes": 0,  # its size
             "sha256": "",  # of its bytes
             "rows": 0,  # how many of its rows were taken
             "ended": True,  # whether that is known to be all
@@ -140,8 +139,7 @@ class FolderStream:
         self._blocks: Iterator[Block] = iter(())
         self._start_after: str = begin["start_after"]
         self._known: set[str] = set(begin["passed"])
-        self._taken: tuple[str, int, str, int]
-        self._taken = (begin["file"], begin["bytes"], begin["sha256"], begin["rows"])
+        self._taken: tuple[str, str, int] = (begin["file"], begin["sha256"], begin["rows"])
         self._file: str = begin["file"]  # the one being read, or that was read last
         self._size = self._row = 0
         self._sha256 = ""
@@ -151,19 +149,18 @@ class FolderStream:
         self._unread()
         if not begin["ended"]:
             self._resume(begin)
-        elif begin["rows"]:
-            self._check_taken(begin)
+        elif begin["rows"] and (path := self._folder / begin["file"]).exists():
+            self._check_same(begin, sha256(path))
 
     @property
     def position(self) -> Position:
         """Where what was taken ends."""
-        file, size, sha256, rows = self._taken
+        file, content, rows = self._taken
         waiting = self._buffer.first_end
         ended = waiting[0] != file if waiting else self._at_end or self._file != file
         return {
             "file": file,
-            "bytes": size,
-            "sha256": sha256,
+            "sha256": content,
             "rows": rows,
             "ended": ended,
             "passed": sorted(name for name in self._known if name <= file),
@@ -173,7 +170,7 @@ class FolderStream:
     @property
     def place(self) -> str:
         """Where what was taken ends, for messages."""
-        file, _, _, rows = self._taken
+        file, _, rows = self._taken
         return f"row {rows} of {file}"
 
     def _resume(self, begin: Position) -> None:
@@ -190,29 +187,19 @@ class FolderStream:
             )
         self._begin(self._file)
         self._skip = begin["rows"]
-        if self._size != begin["bytes"]:
-            raise DataError(
-                f"{path}: it had {begin['bytes']:,} bytes when {self._skip} of its rows were "
-                f"taken, and has {self._size:,} now. A file should stay as it appeared."
-            )
-        if self._sha256 != begin["sha256"]:
-            raise DataError(
-                f"{path}: it holds other bytes than when {self._skip} of its rows were taken. A "
-                "file should stay as it appeared."
-            )
+        self._check_same(begin, self._sha256)
 
-    def _check_taken(self, begin: Position) -> None:
-        """Looks whether the last file, if it is still there, has the size that it had.
+    def _check_same(self, begin: Position, content: str) -> None:
+        """Refuses another file under the name of that of the row that was taken last.
 
         Raises:
-          DataError: it has another.
+          DataError: its bytes differ.
         """
-        path = self._folder / begin["file"]
-        size = path.stat().st_size if path.exists() else begin["bytes"]
-        if size != begin["bytes"]:
+        if content != begin["sha256"]:
             raise DataError(
-                f"{path}: it had {begin['bytes']:,} bytes when its rows were taken, and has "
-                f"{size:,} now. New rows in it would be lost; give them a name that comes last."
+                f"{self._folder / begin['file']}: it holds other bytes than when {begin['rows']} "
+                "of its rows were taken. A file should stay as it appeared: give new rows a name "
+                "that comes last."
             )
 
     def _begin(self, file: str) -> None:
@@ -272,10 +259,7 @@ class FolderStream:
         start = min(max(self._skip - first, 0), readers.num_rows(block))
         self._buffer.add(
             {name: values[start:] for name, values in block.items()},
-            [
-                (self._file, self._size, self._sha256, row + 1)
-                for row in range(first + start, self._row)
-            ],
+            [(self._file, self._sha256, row + 1) for row in range(first + start, self._row)],
         )
         return True
 
