@@ -115,14 +115,11 @@ def known(model: TwoTower, items: Catalogue, paths: Sequence[str]) -> Known:
     if not schema.task_id:
         raise ValueError("Retrieval needs `schema.task_id`, whose known items are left out.")
     label, item = schema.labels[0], model.item
-    of_domains = [schema.domain_feature] if item.domains and schema.domain_feature else []
-    alone = Schema(
-        features=tuple(dict.fromkeys([item, *of_domains])),
-        labels=(label,),
-        optional_labels=tuple({label} & {*schema.optional_labels}),
+    alone = dataclasses.replace(
+        schema.narrowed(item.name),
+        only_domains=(),
         task_id=schema.task_id,
         task_dtype=schema.task_dtype,
-        domain=schema.domain if item.domains else "",
     )
 
     def is_had(block: readers.Block) -> Any:

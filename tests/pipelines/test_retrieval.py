@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import types
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,10 @@ from qianmo.export.adapted import ADAPT
 from qianmo.export.retrieval import by_request_specs, export_retrieval
 from qianmo.export.saved_model import export_fed, op_types, session
 from qianmo.export.shared_support import brought
+from qianmo.layers.features import Categorical
 from qianmo.layers.inner_loop import Support
 from qianmo.layers.meta import NO_SUPPORT
+from qianmo.layers.schema import Schema
 from qianmo.models.two_tower import TwoTower
 from qianmo.pipelines import run_dir
 from qianmo.pipelines.data import readers
@@ -273,6 +276,30 @@ def test_rows_that_are_no_positives_are_neither_targets_nor_known(
     pq.write_table(pq.read_table(paths["test"]).slice(USERS), paths["test"])
     with pytest.raises(readers.DataError, match="no row has a label above 0"):
         retrieval.of_recipe(model, data, data.test)
+
+
+def test_what_a_task_has_had_is_read_by_the_schemas_rules(tmp_path: pathlib.Path) -> None:
+    item = Categorical(name="item", num_ids=9, side="item", domains=(1,))
+    scene = Categorical(name="scene", num_ids=3)
+    schema = Schema(
+        features=(item, scene),
+        labels=("label",),
+        optional_labels=("label",),
+        task_id="user",
+        domain="scene",
+    )
+    rows = {
+        "user": [7, 7, 7, 8, 8],
+        "item": [5, 6, 4, None, 3],
+        "scene": [1, 1, 1, 2, 1],
+        "label": [1, None, 0, 1, 1],  # a row may lack the label, or own no item
+    }
+    pq.write_table(pa.table(rows), tmp_path / "rows.parquet")
+    model = types.SimpleNamespace(schema=schema, item=item)
+    items = retrieval.Catalogue(np.arange(9), np.zeros((9, 1), np.float32), np.zeros(9, np.int64))
+    found = retrieval.known(model, items, [str(tmp_path / "rows.parquet")])
+    assert found.task_id.tolist() == [7, 8]
+    assert found.place.tolist() == [5, 3]
 
 
 def test_many_items_are_scored_in_blocks(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
