@@ -40,7 +40,7 @@ def base_config() -> ConfigDict:
                 "table_optimizer": {"name": "sparse_adam", "learning_rate": 1e-3},
                 # Of the step sizes that a meta tower learns.
                 "meta_optimizer": {"name": "adam", "learning_rate": 2e-2},
-                # By which to stop: auc, gauc, log_loss or, with a catalogue, ndcg_10.
+                # By which to stop: auc, gauc, log_loss, rmse, mae or, with a catalogue, ndcg_10.
                 "monitor": "auc",
                 "monitor_head": "",  # of a model with several; empty: the one that is served
                 "patience": 1,  # epochs without a better one before training stops

@@ -17,9 +17,7 @@ from types import ModuleType
 
 _LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 _FATAL_ALONE = "3"
-
-
-_environment: list[str | None] = []
+_environment: list[str | None] = []  # the log level before `silence`
 
 
 def silence() -> None:

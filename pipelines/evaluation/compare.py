@@ -28,17 +28,9 @@ from qianmo.pipelines.recipe import Recipe
 from qianmo.pipelines.training import runtime
 
 COLOURS = {"worse": "#c0392b", "alike": "#777777", "better": "#0b6e99"}
-
-
 _POOL = 2**18  # test rows that batches are drawn from, to count keys
-
-
 _BATCHES = 20  # of each model, to count keys and to take steps on
-
-
 _TURNS = 6
-
-
 _REPLAYED = 100  # rows, before an export's size is taken
 
 
